@@ -1,0 +1,62 @@
+# `make` lists the targets. Everything happens in .venv, filled from requirements.lock (versions and hashes).
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml README.md LICENSE $(shell find catfeeder_cron -type f -not -path '*/__pycache__/*')
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format bench lock clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	  || sed -nE 's/^([a-z-]+):.*## (.*)/  make \1 - \2/p' $(MAKEFILE_LIST)
+
+run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
+	@exec $(BIN)/catfeeder-cron demo
+
+test: $(VENV)/program ## run the tests (about three minutes)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+check: $(VENV)/program ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/packages ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/program ## measure speed and memory, as ratios within one run
+	$(BIN)/python -m tests.benchmarks
+
+lock: ## resolve the dependencies anew into requirements.lock
+	python3 -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+	  --all-extras --group dev pyproject.toml --output-file requirements.lock
+	rm -rf $(VENV)-lock
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/packages: requirements.lock
+	@python=; for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$candidate; "$$candidate" -c 'import venv, ensurepip' 2>/dev/null && break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "catfeeder-cron needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	if ! "$$python" -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$python has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; fi; \
+	"$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+# The built wheel, not the working tree, is what runs and what is tested.
+$(VENV)/program: $(VENV)/packages $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	@touch $@

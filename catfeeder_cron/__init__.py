@@ -1,0 +1,23 @@
+"""The maintenance jobs of a Cat Feeder web backend: as a daemon, and as two classes for programs that embed them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from catfeeder_cron.background_tasks import BackgroundTasks
+    from catfeeder_cron.crons import Crons
+
+__version__ = "0.1.0"
+__all__ = ["BackgroundTasks", "Crons", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the two classes on first use (PEP 562): the command line's `--help` needs neither."""
+    if name == "BackgroundTasks":
+        from catfeeder_cron.background_tasks import BackgroundTasks
+
+        return BackgroundTasks
+    if name == "Crons":
+        from catfeeder_cron.crons import Crons
+
+        return Crons
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
