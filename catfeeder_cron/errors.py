@@ -1,0 +1,86 @@
+"""Every error that this program raises on purpose, one leaf per decision that a caller makes.
+
+CatfeederCronError
+├── ConfigurationError        the configuration can't be used; all its faults at once
+├── UnknownJob                no job has this id (wrong usage)
+├── JobIsRunning              the job is running already, here or elsewhere
+├── DatabaseError             PostgreSQL refused; trying again as it is would not help
+│   ├── DatabaseUnavailable   no connection, or it broke: try again later
+│   ├── StatementTimeout      a statement took longer than it may
+│   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
+│   ├── ConstraintViolation   a constraint keeps the change from being made
+│   └── SchemaProblem         a table, a column or a privilege is missing
+└── JobInterrupted            a run was asked to stop before it was done
+    ├── JobSkipped            there is nothing to run on; no failure
+    ├── JobAborted            the process is stopping
+    └── JobTimedOut           the run used up its time
+
+A message says what was being done, what was found and what to do next, in one line. No message ever
+holds a secret.
+"""
+
+from collections.abc import Sequence
+
+
+class CatfeederCronError(Exception):
+    """The base of all errors that are told in one line, without a traceback."""
+
+
+class ConfigurationError(CatfeederCronError):
+    """The configuration can't be used. `faults` holds one line for each fault."""
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = (faults,) if isinstance(faults, str) else tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class UnknownJob(CatfeederCronError):
+    """No job has the id that was asked for."""
+
+
+class JobIsRunning(CatfeederCronError):
+    """The job is under way, in this process or in another, and is never run twice at once."""
+
+
+class DatabaseError(CatfeederCronError):
+    """PostgreSQL refused what was asked of it, and would again."""
+
+
+class DatabaseUnavailable(DatabaseError):
+    """There is no connection to the server, or it broke: the same may work later."""
+
+
+class StatementTimeout(DatabaseError):
+    """A statement was cancelled because it took longer than it may."""
+
+
+class LockTimeout(DatabaseError):
+    """A lock was not to be had in the short time that was spent on it."""
+
+
+class ConstraintViolation(DatabaseError):
+    """A constraint (its name in `constraint`) keeps the change from being made."""
+
+    def __init__(self, message: str, constraint: str | None) -> None:
+        self.constraint = constraint
+        super().__init__(message)
+
+
+class SchemaProblem(DatabaseError):
+    """A table, a column or a privilege that is needed is missing."""
+
+
+class JobInterrupted(CatfeederCronError):
+    """A job's run ends early. The message is the reason that goes into the history."""
+
+
+class JobSkipped(JobInterrupted):
+    """There is nothing that the job could run on."""
+
+
+class JobAborted(JobInterrupted):
+    """The process stops, and the run with it."""
+
+
+class JobTimedOut(JobInterrupted):
+    """The run used up its time."""

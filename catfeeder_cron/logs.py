@@ -1,0 +1,172 @@
+"""Logs: structlog's loggers on top of the standard library's, so that there is one stream of entries.
+
+An event goes through standard logging with its fields beside it. Where the command line called
+`configure`, one handler on the root logger turns every record, APScheduler's and psycopg's too, into
+the same kind of entry on standard error. Where nobody did (a program that embeds our classes), that
+program's own handlers get a readable text, and nothing is ever written to standard output.
+
+structlog is imported on first use: it costs more than all of `--help`.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
+    from structlog.typing import EventDict, Processor
+
+Format = Literal["auto", "console", "json", "journald"]
+
+_HANDLER = "catfeeder_cron"
+
+# What these say at lower levels is noise to an operator: APScheduler tells every run that our own
+# events tell better, and psycopg's pool repeats a warning per attempt where the database module tells
+# an outage once.
+_QUIET = {"apscheduler": logging.WARNING, "httpx": logging.WARNING, "psycopg.pool": logging.CRITICAL}
+
+# httpcore's debug records hold the headers of every answer, cookies included.
+_ALWAYS_QUIET = {"httpcore": logging.WARNING}
+
+_REDACTED = "[redacted]"
+_SECRET_KEY = re.compile(r"token|secret|passw|authorization|refresh_link|cookie|api_?key", re.IGNORECASE)
+_SECRET_TEXTS = (
+    # scheme://user:PASSWORD@host; libpq ends the password at the first @ and allows no slash in it.
+    (re.compile(r"(://[^\s/?#:@]*:)[^\s/]*@"), rf"\1{_REDACTED}@"),
+    # "password=..." in a conninfo string, "access_token=..." in a query string.
+    (re.compile(r"((?:token|secret|password)=)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)"), rf"\1{_REDACTED}"),
+    (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]+"), rf"\1 {_REDACTED}"),
+    # PostgreSQL's DETAIL quotes the values of the row, over several lines where a value has several.
+    (re.compile(r"\bDETAIL: .*?(?=\n\n(?:The above|During handling)|\Z)", re.DOTALL), f"DETAIL: {_REDACTED}"),
+)
+
+
+def get_logger(name: str) -> "BoundLogger":
+    """Return the logger for the module `name`: `log.info("job_finished", deleted=12)`."""
+    from structlog.contextvars import merge_contextvars
+    from structlog.stdlib import BoundLogger, filter_by_level
+
+    # The processors are this logger's own: a host program's structlog.configure() is neither needed
+    # nor changed.
+    return BoundLogger(
+        logging.getLogger(name),
+        processors=[filter_by_level, merge_contextvars, _redact, _to_standard_logging],
+        context={},
+    )
+
+
+def context(**fields: object) -> AbstractContextManager[None]:
+    """Add `fields` to every entry that this thread (or asyncio task) logs inside the `with` block."""
+    from structlog.contextvars import bound_contextvars
+
+    return bound_contextvars(**fields)
+
+
+def configure(level: str, format: Format = "auto", stream: TextIO | None = None) -> None:
+    """Send the entries of this whole process to `stream` (default: standard error), one handler in all.
+
+    `level` is a standard level's name in any case. "auto" is "console" on a terminal and "json"
+    otherwise. May be called again to change either. A stream that is closed or breaks loses entries
+    and raises nothing.
+    """
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.set_name(_HANDLER)
+    handler.setFormatter(_formatter(format, terminal=_is_terminal(stream)))
+    logging.raiseExceptions = False
+
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if old.get_name() == _HANDLER]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    debugging = root.level <= logging.DEBUG
+    for name, quiet_level in _QUIET.items():
+        logging.getLogger(name).setLevel(logging.NOTSET if debugging else quiet_level)
+    for name, quiet_level in _ALWAYS_QUIET.items():
+        logging.getLogger(name).setLevel(quiet_level)
+
+
+def _formatter(format: Format, *, terminal: bool) -> logging.Formatter:
+    from structlog.dev import ConsoleRenderer, plain_traceback
+    from structlog.processors import ExceptionRenderer, JSONRenderer
+    from structlog.stdlib import ProcessorFormatter
+
+    renderer: Processor
+    if format in ("json", "journald") or (format == "auto" and not terminal):
+        renderer = JSONRenderer()
+    else:
+        colors = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        renderer = ConsoleRenderer(colors=colors, exception_formatter=plain_traceback, sort_keys=False)
+    # ExceptionRenderer's tracebacks show no local variables: those may hold tokens.
+    return ProcessorFormatter(processors=[_entry, ExceptionRenderer(), _redact, renderer])
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _to_standard_logging(_logger: Any, _method: str, event_dict: "EventDict") -> tuple[tuple[str], dict[str, Any]]:
+    """Hand the event to the standard logger: a text for any handler, its fields for our formatter."""
+    exc_info = event_dict.pop("exc_info", None)
+    fields = (f"{key}={value}" for key, value in event_dict.items() if key != "event")
+    text = " ".join((str(event_dict["event"]), *fields))
+    return (text,), {"exc_info": exc_info, "extra": {"event_dict": event_dict}}
+
+
+def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
+    """Make one entry of a log record, in the order of reading; `event_dict` is ProcessorFormatter's."""
+    from structlog.contextvars import get_contextvars
+
+    record: logging.LogRecord = event_dict["_record"]
+    fields: EventDict = getattr(record, "event_dict", {"event": event_dict["event"]})
+    entry = {
+        "timestamp": datetime.fromtimestamp(record.created, UTC),
+        "level": record.levelname.lower(),
+        "event": fields["event"],
+        "logger": record.name,
+    }
+    added = {**get_contextvars(), **fields, "exc_info": event_dict.get("exc_info")}
+    return entry | {key: value for key, value in added.items() if key not in entry}
+
+
+def _redact(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
+    """Take secrets out of an entry: the last line of defence, for what should never have been logged.
+
+    Replaces texts under a key that names a secret, and secrets that texts can be seen to hold. Numbers
+    stay: `tokens=12` is a count. Values become what JSON can say.
+    """
+    return {
+        key: value if key == "exc_info" else _plain(value, secret=bool(_SECRET_KEY.search(key)))
+        for key, value in event_dict.items()
+    }
+
+
+def _plain(value: object, *, secret: bool = False) -> object:
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case Mapping():
+            return {
+                str(key): _plain(item, secret=secret or bool(_SECRET_KEY.search(str(key))))
+                for key, item in value.items()
+            }
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item, secret=secret) for item in value]
+        case _ if secret:
+            return _REDACTED
+        case datetime():
+            return value.isoformat(timespec="milliseconds")
+        case _:
+            return _without_secrets(str(value))
+
+
+def _without_secrets(text: str) -> str:
+    for pattern, replacement in _SECRET_TEXTS:
+        text = pattern.sub(replacement, text)
+    return text
