@@ -1,0 +1,38 @@
+"""config.toml and the environment, turned into settings that are valid and final."""
+
+from catfeeder_cron.config.durations import Duration, format_duration, parse_duration
+from catfeeder_cron.config.job_settings import CustomJobSettings, JobSettings
+from catfeeder_cron.config.loading import load
+from catfeeder_cron.config.settings import (
+    ActionsSettings,
+    DatabaseSettings,
+    DatabaseTables,
+    LoggingSettings,
+    MetricsSettings,
+    OAuthSettings,
+    ProviderSettings,
+    SchedulerSettings,
+    Settings,
+    WebhookSettings,
+)
+from catfeeder_cron.config.state import state_directory
+
+__all__ = [
+    "ActionsSettings",
+    "CustomJobSettings",
+    "DatabaseSettings",
+    "DatabaseTables",
+    "Duration",
+    "JobSettings",
+    "LoggingSettings",
+    "MetricsSettings",
+    "OAuthSettings",
+    "ProviderSettings",
+    "SchedulerSettings",
+    "Settings",
+    "WebhookSettings",
+    "format_duration",
+    "load",
+    "parse_duration",
+    "state_directory",
+]

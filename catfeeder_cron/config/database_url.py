@@ -1,0 +1,68 @@
+"""Which database is meant: the environment's, else the credential's, else the one of url_file or url."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from catfeeder_cron.config.faults import Faults
+from catfeeder_cron.config.settings import DatabaseSettings
+from catfeeder_cron.config.sources import read_guarded
+from catfeeder_cron.config.values import check_conninfo
+from catfeeder_cron.errors import ConfigurationError
+
+VARIABLE = "CATFEEDER_CRON_DATABASE_URL"
+CREDENTIAL = "database-url"
+
+
+def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], faults: Faults) -> DatabaseSettings:
+    """Return the settings with the conninfo that holds, and with paths relative to `file` made absolute.
+
+    An empty conninfo leaves everything to libpq's own variables. A url_file that is overridden is not opened:
+    the service may not read it.
+    """
+    url_file = None if database.url_file is None else file.parent / database.url_file
+    conninfo = database.conninfo.get_secret_value()
+    try:
+        if override := _from_variable(environ) or _from_credential(environ):
+            conninfo = override
+        elif url_file is not None:
+            conninfo = _from_file(url_file)
+    except ConfigurationError as error:
+        faults.extend(error)
+    if conninfo.startswith("embedded:"):
+        conninfo = f"embedded:{file.parent / conninfo.removeprefix('embedded:').strip()}"
+    return database.model_copy(
+        update={"conninfo": SecretStr(conninfo), "url_file": None if url_file is None else str(url_file)}
+    )
+
+
+def _from_variable(environ: Mapping[str, str]) -> str:
+    return _checked(f"${VARIABLE}", environ.get(VARIABLE, "").strip())
+
+
+def _from_credential(environ: Mapping[str, str]) -> str:
+    """Return what systemd put there for this process. Whom that file belongs to is systemd's business."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return ""
+    credential = Path(directory, CREDENTIAL)
+    try:
+        return _checked(str(credential), credential.read_text("utf-8").strip())
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError):
+        raise ConfigurationError(f"{credential}: it can't be read, expected the database's URL") from None
+
+
+def _from_file(url_file: Path) -> str:
+    if not (conninfo := read_guarded(url_file).strip()):
+        raise ConfigurationError(f"{url_file}: the file is empty, expected the database's URL")
+    return _checked(str(url_file), conninfo)
+
+
+def _checked(source: str, conninfo: str) -> str:
+    try:
+        return check_conninfo(conninfo)
+    except ValueError as error:
+        raise ConfigurationError(f"{source}: got text, expected {error}") from None

@@ -1,0 +1,118 @@
+"""What is set for a job: the keys that every job has, and those of a job that only exists in config.toml."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from catfeeder_cron.config.durations import Duration, StatementTimeout, format_duration
+from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
+from catfeeder_cron.crontab import Crontab
+
+TRIGGERS = ("interval", "cron", "date")
+
+
+class JobSettings(Table):
+    """[jobs.ID]. A built-in job derives from it, to add its options and to set its interval.
+
+    At most one of `interval`, `cron` and `date` is not None; `date` is in UTC. A `timezone` of None is the
+    scheduler's. The validation context may hold that one, as "timezone", for a `date` without an offset.
+    """
+
+    enabled: bool = True
+    interval: Duration | None = None
+    cron: str | None = None
+    timezone: Zone | None = None
+    date: datetime | None = None
+    timeout: StatementTimeout = timedelta(seconds=600)
+    jitter: Duration = Field(default=timedelta(0), validate_default=True)
+    catch_up: bool = True
+    ping_url: PingURL | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another_trigger_replaces_the_default_interval(cls, table: Any) -> Any:
+        if isinstance(table, dict) and not table.keys().isdisjoint(("cron", "date")):
+            return {"interval": None, **table}
+        return table
+
+    @field_validator("interval")
+    @classmethod
+    def _bounded(cls, interval: timedelta | None) -> timedelta | None:
+        if interval is not None and interval < timedelta(seconds=1):
+            raise ValueError("at least 1s")
+        return interval
+
+    @field_validator("cron")
+    @classmethod
+    def _readable(cls, cron: str | None) -> str | None:
+        if cron is not None:
+            try:
+                Crontab.parse(cron)
+            except ValueError as error:
+                raise ValueError(f"a cron expression as in crontab(5): {error}") from None
+        return cron
+
+    @field_validator("date")
+    @classmethod
+    def _in_utc(cls, date: datetime | None, info: ValidationInfo) -> datetime | None:
+        if date is None:
+            return None
+        if date.tzinfo is None:
+            zone = info.data.get("timezone") or (info.context or {}).get("timezone", UTC)
+            date = date.replace(tzinfo=zone)
+        try:
+            return date.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("a date between the years 1 and 9999") from None
+
+    @field_validator("jitter")
+    @classmethod
+    def _less_than_half_the_interval(cls, jitter: timedelta, info: ValidationInfo) -> timedelta:
+        interval = info.data.get("interval")
+        if interval is not None and jitter * 2 >= interval:
+            raise ValueError(f"less than half the interval, which is {format_duration(interval)}")
+        return jitter
+
+
+class CustomJobSettings(JobSettings):
+    """A job that is only in config.toml: a Python function (`call`) or one SQL statement (`sql`), not both."""
+
+    call: Reference | None = None
+    args: tuple[Any, ...] = Field(default=(), strict=False)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    sql: str | None = None
+
+    @field_validator("sql")
+    @classmethod
+    def _not_empty(cls, sql: str | None) -> str | None:
+        if sql is not None and not sql.strip():
+            raise ValueError("an SQL statement")
+        return sql
+
+
+class AlwaysOnJobSettings(JobSettings):
+    """A job that can't be disabled."""
+
+    @field_validator("enabled")
+    @classmethod
+    def _never_off(cls, enabled: bool) -> bool:
+        if not enabled:
+            raise ValueError("true: this job is always enabled, `catfeeder-cron pause` holds it")
+        return enabled
+
+
+RESERVED: Mapping[str, type[JobSettings]] = MappingProxyType(
+    {
+        "check-actions": AlwaysOnJobSettings,
+        "clean-tokens": JobSettings,
+        "clean-verification": JobSettings,
+        "renew-oauth": JobSettings,
+        "test-hello-world": JobSettings,
+        "test-current-date": JobSettings,
+        "reset-food-counters": JobSettings,
+    }
+)
+"""The ids that no custom job may have, each with the settings that hold where no job brings its own."""

@@ -1,0 +1,65 @@
+"""Turn the tables under [jobs] into the settings of every job, built in or custom."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from catfeeder_cron.config.faults import Faults
+from catfeeder_cron.config.job_settings import RESERVED, TRIGGERS, CustomJobSettings, JobSettings
+from catfeeder_cron.config.suggestions import did_you_mean
+
+_ID = re.compile("[a-z0-9][a-z0-9-]*")
+
+
+def read_jobs(
+    tables: object, known: Mapping[str, type[JobSettings]], timezone: ZoneInfo, faults: Faults
+) -> dict[str, JobSettings]:
+    """Return the settings of every known job, in their order, then of every custom job, in the file's.
+
+    `tables` is the value of the key `jobs`, `timezone` the scheduler's. What is wrong goes into `faults`. The
+    table of a job that is reserved and not known is checked, and that is all.
+    """
+    if not isinstance(tables, dict):
+        faults.mistyped(("jobs",), tables, "a table for each job")
+        return {}
+    kinds = {**RESERVED, **known}
+    settings = {}
+    for job in [*known, *(job for job in tables if job not in known)]:
+        valid = _read_job(job, tables.get(job, {}), kinds, timezone, faults)
+        if valid is not None and (job in known or job not in RESERVED):
+            settings[job] = valid
+    return settings
+
+
+def _read_job(
+    job: str, table: object, kinds: Mapping[str, type[JobSettings]], timezone: ZoneInfo, faults: Faults
+) -> JobSettings | None:
+    where = ("jobs", job)
+    if not isinstance(table, dict):
+        faults.mistyped(where, table, "a table")
+        return None
+    if job not in kinds:
+        if table.keys().isdisjoint(("call", "sql")) and (meant := did_you_mean(job, kinds)):
+            faults.add(where, f"unknown job{meant}")
+            return None
+        for fault in _custom_job_faults(job, table):
+            faults.add(where, fault)
+    if len(given := [trigger for trigger in TRIGGERS if trigger in table]) > 1:
+        faults.add(where, f"got {' and '.join(given)}, expected one trigger")
+    return faults.check(kinds.get(job, CustomJobSettings), table, where, context={"timezone": timezone})
+
+
+def _custom_job_faults(job: str, table: dict[str, Any]) -> Iterator[str]:
+    if not _ID.fullmatch(job):
+        yield "got this id, expected lower-case letters, digits and hyphens"
+    if "call" in table and "sql" in table:
+        yield "got call and sql, expected one of them"
+    elif "call" not in table and "sql" not in table:
+        yield f"got neither call nor sql, expected one of them or a job of {', '.join(sorted(RESERVED))}"
+    elif "sql" in table:
+        yield from (
+            f"got {key} beside sql, expected it beside call alone" for key in ("args", "kwargs") if key in table
+        )
+    if table.keys().isdisjoint(TRIGGERS):
+        yield "got no trigger, expected interval, cron or date"

@@ -1,0 +1,136 @@
+"""The tables of config.toml with their keys, types and defaults. What they mean is said in config.toml."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+
+from catfeeder_cron.config.durations import Duration, StatementTimeout, within
+from catfeeder_cron.config.job_settings import JobSettings
+from catfeeder_cron.config.values import (
+    Address,
+    Conninfo,
+    FileName,
+    PostgreSQLName,
+    Reference,
+    Table,
+    URLPrefixes,
+    Zone,
+)
+
+_ONE_SECOND = timedelta(seconds=1)
+
+
+class DatabaseTables(Table):
+    """Where Cat Feeder's tables are: their schema and their names, unquoted."""
+
+    schema_: PostgreSQLName = Field(default="public", alias="schema")
+    connections: PostgreSQLName = "Connections"
+    verification: PostgreSQLName = "Verification"
+    active_oauths: PostgreSQLName = "ActiveOauths"
+    services: PostgreSQLName = "Services"
+    user_oauth_connection: PostgreSQLName = "UserOauthConnection"
+    actions: PostgreSQLName = "Actions"
+    action_log: PostgreSQLName = "ActionLog"
+    pet: PostgreSQLName = "Pet"
+
+
+class DatabaseSettings(Table):
+    """[database]. `conninfo` is the key `url`; once loaded, it is what database_url.resolve found instead."""
+
+    conninfo: Conninfo = Field(default=SecretStr(""), alias="url")
+    url_file: FileName | None = None
+    pool_max_size: int = Field(default=8, ge=1)
+    connect_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=10)
+    statement_timeout: StatementTimeout = timedelta(seconds=30)
+    tables: DatabaseTables = DatabaseTables()
+
+
+class SchedulerSettings(Table):
+    timezone: Zone = ZoneInfo("UTC")
+    max_workers: int = Field(default=4, ge=1)
+    shutdown_grace: Duration = timedelta(seconds=60)
+    history_keep: Annotated[Duration, within(_ONE_SECOND)] = timedelta(days=30)
+
+
+class LoggingSettings(Table):
+    level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    format: Literal["auto", "journald", "console", "json"] = "auto"
+
+
+class ProviderSettings(Table):
+    """[oauth.providers.NAME]: what differs from the provider's preset. None is what the preset says."""
+
+    client_auth: Literal["basic", "body"] | None = None
+    concurrency: int | None = Field(default=None, ge=1)
+    refresh_lifetime: Annotated[Duration, within(_ONE_SECOND)] | None = None
+    allow_http: bool = False
+
+
+class OAuthSettings(Table):
+    renew_before: Duration = timedelta(minutes=5)
+    concurrency: int = Field(default=32, ge=1)
+    request_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=20)
+    lease: Duration = Field(default=timedelta(seconds=120), validate_default=True)
+    providers: dict[str, ProviderSettings] = Field(default_factory=dict)
+
+    @field_validator("lease")
+    @classmethod
+    def _outlives_the_request(cls, lease: timedelta, info: ValidationInfo) -> timedelta:
+        if lease <= info.data.get("request_timeout", timedelta(0)):
+            raise ValueError(
+                "more than oauth.request_timeout: a lease that ends before the request lets another take it"
+            )
+        return lease
+
+
+class WebhookSettings(Table):
+    allowed: URLPrefixes = ()
+
+
+class ActionHandlerSettings(Table):
+    call: Reference
+
+
+class ActionsSettings(Table):
+    """[actions.webhook], and [actions.KIND] with the handler of every kind that is not built in."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, ActionHandlerSettings] = Field(init=False)
+
+    webhook: WebhookSettings = WebhookSettings()
+
+    @property
+    def handlers(self) -> dict[str, str]:
+        """ "package.module:function" by kind."""
+        return {kind: handler.call for kind, handler in (self.__pydantic_extra__ or {}).items()}
+
+
+class MetricsSettings(Table):
+    listen: Address | None = None
+
+
+class Settings(Table):
+    """A whole configuration, valid and final. `path` is the file that it was read from."""
+
+    path: Path
+    database: DatabaseSettings
+    scheduler: SchedulerSettings
+    logging: LoggingSettings
+    oauth: OAuthSettings
+    actions: ActionsSettings
+    metrics: MetricsSettings
+    jobs: dict[str, JobSettings]
+
+
+SECTIONS = {
+    "database": DatabaseSettings,
+    "scheduler": SchedulerSettings,
+    "logging": LoggingSettings,
+    "oauth": OAuthSettings,
+    "actions": ActionsSettings,
+    "metrics": MetricsSettings,
+}
+"""The tables of the file other than [jobs], by name."""
