@@ -1,0 +1,126 @@
+"""What PostgreSQL's catalog says of a web server's table: its leaves, a column's type, indexes and privileges."""
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from catfeeder_cron.database import Connection
+from catfeeder_cron.errors import SchemaProblem
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A table that holds rows itself: a plain table, or a partition at the bottom of its tree."""
+
+    oid: int
+    schema: str
+    name: str
+    blocks: int
+    estimated_rows: float
+    """As of the last ANALYZE, scaled to today's size; a guess of 50 rows a block where there was none."""
+    indexed: bool
+    """A valid, complete B-tree index begins with the column that was asked about."""
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema, self.name)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A foreign key of another table that forbids to delete the rows it refers to."""
+
+    constraint: str
+    table: sql.Identifier
+    columns: tuple[tuple[str, str], ...]
+    """Pairs of (its column, the referenced column)."""
+
+
+_KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
+
+_TABLE = """
+    SELECT c.oid, c.relkind,
+           (SELECT format_type(a.atttypid, NULL) FROM pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attname = %(column)s AND a.attnum > 0 AND NOT a.attisdropped),
+           (SELECT array_agg(a.attname) FROM pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %(schema)s AND c.relname = %(name)s"""
+
+# Walks pg_inherits, so partitions of any depth and plain inheritance (TimescaleDB's chunks) come alike.
+_LEAVES = """
+    WITH RECURSIVE tree AS (
+        SELECT %(oid)s::oid AS oid
+        UNION
+        SELECT i.inhrelid FROM pg_inherits i JOIN tree ON i.inhparent = tree.oid WHERE NOT i.inhdetachpending)
+    SELECT c.oid, n.nspname, c.relname, size.blocks,
+           CASE WHEN c.reltuples > 0 AND c.relpages > 0 THEN c.reltuples / c.relpages * size.blocks
+                ELSE 50.0 * size.blocks END,
+           EXISTS (SELECT FROM pg_index i
+                   JOIN pg_class ic ON ic.oid = i.indexrelid JOIN pg_am am ON am.oid = ic.relam
+                   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+                   WHERE i.indrelid = c.oid AND a.attname = %(column)s AND am.amname = 'btree'
+                     AND i.indisvalid AND i.indisready AND i.indpred IS NULL)
+    FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace,
+         LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::int AS blocks) size
+    WHERE c.relkind = 'r'
+    ORDER BY n.nspname, c.relname"""
+
+_REFERENCES = """
+    SELECT k.conname, n.nspname, r.relname,
+           array(SELECT a.attname FROM unnest(k.conkey) WITH ORDINALITY key(num, place)
+                 JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = key.num ORDER BY place),
+           array(SELECT a.attname FROM unnest(k.confkey) WITH ORDINALITY key(num, place)
+                 JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = key.num ORDER BY place)
+    FROM pg_constraint k JOIN pg_class r ON r.oid = k.conrelid JOIN pg_namespace n ON n.oid = r.relnamespace
+    WHERE k.contype = 'f' AND k.conparentid = 0 AND k.confdeltype IN ('a', 'r') AND k.confrelid = ANY(%(oids)s)
+      AND has_table_privilege(k.conrelid, 'SELECT')
+    ORDER BY k.conname"""
+
+# DELETE can be granted on whole tables alone, the others on columns too.
+_MISSING_PRIVILEGES = """
+    SELECT privilege, current_user FROM unnest(%(privileges)s::text[]) privilege
+    WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(oid)s::oid, privilege)
+                             ELSE has_any_column_privilege(%(oid)s::oid, privilege) END"""
+
+
+def find_table(connection: Connection, schema: str, name: str, column: str) -> tuple[int, str]:
+    """Return the table's oid and the column's type. Raises SchemaProblem where either is missing."""
+    described = f'"{schema}"."{name}"'
+    row = connection.execute(_TABLE, {"schema": schema, "name": name, "column": column}).fetchone()
+    if row is None:
+        raise SchemaProblem(
+            f"there is no table {described}; correct [database.tables], or create Cat Feeder's tables with "
+            "`catfeeder-cron init-db --with-app-tables`"
+        )
+    oid, kind, column_type, columns = row
+    if kind not in ("r", "p"):
+        raise SchemaProblem(f"{described} is {_KINDS.get(kind, 'no table')}; set [database.tables] to the table itself")
+    if column_type is None:
+        raise SchemaProblem(f'table {described} has no column "{column}"; it has {", ".join(columns or ["none"])}')
+    return oid, column_type
+
+
+def leaves(connection: Connection, oid: int, column: str) -> list[Leaf]:
+    """Return the tables that hold the rows of table `oid`, itself included where it does."""
+    return [Leaf(*row) for row in connection.execute(_LEAVES, {"oid": oid, "column": column})]
+
+
+def references(connection: Connection, oids: list[int]) -> list[Reference]:
+    """Return the foreign keys that keep rows of these tables from being deleted, as far as we may read their tables."""
+    return [
+        Reference(constraint, sql.Identifier(schema, name), tuple(zip(own, referenced, strict=True)))
+        for constraint, schema, name, own, referenced in connection.execute(_REFERENCES, {"oids": oids})
+    ]
+
+
+def require_privileges(connection: Connection, leaf: Leaf, *privileges: str) -> None:
+    """Raise SchemaProblem, with the GRANT that would help, unless the role has all these privileges."""
+    parameters = {"privileges": list(privileges), "oid": leaf.oid}
+    missing = connection.execute(_MISSING_PRIVILEGES, parameters).fetchall()
+    if missing:
+        role, name = missing[0][1], f'"{leaf.schema}"."{leaf.name}"'
+        raise SchemaProblem(
+            f'role "{role}" lacks {", ".join(privilege for privilege, _ in missing)} on {name}; its owner can say: '
+            f'GRANT {", ".join(privileges)} ON {name} TO "{role}"'
+        )

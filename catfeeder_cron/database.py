@@ -1,0 +1,279 @@
+"""PostgreSQL: one pool for the process, short transactions, psycopg's errors translated.
+
+Nothing here holds on to a session: every setting is made with SET LOCAL, no statement is prepared on the server
+and no session-level lock is taken, so a transaction pooler such as PgBouncer may stand in between.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, LiteralString, Self
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+
+from catfeeder_cron.config import DatabaseSettings
+from catfeeder_cron.errors import (
+    ConfigurationError,
+    ConstraintViolation,
+    DatabaseError,
+    DatabaseUnavailable,
+    LockTimeout,
+    SchemaProblem,
+    StatementTimeout,
+)
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+EMBEDDED = "embedded:"
+
+# A connection that was cut off without a word is given up after a minute instead of the kernel's quarter of an hour.
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+
+
+class Database:
+    """A pool of connections that is opened by its first use and closed with `close`. Safe to use from any thread.
+
+    With an `embedded:PATH` address the first use starts that private server, and `close` leaves it.
+    """
+
+    def __init__(self, settings: DatabaseSettings, application_name: str = "catfeeder-cron") -> None:
+        self._settings = settings
+        self._application_name = application_name
+        self._opened = ExitStack()
+        self._pool: ConnectionPool[Connection] | None = None
+        self._conninfo: str | None = None
+        self._reachable: bool | None = None  # as far as is known
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def statement_timeout(self) -> timedelta:
+        return self._settings.statement_timeout
+
+    @contextmanager
+    def transaction(self, *, timeout: timedelta | None = None, **local: str | int) -> Iterator[Connection]:
+        """Yield a connection inside a READ COMMITTED transaction; commit on success, roll back on an exception.
+
+        The session's time zone is UTC. A statement may take `timeout` (default: the configured
+        `statement_timeout`). `local` are further settings for SET LOCAL. Raises a DatabaseError for whatever
+        psycopg raises.
+        """
+        limit = self.statement_timeout if timeout is None else timeout
+        local = {"statement_timeout": _milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
+        with self._outage_told(), _translated(), self._begun(_begin(local)) as connection:
+            try:
+                yield connection
+            except BaseException:
+                if not connection.closed:
+                    connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def query(self, statement: LiteralString, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """Run one statement as a transaction of its own, in one round trip, and return its rows.
+
+        After DatabaseUnavailable it may have taken place or not.
+        """
+        with self._alone(statement, parameters) as cursor:
+            return cursor.fetchall()
+
+    def execute(self, statement: LiteralString, parameters: Mapping[str, Any]) -> int:
+        """Do as `query`, but return how many rows were changed."""
+        with self._alone(statement, parameters) as cursor:
+            return cursor.rowcount
+
+    @contextmanager
+    def _alone(
+        self, statement: LiteralString, parameters: Mapping[str, Any]
+    ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        with self._outage_told(), _translated(), self._connection() as connection:
+            try:
+                yield connection.execute(statement, parameters)
+            except psycopg.OperationalError:
+                if connection.closed and self._pool is not None:
+                    self._pool.check()  # the others in the pool are likely to be dead as well
+                raise
+
+    @contextmanager
+    def session(self) -> Iterator[Connection]:
+        """Yield a connection of its own, outside the pool and outside any transaction (CREATE INDEX CONCURRENTLY)."""
+        with _translated(), psycopg.connect(self._address(), autocommit=True, prepare_threshold=None) as connection:
+            yield connection
+
+    def probe(self) -> None:
+        """Connect once, without the pool, which would never say why it can't. Raises DatabaseUnavailable."""
+        with self.session():
+            pass
+
+    def close(self) -> None:
+        """Close every connection; leave the embedded server, if this object started one. Idempotent."""
+        with self._lock:
+            self._pool = None
+            self._conninfo = None
+            self._opened.close()
+
+    @contextmanager
+    def _outage_told(self) -> Iterator[None]:
+        """Log an outage of the server when it is first met, and its end: once each, however many meet it."""
+        try:
+            yield
+        except DatabaseUnavailable as error:
+            if self._reachable is not False:
+                log.error("database_unreachable", reason=str(error))
+            self._reachable = False
+            raise
+        if self._reachable is False:
+            log.info("database_reachable_again")
+        self._reachable = True
+
+    @contextmanager
+    def _begun(self, begin: sql.Composed) -> Iterator[Connection]:
+        # BEGIN changes nothing, so it is also the test of a connection that a server restart may have killed in the
+        # pool: a dead one is dropped and the next is tried, at most once through the whole pool.
+        for attempt in range(self._settings.pool_max_size, -1, -1):
+            with self._connection() as connection:
+                try:
+                    connection.execute(begin)
+                except psycopg.OperationalError:
+                    if attempt and connection.closed:
+                        continue
+                    raise
+                yield connection
+                return
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        pool = self._open_pool()
+        if not self._reachable:
+            self.probe()  # fails at once where the pool would wait
+        try:
+            connection = pool.getconn()
+        except PoolTimeout:
+            self.probe()
+            raise DatabaseUnavailable(
+                f"all {pool.max_size} database connections stayed in use for {pool.timeout:g} s; "
+                "raise database.pool_max_size"
+            ) from None
+        try:
+            yield connection
+        finally:
+            pool.putconn(connection)
+
+    def _open_pool(self) -> ConnectionPool[Connection]:
+        address = self._address()
+        with self._lock:
+            if self._pool is None:
+                wait = self._settings.connect_timeout.total_seconds()
+                self._pool = self._opened.enter_context(
+                    ConnectionPool(
+                        address,
+                        kwargs={"autocommit": True, "prepare_threshold": None},
+                        min_size=0,
+                        max_size=self._settings.pool_max_size,
+                        timeout=wait,
+                        # The pool tries one connection at a time and doubles its pauses: given up early, the
+                        # next request for a connection tries at once when the server is back.
+                        reconnect_timeout=wait,
+                        num_workers=1,
+                        open=False,
+                    )
+                )
+            return self._pool
+
+    def _address(self) -> str:
+        with self._lock:
+            if self._conninfo is None:
+                conninfo = self._settings.conninfo.get_secret_value()
+                if conninfo.startswith(EMBEDDED):
+                    from catfeeder_cron import embedded
+
+                    server = self._opened.enter_context(embedded.open(conninfo.removeprefix(EMBEDDED)))
+                    conninfo = server.conninfo
+                self._conninfo = self._with_defaults(conninfo)
+            return self._conninfo
+
+    def _with_defaults(self, conninfo: str) -> str:
+        """Add what the address leaves open; its own words win."""
+        try:
+            given = conninfo_to_dict(conninfo)
+        except psycopg.ProgrammingError:
+            # libpq's own message quotes the address, password and all.
+            raise ConfigurationError(
+                "the database address is not one that libpq understands; expected postgresql://USER@HOST:PORT/DATABASE"
+            ) from None
+        defaults: dict[str, int | str] = {
+            **_KEEPALIVES,
+            "application_name": self._application_name,
+            "connect_timeout": max(2, round(self._settings.connect_timeout.total_seconds())),
+        }
+        return make_conninfo(conninfo, **{key: value for key, value in defaults.items() if key not in given})
+
+
+def _milliseconds(duration: timedelta) -> int:
+    """At least 1: PostgreSQL takes 0 for "no limit"."""
+    return max(1, round(duration.total_seconds() * 1000))
+
+
+def _begin(local: dict[str, str | int]) -> sql.Composed:
+    """One message, one round trip."""
+    settings = [
+        sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in local.items()
+    ]
+    return sql.SQL("; ").join([sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), *settings])
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (psycopg.Error, PoolClosed) as error:
+        # `from None`: the original's text can hold a token (its DETAIL quotes rows), so it must not
+        # reach a traceback.
+        raise translate(error) from None
+
+
+def translate(error: Exception) -> DatabaseError:
+    """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
+    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+        return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+    message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
+    match error:
+        case pg.QueryCanceled():
+            return StatementTimeout(message)
+        case pg.LockNotAvailable() | pg.DeadlockDetected():
+            return LockTimeout(message)
+        case pg.IntegrityError():
+            return ConstraintViolation(message, error.diag.constraint_name)
+        case pg.InsufficientPrivilege() | pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
+            return SchemaProblem(message)
+        case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
+            return DatabaseUnavailable(message)
+        case _:
+            return DatabaseError(message)
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def single(connection: Connection, statement: LiteralString | sql.Composed, parameters: Any = None) -> tuple[Any, ...]:
+    """Run a statement that always gives one row, and return it."""
+    row: tuple[Any, ...] | None = connection.execute(statement, parameters).fetchone()
+    assert row is not None, "the statement gave no row"
+    return row

@@ -1,0 +1,93 @@
+"""The daemon's own schema, `catfeeder_cron`: numbered SQL files, applied once each and never changed afterwards."""
+
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import LiteralString
+
+from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.errors import SchemaProblem
+
+# One number for all who create or upgrade the schema; the lock ends with its transaction.
+LOCK = "SELECT pg_advisory_xact_lock(7241386209)"
+
+
+def _migrations() -> list[tuple[int, str, LiteralString]]:
+    """(version, name, SQL) of every numbered file, in order."""
+    folder = sorted((file for file in files(__name__).joinpath("daemon").iterdir()), key=lambda file: file.name)
+    return [(int(file.name[:4]), file.name, file.read_text("utf-8")) for file in folder]
+
+
+def installed_version(connection: Connection) -> int:
+    """Return the version of the schema in this database, 0 where there is none."""
+    if single(connection, "SELECT to_regclass('catfeeder_cron.schema_version') IS NULL")[0]:
+        return 0
+    version, readable = single(
+        connection,
+        "SELECT 0, has_schema_privilege('catfeeder_cron', 'USAGE') "
+        "AND has_table_privilege('catfeeder_cron.schema_version', 'SELECT')",
+    )
+    if not readable:
+        raise SchemaProblem("this role may not read the schema catfeeder_cron; see the GRANTs in the README")
+    (version,) = single(connection, "SELECT coalesce(max(version), 0) FROM catfeeder_cron.schema_version")
+    return int(version)
+
+
+def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
+    """Apply the numbered files that are missing, in one transaction, and yield a line for each.
+
+    Safe when several processes do it at once: one works, the others find it done. Raises SchemaProblem
+    where the schema is newer than this program can serve, or the role may not create it.
+    """
+    with database.transaction() as connection:
+        if not dry_run:
+            connection.execute(LOCK)
+        installed = installed_version(connection)
+        _refuse_unknown(installed)
+        for version, name, statements in _migrations():
+            if version > installed:
+                if not dry_run:
+                    connection.execute(statements)
+                    connection.execute("INSERT INTO catfeeder_cron.schema_version (version) VALUES (%s)", [version])
+                yield f"{told(dry_run)} schema catfeeder_cron: {name}"
+
+
+def require(database: Database) -> None:
+    """Raise SchemaProblem unless the schema is there, for those who only read it."""
+    with database.transaction() as connection:
+        if installed_version(connection) == 0:
+            raise SchemaProblem("the schema catfeeder_cron is missing: run `catfeeder-cron init-db`")
+
+
+def told(dry_run: bool) -> str:
+    """How a line of `init-db` begins."""
+    return "would create" if dry_run else "created"
+
+
+def ensure(database: Database) -> None:
+    """Make sure that this program's schema is there, creating or upgrading it if the role may.
+
+    Raises SchemaProblem that says that `init-db` is needed, or that this program is too old.
+    """
+    with database.transaction() as connection:
+        installed = installed_version(connection)
+    _refuse_unknown(installed)
+    if installed >= len(_migrations()):
+        return
+    try:
+        for _ in upgrade(database):
+            pass
+    except SchemaProblem as error:
+        state = "missing" if installed == 0 else f"at version {installed}, older than this program"
+        raise SchemaProblem(
+            f"the schema catfeeder_cron is {state}, and this role can't change that: run `catfeeder-cron init-db` "
+            f"as the database's owner ({error})"
+        ) from error
+
+
+def _refuse_unknown(installed: int) -> None:
+    known = len(_migrations())
+    if installed > known + 1:
+        raise SchemaProblem(
+            f"the schema catfeeder_cron has version {installed}, this program knows {known} and works with {known + 1} "
+            "at most: install a newer catfeeder-cron"
+        )

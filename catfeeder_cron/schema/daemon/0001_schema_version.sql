@@ -1,0 +1,12 @@
+-- The daemon keeps its own state in this schema and nowhere else.
+CREATE SCHEMA IF NOT EXISTS catfeeder_cron;
+
+GRANT USAGE ON SCHEMA catfeeder_cron TO PUBLIC;
+
+-- A row for every numbered file that was applied. Version N serves programs that know N or N - 1.
+CREATE TABLE catfeeder_cron.schema_version (
+    version integer PRIMARY KEY,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+GRANT SELECT ON catfeeder_cron.schema_version TO PUBLIC;

@@ -1,0 +1,72 @@
+"""The indexes that make the jobs cheap, created beside the running web server."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+
+from psycopg import sql
+
+from catfeeder_cron import catalog
+from catfeeder_cron.catalog import Leaf
+from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.database import Database
+from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.schema import told
+
+_STATE = """
+    SELECT i.indisvalid, EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = i.indexrelid)
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relname = %s"""
+
+
+def create_indexes(
+    database: Database, tables: DatabaseTables, wanted: Iterable[tuple[str, str]], *, dry_run: bool = False
+) -> Iterator[str]:
+    """Create the wanted indexes that are missing, on every leaf of a table, and yield a line for each.
+
+    CONCURRENTLY: reading and writing go on, an interruption rolls nothing back, and no statement timeout applies.
+    What an interrupted try left is rebuilt; what another process is building is left to it.
+    `wanted` holds pairs of (key of [database.tables], column).
+    """
+    for key, column in wanted:
+        name = getattr(tables, key)
+        try:
+            with database.transaction() as connection:
+                oid, _ = catalog.find_table(connection, tables.schema_, name, column)
+                leaves = catalog.leaves(connection, oid, column)
+        except SchemaProblem as error:
+            missing = f'index on "{tables.schema_}"."{name}" ({column})'
+            yield f"{told(dry_run)} {missing}, once the table is there" if dry_run else f"no {missing}: {error}"
+            continue
+        for leaf in leaves:
+            if not leaf.indexed:
+                yield from _create_index(database, leaf, column, dry_run)
+
+
+def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) -> Iterator[str]:
+    described = f'index on "{leaf.schema}"."{leaf.name}" ({column})'
+    if dry_run:
+        yield f"{told(dry_run)} {described}"
+        return
+    # A name of our own, the same in every process: IF NOT EXISTS and the removal of an invalid index go by it.
+    marker = zlib.crc32(f"{leaf.schema}.{leaf.name}.{column}".encode())
+    index = f"catfeeder_cron_{leaf.name[:15]}_{column[:15]}_{marker:08x}"
+    with database.session() as connection:
+        connection.execute("SET statement_timeout = 0")
+        connection.execute("SET lock_timeout = 0")
+        try:
+            state = connection.execute(_STATE, [leaf.schema, index]).fetchone()
+            if state is not None:
+                valid, being_built = state
+                if being_built:
+                    yield f"{described}: left to the session that is building it"
+                    return
+                if not valid:
+                    drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
+                    connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
+            create = sql.SQL("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({})")
+            connection.execute(create.format(sql.Identifier(index), leaf.identifier, sql.Identifier(column)))
+            yield f"{told(dry_run)} {described}"
+        finally:
+            # Behind a transaction pooler the next client would inherit these.
+            connection.execute("RESET statement_timeout")
+            connection.execute("RESET lock_timeout")
