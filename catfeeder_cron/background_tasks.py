@@ -1,0 +1,444 @@
+"""Python functions run on a schedule, in threads of this process.
+
+`BackgroundTasks` wraps an APScheduler scheduler and takes away what is easy to get wrong with it: an interval
+of 0 becomes one second, a late run is dropped, an id used twice shows only at the start, a stopped scheduler
+starts again without its jobs, and waiting for running jobs deadlocks as soon as one of them touches the schedule.
+"""
+
+import functools
+import inspect
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, tzinfo
+from types import TracebackType
+from typing import Any, Self, final
+
+from apscheduler.events import (
+    EVENT_JOB_ADDED,
+    EVENT_JOB_ERROR,
+    EVENT_JOB_EXECUTED,
+    EVENT_JOB_SUBMITTED,
+    JobEvent,
+)
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.job import Job
+from apscheduler.jobstores.base import JobLookupError
+from apscheduler.schedulers import (
+    SchedulerAlreadyRunningError,
+    SchedulerNotRunningError,
+)
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.schedulers.blocking import BlockingScheduler
+from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.date import DateTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+
+from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+_DEFAULT_INTERVAL_SECONDS = 5
+_LONGEST_SLEEP_SECONDS = 60
+_TRIGGERS = {"interval": IntervalTrigger, "cron": CronTrigger, "date": DateTrigger}
+_INTERVAL_UNITS = ("weeks", "days", "hours", "minutes", "seconds")
+_TASK_STATE = (
+    "func",
+    "trigger",
+    "args",
+    "kwargs",
+    "id",
+    "name",
+    "misfire_grace_time",
+    "coalesce",
+    "max_instances",
+    "next_run_time",
+)
+_TASK_OPTIONS = frozenset(_TASK_STATE) - {"func", "trigger", "args", "kwargs"} | {"replace_existing"}
+_DEBUG_EVENTS = {
+    EVENT_JOB_ADDED: "task_added",
+    EVENT_JOB_SUBMITTED: "task_submitted",
+    EVENT_JOB_EXECUTED: "task_finished",
+    EVENT_JOB_ERROR: "task_failed",
+}
+
+
+@final
+class BackgroundTasks:
+    """Run functions at intervals, by cron fields or once at a date.
+
+    Tasks run in up to `max_workers` threads. By default a further thread keeps the schedule; with `blocking` the
+    thread that calls `start` does. A task that raises, `SystemExit` included, is logged with its traceback by the
+    logger `apscheduler.executors.default`, and everything goes on. A run that is late takes place nevertheless,
+    several that are due at once become one, and a task never overlaps itself, unless its options say otherwise.
+
+    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` logs each
+    task that is added, submitted to a worker, finished or failed, at level debug.
+
+    All methods may be called from any thread, and from within tasks. Leaving a `with` block stops the scheduler,
+    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down; a
+    task that refers to the object keeps it alive.
+    """
+
+    def __init__(
+        self,
+        success: int = 0,
+        error: int = 84,
+        debug: bool = False,
+        *,
+        blocking: bool = False,
+        max_workers: int = 10,
+        timezone: str | tzinfo = "UTC",
+    ) -> None:
+        self._success = success
+        self._error = error
+        self._blocking = blocking
+        self._max_workers = max_workers
+        self._lock = threading.RLock()
+        self._looping = False  # a blocking start() has not returned yet
+        self._drained = threading.Event()  # unset while a stop() waits for running tasks
+        self._drained.set()
+        self._worker = threading.local()  # has the attribute `ours` in the threads that run our tasks
+        self._executor = self._new_executor()
+        self._scheduler = (_ForegroundScheduler if blocking else _BackgroundScheduler)(
+            timezone=timezone,
+            executors={"default": self._executor},
+            job_defaults={
+                "misfire_grace_time": None,
+                "coalesce": True,
+                "max_instances": 1,
+            },
+        )
+        if debug:
+            self._scheduler.add_listener(_log_event, functools.reduce(int.__or__, _DEBUG_EVENTS))
+        weakref.finalize(self, _abandon, self._scheduler)
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("BackgroundTasks is final and can't be subclassed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.safe_stop()
+        self._drained.wait()  # for a stop() that another thread has begun
+
+    @property
+    def running(self) -> bool:
+        """Whether the scheduler is started, paused or not."""
+        return bool(self._scheduler.running)
+
+    @property
+    def timezone(self) -> tzinfo:
+        """The zone of triggers that name none."""
+        zone: tzinfo = self._scheduler.timezone
+        return zone
+
+    @property
+    def tasks(self) -> list[Job]:
+        """The tasks that still have a run ahead of them."""
+        with self._lock:
+            return list(self._scheduler.get_jobs())
+
+    def add_task(
+        self,
+        func: Callable[..., object],
+        args: list[Any] | tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        trigger: str | BaseTrigger = "interval",
+        seconds: float | None = None,
+        **options: Any,
+    ) -> Job:
+        """Run `func(*args, **kwargs)` whenever `trigger` says, before the start or while running.
+
+        `trigger` is "interval" (options `weeks`, `days`, `hours`, `minutes`, `seconds`; 5 seconds where none of
+        them is given), "cron" (`minute`, `hour`, `day_of_week` ...), "date" (`run_date`, default now), or an
+        APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
+        `max_instances`, `coalesce`, `misfire_grace_time`, `next_run_time` and `replace_existing` of the task.
+
+        Raises ValueError, and adds nothing, when any of it can't be used or the id is taken.
+        """
+        if seconds is not None:
+            options["seconds"] = seconds
+        try:
+            _check_call(func, args, kwargs)
+            task_options = {name: options.pop(name) for name in _TASK_OPTIONS & options.keys()}
+            schedule = _make_trigger(trigger, options, self.timezone)
+            never = schedule.get_next_fire_time(None, datetime.now(self.timezone)) is None
+            if never and "next_run_time" not in task_options:
+                raise ValueError(f"its trigger {schedule} has no run ahead of it")
+            return self._put(func, schedule, args=args, kwargs=kwargs, **task_options)
+        except Exception as error:  # triggers and callables are foreign code, and may raise anything
+            name = getattr(func, "__qualname__", repr(func))
+            raise ValueError(f"can't add the task {name}: {error}") from error
+
+    def safe_add_task(
+        self,
+        func: Callable[..., object],
+        args: list[Any] | tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        trigger: str | BaseTrigger = "interval",
+        seconds: float | None = None,
+        **options: Any,
+    ) -> Job | int:
+        """Do as `add_task`, but log what is wrong and return `error` instead of raising."""
+        try:
+            return self.add_task(func, args, kwargs, trigger, seconds, **options)
+        except ValueError as error:
+            log.error("task_not_added", reason=str(error))
+            return self._error
+
+    def remove_task(self, job_id: str) -> None:
+        """Take a task off the schedule; a run that has begun goes on. Raises UnknownJob."""
+        try:
+            with self._lock:
+                self._scheduler.remove_job(job_id)
+        except JobLookupError as error:
+            raise UnknownJob(f"can't remove the task {job_id!r}: no task has this id") from error
+
+    def start(self) -> None:
+        """Start the schedule; with `blocking`, return only when a `stop` from another thread is complete.
+
+        After a stop it goes on with the tasks that it had: what fell due in between runs once, at once.
+        Raises RuntimeError when it is running, or when the last stop is not over yet.
+        """
+        with self._changing("start"):
+            if not self.running and not self._drained.is_set():
+                raise RuntimeError("can't start the scheduler: its last stop still waits for running tasks")
+            if not self.running and self._looping:
+                raise RuntimeError("can't start the scheduler: the start that was stopped has not returned yet")
+            self._scheduler.start()
+            self._looping = self._blocking
+        if self._blocking:
+            try:
+                self._scheduler.loop()
+                self._drained.wait()
+            finally:
+                self._looping = False
+
+    def pause(self) -> None:
+        """Begin no further runs until `resume`; running tasks go on. Raises RuntimeError when not running."""
+        with self._changing("pause"):
+            self._scheduler.pause()
+
+    def resume(self) -> None:
+        """End a pause: what fell due in it runs once, at once. Raises RuntimeError when not running."""
+        with self._changing("resume"):
+            self._scheduler.resume()
+
+    def stop(self, wait: bool = True) -> None:
+        """Begin no further runs and, with `wait`, return when none is running any more. The tasks are kept.
+
+        A run that has waited for a free worker counts as running; one that is not waited for doesn't keep its task
+        from running again after a new start. Raises RuntimeError when not running (a stop that another thread has
+        begun is not waited for), and when a task asks to wait, since that would be for itself.
+        """
+        if wait and hasattr(self._worker, "ours"):
+            raise RuntimeError("can't stop the scheduler: a task can't wait for itself, use stop(wait=False)")
+        with self._changing("stop"):
+            if not self.running:
+                raise SchedulerNotRunningError
+            self._drained.clear()  # before the loop can end: a blocking start() then waits for it
+            tasks = self._scheduler.halt()
+            stopped_executor = self._executor
+            self._renew(tasks)
+        # Under no lock, ours or APScheduler's: a task that adds or removes one needs them before it can end.
+        try:
+            if wait:
+                stopped_executor.shutdown(wait=True)
+        finally:
+            self._drained.set()
+
+    def replace_worker(self) -> None:
+        """Allow one thread more, in place of one that a task holds for ever."""
+        with self._lock:
+            pool = self._executor._pool  # noqa: SLF001 - neither library has a public way
+            pool._max_workers += 1  # noqa: SLF001
+
+    def safe_start(self) -> int:
+        """Do as `start`; one that is running already is a success."""
+        return self._safely("start", self.start, harmless=SchedulerAlreadyRunningError)
+
+    def safe_pause(self) -> int:
+        """Do as `pause`."""
+        return self._safely("pause", self.pause)
+
+    def safe_resume(self) -> int:
+        """Do as `resume`."""
+        return self._safely("resume", self.resume)
+
+    def safe_stop(self, wait: bool = True) -> int:
+        """Do as `stop`; one that is not running is a success."""
+        return self._safely("stop", lambda: self.stop(wait), harmless=SchedulerNotRunningError)
+
+    def _put(
+        self,
+        func: Callable[..., object],
+        schedule: BaseTrigger,
+        *,
+        replace_existing: bool = False,
+        **options: Any,
+    ) -> Job:
+        with self._lock:
+            job_id = options.get("id")
+            same = self._scheduler.get_job(job_id) if job_id else None
+            if same and not replace_existing:
+                raise ValueError(f"the id {job_id!r} is taken; choose another, or give replace_existing=True")
+            task = self._scheduler.add_job(func, schedule, replace_existing=replace_existing, **options)
+            if same and same.pending:
+                # Before the start APScheduler keeps both of them, and removes the older one first.
+                self._scheduler.remove_job(job_id)
+            return task
+
+    def _new_executor(self) -> ThreadPoolExecutor:
+        mark = functools.partial(setattr, self._worker, "ours", True)
+        return ThreadPoolExecutor(
+            self._max_workers,
+            {"initializer": mark, "thread_name_prefix": "BackgroundTasks"},
+        )
+
+    def _renew(self, tasks: list[Job]) -> None:
+        """Make a scheduler that was shut down fit for a new start: it has lost its workers and its jobs."""
+        self._executor = self._new_executor()
+        self._scheduler.remove_executor("default", shutdown=False)
+        self._scheduler.add_executor(self._executor, "default")
+        for task in tasks:
+            self._scheduler.add_job(**{name: getattr(task, name) for name in _TASK_STATE})
+
+    @contextmanager
+    def _changing(self, action: str) -> Iterator[None]:
+        """One change of state at a time, with APScheduler's errors translated."""
+        with self._lock:
+            try:
+                yield
+            except SchedulerAlreadyRunningError as error:
+                raise RuntimeError(f"can't {action} the scheduler: it is running already") from error
+            except SchedulerNotRunningError as error:
+                raise RuntimeError(f"can't {action} the scheduler: it is not running") from error
+
+    def _safely(
+        self,
+        action: str,
+        change: Callable[[], None],
+        harmless: type[Exception] | tuple[()] = (),
+    ) -> int:
+        try:
+            change()
+        except Exception as error:  # noqa: BLE001 - to raise nothing is what the safe methods are for
+            if not isinstance(error.__cause__, harmless):
+                log.error("scheduler_not_changed", action=action, reason=str(error))
+                return self._error
+        return self._success
+
+
+class _Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no types
+    """What both kinds of scheduler do otherwise than APScheduler's."""
+
+    def __init__(self, **options: Any) -> None:
+        self._turn = threading.RLock()
+        super().__init__(**options)
+
+    def _process_jobs(self) -> float:
+        """Submit what is due, and return how many seconds the loop may sleep.
+
+        The sleep is measured by a clock that neither a change of the system's time nor a suspended machine moves
+        on. After either of them a long sleep would last far beyond the next run.
+        """
+        with self._turn:
+            until_next_run = super()._process_jobs()
+        return _LONGEST_SLEEP_SECONDS if until_next_run is None else min(until_next_run, _LONGEST_SLEEP_SECONDS)
+
+    def halt(self) -> list[Job]:
+        """Shut down without waiting for running jobs, and return the jobs that have a run ahead of them.
+
+        APScheduler's own `shutdown` may come while the loop is busy with a job that has no further run: the loop
+        then dies because it no longer finds that job, which would also be among those returned here.
+        """
+        with self._turn:
+            jobs: list[Job] = self.get_jobs()
+            BlockingScheduler.shutdown(self, wait=False)
+        return jobs
+
+
+class _BackgroundScheduler(_Scheduler, BackgroundScheduler):  # type: ignore[misc]
+    def halt(self) -> list[Job]:
+        jobs = super().halt()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        return jobs
+
+
+class _ForegroundScheduler(_Scheduler):
+    """A blocking scheduler whose `start` returns, so that it can be made under a lock, and whose `loop` blocks.
+
+    APScheduler loses a task that is added by another thread just while it starts.
+    """
+
+    def _main_loop(self) -> None:
+        pass
+
+    def loop(self) -> None:
+        super()._main_loop()
+
+
+def _abandon(scheduler: _Scheduler) -> None:
+    if scheduler.running:
+        scheduler.halt()
+
+
+def _log_event(event: JobEvent) -> None:
+    log.debug(_DEBUG_EVENTS[event.code], task=event.job_id)
+
+
+def _check_call(func: object, args: object, kwargs: object) -> None:
+    """Refuse what APScheduler would find out too late, or would take for something else."""
+    if not callable(func):
+        raise ValueError(f"expected a callable, got {func!r}")  # noqa: TRY004 - one kind of error for the caller
+    if inspect.iscoroutinefunction(func):
+        raise ValueError("a coroutine function would never run; wrap it in a function that calls asyncio.run")
+    if args is not None and not isinstance(args, list | tuple):
+        raise ValueError(f"args must be a list or a tuple, got {type(args).__name__}")
+    if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs)):
+        raise ValueError(f"kwargs must be a dict with names as keys, got {type(kwargs).__name__}")
+
+
+def _make_trigger(trigger: object, options: dict[str, Any], zone: tzinfo) -> BaseTrigger:
+    if isinstance(trigger, BaseTrigger):
+        if options:
+            raise ValueError(f"a trigger object takes no further options, got {', '.join(options)}")
+        return trigger
+    if not isinstance(trigger, str) or trigger not in _TRIGGERS:
+        raise ValueError(f"expected the trigger interval, cron or date, or a trigger object, got {trigger!r}")
+    known = inspect.signature(_TRIGGERS[trigger]).parameters
+    if unknown := options.keys() - known.keys():
+        raise ValueError(f"trigger {trigger} has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    if options.get("jitter") is not None:
+        _check_number("jitter", options["jitter"])
+    if trigger == "interval":
+        options = _with_interval(options)
+    return _TRIGGERS[trigger](**{"timezone": zone, **options})
+
+
+def _with_interval(options: dict[str, Any]) -> dict[str, Any]:
+    units = {name: options[name] for name in _INTERVAL_UNITS if name in options}
+    units = units or {"seconds": _DEFAULT_INTERVAL_SECONDS}
+    for name, value in units.items():
+        _check_number(name, value)
+    if not timedelta(**units):
+        given = ", ".join(f"{name}={value}" for name, value in units.items())
+        raise ValueError(f"an interval must be longer than 0, got {given}")
+    return {**options, **units}
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number and not negative, got {value!r}")

@@ -1,0 +1,142 @@
+"""When a job is due: its slots, the same in every process on every machine.
+
+A slot is an instant in UTC that follows from the configuration alone, from neither a start time nor a
+previous run, so any number of daemons agree on them without talking.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from hashlib import sha256
+from typing import Protocol
+from zoneinfo import ZoneInfo
+
+from catfeeder_cron.config import JobSettings, format_duration
+from catfeeder_cron.crontab import Crontab
+from catfeeder_cron.errors import ConfigurationError
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A sum of consecutive slots."""
+
+    first: datetime
+    last: datetime
+    count: int
+
+
+class Schedule(Protocol):
+    """All slots of one job. Instants that are handed in must be aware; those that come back are in UTC."""
+
+    def next_after(self, instant: datetime) -> datetime | None:
+        """Return the first slot strictly after `instant`; None when there is none any more."""
+
+    def between(self, after: datetime, until: datetime) -> Slots | None:
+        """Sum up the slots in (`after`, `until`] without listing them; None when there is none."""
+
+    def describe(self) -> str:
+        """Return the schedule in the words of the configuration."""
+
+
+@dataclass(frozen=True)
+class IntervalSchedule:
+    """Slots on a fixed grid: whole intervals since the Unix epoch, shifted by a hash of the job's id.
+
+    The shift keeps jobs of one interval from starting together.
+    """
+
+    interval: timedelta
+    job_id: str
+
+    @cached_property
+    def _shift(self) -> int:
+        return stable_hash(self.job_id) % (self.interval // MICROSECOND)
+
+    def next_after(self, instant: datetime) -> datetime:
+        return self._slot(self._index(instant) + 1)
+
+    def between(self, after: datetime, until: datetime) -> Slots | None:
+        before, last = self._index(after), self._index(until)
+        if last <= before:
+            return None
+        return Slots(self._slot(before + 1), self._slot(last), last - before)
+
+    def describe(self) -> str:
+        return f"every {format_duration(self.interval)}"
+
+    def _index(self, instant: datetime) -> int:
+        """Return the number of the last slot at or before `instant`."""
+        return ((instant - EPOCH) // MICROSECOND - self._shift) // (self.interval // MICROSECOND)
+
+    def _slot(self, index: int) -> datetime:
+        return EPOCH + self._shift * MICROSECOND + index * self.interval
+
+
+@dataclass(frozen=True)
+class CronSchedule:
+    """The times that a cron expression matches on the clocks of a zone."""
+
+    crontab: Crontab
+    zone: ZoneInfo
+
+    def next_after(self, instant: datetime) -> datetime:
+        return self.crontab.next_after(instant, self.zone)
+
+    def between(self, after: datetime, until: datetime) -> Slots | None:
+        first = self.next_after(after)
+        if first > until:
+            return None
+        return Slots(first, self._last_before(until), self.crontab.count(after, until, self.zone))
+
+    def describe(self) -> str:
+        return f"cron {self.crontab.expression} ({self.zone.key})"
+
+    def _last_before(self, until: datetime) -> datetime:
+        """Return the last slot at or before `until`; there must be one.
+
+        It looks into the last hour, then ever further back, so as to meet few slots of any expression.
+        """
+        span = timedelta(hours=1)
+        while (slot := self.next_after(until.astimezone(UTC) - span)) > until:
+            span *= 2
+        while (following := self.next_after(slot)) <= until:
+            slot = following
+        return slot
+
+
+@dataclass(frozen=True)
+class DateSchedule:
+    """A single slot."""
+
+    instant: datetime
+
+    def next_after(self, instant: datetime) -> datetime | None:
+        return self.instant if instant < self.instant else None
+
+    def between(self, after: datetime, until: datetime) -> Slots | None:
+        return Slots(self.instant, self.instant, 1) if after < self.instant <= until else None
+
+    def describe(self) -> str:
+        return f"once at {self.instant.isoformat().removesuffix('+00:00')}Z"
+
+
+def schedule_for(job_id: str, settings: JobSettings, default_zone: ZoneInfo) -> Schedule:
+    """Return the schedule that a job's settings ask for, in `default_zone` where they name none.
+
+    Raises ConfigurationError when they have no trigger.
+    """
+    if settings.interval is not None:
+        return IntervalSchedule(settings.interval, job_id)
+    if settings.cron is not None:
+        return CronSchedule(Crontab.parse(settings.cron), settings.timezone or default_zone)
+    if settings.date is not None:
+        return DateSchedule(settings.date)
+    raise ConfigurationError(f"jobs.{job_id}: got no trigger, expected interval, cron or date")
+
+
+def stable_hash(text: str) -> int:
+    """Return a number of 64 bits that is the same in every process."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8])
