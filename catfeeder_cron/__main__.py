@@ -1,0 +1,5 @@
+"""`python -m catfeeder_cron`."""
+
+from catfeeder_cron.cli import main
+
+main()

@@ -1,0 +1,298 @@
+"""The command line. What a command needs is imported when it runs, so that `--help` stays quick."""
+
+import os
+import sys
+from datetime import UTC, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from catfeeder_cron import __version__
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobIsRunning, UnknownJob
+
+if TYPE_CHECKING:
+    from catfeeder_cron.config import Settings
+    from catfeeder_cron.crons import Crons
+    from catfeeder_cron.history import PastRun
+    from catfeeder_cron.job import JobReport
+
+FAILED = 84
+WRONG_USAGE = 2
+RUNNING_ELSEWHERE = 75
+
+app = typer.Typer(
+    name="catfeeder-cron",
+    help="The maintenance jobs of a Cat Feeder web backend.",
+    epilog="Exit status: 0 done, 84 failed, 2 wrong usage, 75 running elsewhere.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and change nothing.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; errors become one line each on standard error and an exit status."""
+    try:
+        status = app(standalone_mode=False) or 0
+    except UnknownJob as error:
+        status = _complain(error, WRONG_USAGE)
+    except CatfeederCronError as error:
+        status = _complain(error, FAILED)
+    except typer.Abort:
+        status = FAILED
+    except typer.TyperException as error:
+        status = _complain(error.format_message(), WRONG_USAGE)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def _complain(error: object, status: int) -> int:
+    for line in str(error).splitlines():
+        print(f"catfeeder-cron: {line}", file=sys.stderr)
+    return status
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"catfeeder-cron {__version__}")
+        raise typer.Exit
+
+
+def _duration(text: str) -> timedelta:
+    from catfeeder_cron.config import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The configuration; else $CATFEEDER_CRON_CONFIG, ./config.toml, /etc/catfeeder-cron/config.toml.",
+        ),
+    ] = None,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    context.obj = config
+
+
+@app.command()
+def start(context: typer.Context) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT."""
+    from catfeeder_cron import daemon, logs
+
+    settings = _load(context)
+    logs.configure(settings.logging.level, settings.logging.format)
+    daemon.run(settings)
+
+
+@app.command("list")
+def list_jobs(context: typer.Context, as_json: Json = False) -> None:
+    """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended."""
+    from catfeeder_cron import overview, terminal
+
+    jobs = overview.jobs(_load(context))
+    if as_json:
+        terminal.print_json(jobs)
+        return
+    terminal.print_table(
+        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN", "LAST RUN", "OUTCOME"),
+        [
+            (
+                job["job"],
+                "yes" if job["enabled"] else "no",
+                job["trigger"],
+                job["next_run"] or "-",
+                job["last_run"] or "-",
+                job["last_outcome"] or "-",
+            )
+            for job in jobs
+        ],
+    )
+
+
+@app.command("run-once")
+def run_once(
+    context: typer.Context,
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="The ids of the jobs, in this order.")],
+    dry_run: DryRun = False,
+    wait: Annotated[
+        timedelta,
+        typer.Option(
+            parser=_duration, metavar="DURATION", help='Wait for a job that runs elsewhere, at most "5m" say.'
+        ),
+    ] = timedelta(0),
+    as_json: Json = False,
+) -> int:
+    """Run jobs now, one after the other, in this process, enabled or not, and print what each did.
+
+    For example: catfeeder-cron run-once clean-tokens --dry-run
+    """
+    from catfeeder_cron import terminal
+    from catfeeder_cron.crons import Crons
+    from catfeeder_cron.service import StopSignals
+
+    settings = _load(context)
+    _log_warnings(settings)
+    reports: list[dict[str, Any]] = []
+    with StopSignals() as signals, Crons(config=settings) as crons:
+        signals.on_request(crons.request_stop)
+        for job in jobs:
+            crons.find(job)
+        statuses = set()
+        for job in jobs:
+            report, status = _run_one(crons, job, dry_run, wait)
+            statuses.add(status)
+            if as_json:
+                reports.append(report.as_json())
+            else:
+                print(_in_words(report), flush=True)
+    if as_json:
+        terminal.print_json(reports)
+    return next(status for status in (FAILED, RUNNING_ELSEWHERE, 0) if status in statuses)
+
+
+def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple["JobReport", int]:
+    from catfeeder_cron import terminal
+    from catfeeder_cron.runner import not_run
+
+    try:
+        with terminal.progress_bar(job) as progress:
+            report = crons.run(job, dry_run=dry_run, wait=wait, progress=progress)
+    except JobIsRunning as error:
+        _complain(error, RUNNING_ELSEWHERE)
+        return not_run(job, "skipped", str(error), dry_run=dry_run), RUNNING_ELSEWHERE
+    except DatabaseError as error:
+        _complain(f"{job}: {error}", FAILED)
+        return not_run(job, "failed", str(error), dry_run=dry_run), FAILED
+    return report, 0 if report.outcome in ("succeeded", "skipped") else FAILED
+
+
+@app.command()
+def history(
+    context: typer.Context,
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of them by default.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show this many at most.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show past runs, newest first, and the slots that did not run with the reason.
+
+    For example: catfeeder-cron history clean-tokens --limit 5
+    """
+    from catfeeder_cron import history as past
+    from catfeeder_cron import schema, terminal
+    from catfeeder_cron.database import Database
+
+    settings = _load(context)
+    _log_warnings(settings)
+    with Database(settings.database) as database:
+        schema.require(database)
+        runs = past.past_runs(database, job, limit)
+        durations = past.durations(database, job)
+    if as_json:
+        terminal.print_json([run.as_json() for run in runs])
+        return
+    terminal.print_table(
+        ("RUN", "JOB", "SLOT", "TRIGGER", "OUTCOME", "STARTED", "SECONDS", "DETAILS"), [_in_cells(run) for run in runs]
+    )
+    for each in durations:
+        print(
+            f"{each.job}: {each.runs} succeeded, median {each.median.total_seconds():.2f} s, "
+            f"longest {each.longest.total_seconds():.2f} s"
+        )
+
+
+@app.command("init-db")
+def init_db(
+    context: typer.Context,
+    with_app_tables: Annotated[bool, typer.Option(help="Create Cat Feeder's own tables too, where missing.")] = False,
+    with_indexes: Annotated[bool, typer.Option(help="Create the indexes that the jobs want, where missing.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Create or upgrade the daemon's own schema, catfeeder_cron. Repeating it does no harm."""
+    from catfeeder_cron import schema
+    from catfeeder_cron.database import Database
+    from catfeeder_cron.jobs import built_in
+    from catfeeder_cron.schema.application import create_tables
+    from catfeeder_cron.schema.indexes import create_indexes
+
+    settings = _load(context)
+    _log_warnings(settings)
+    tables = settings.database.tables
+    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
+    done = False
+    with Database(settings.database) as database:
+        steps = [schema.upgrade(database, dry_run=dry_run)]
+        if with_app_tables:
+            steps.append(create_tables(database, tables, dry_run=dry_run))
+        if with_indexes:
+            steps.append(create_indexes(database, tables, wanted, dry_run=dry_run))
+        for step in steps:
+            for line in step:
+                done = True
+                print(line, flush=True)
+    if not done:
+        print("nothing to do")
+
+
+@app.command()
+def demo() -> None:
+    """Show the daemon at work on a throw-away PostgreSQL with sample data, until Ctrl-C."""
+    from catfeeder_cron.demo import run
+
+    run()
+
+
+def _load(context: typer.Context) -> "Settings":
+    from catfeeder_cron.config import load
+    from catfeeder_cron.jobs import built_in
+
+    return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
+
+
+def _log_warnings(settings: "Settings") -> None:
+    """A command that prints its own results logs what went wrong and nothing else, unless debugging."""
+    from catfeeder_cron import logs
+
+    logs.configure("debug" if settings.logging.level == "debug" else "warning", "console")
+
+
+def _in_cells(run: "PastRun") -> tuple[str, ...]:
+    details = [f"{name.replace('_', ' ')} {number}" for name, number in run.counts.items()]
+    if run.missed and run.last_slot:
+        details.append(f"{run.missed} slots until {run.last_slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}")
+    return (
+        str(run.run_id),
+        run.job,
+        f"{run.slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if run.slot else "-",
+        run.trigger,
+        run.outcome or "running",
+        f"{run.started_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
+        f"{run.duration.total_seconds():.2f}" if run.duration else "-",
+        ", ".join([*([run.reason] if run.reason else []), *details]),
+    )
+
+
+def _in_words(report: "JobReport") -> str:
+    counts = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in report.counts.items())
+    told = [
+        report.outcome.replace("_", " "),
+        *([report.reason] if report.reason else []),
+        *([counts] if counts else []),
+    ]
+    return f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"

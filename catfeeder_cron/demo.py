@@ -1,0 +1,64 @@
+"""A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from catfeeder_cron import daemon, embedded, logs, schema
+from catfeeder_cron.config import load
+from catfeeder_cron.database import Database
+from catfeeder_cron.jobs import built_in
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.schema.indexes import create_indexes
+
+log = get_logger(__name__)
+
+_CONFIG = """
+[database]
+url = "{conninfo}"
+
+[logging]
+format = "console"
+
+[jobs.clean-tokens]
+interval = "5s"
+
+[jobs.clean-verification]
+interval = "7s"
+
+[jobs.test-current-date]
+enabled = true
+interval = "15s"
+"""
+
+# Half of the rows have expired, and more of them do so while the demo runs.
+_SAMPLES = """
+    INSERT INTO "Users" (username) SELECT 'cat-' || n FROM generate_series(1, 200) AS n;
+    INSERT INTO "Connections" (token, user_id, expiration_date)
+        SELECT md5(random()::text) || n, 1 + n % 200, now() + (n - 3000) * interval '0.1 second'
+        FROM generate_series(1, 6000) AS n;
+    INSERT INTO "Verification" (term, definition, expiration)
+        SELECT 'user' || n || '@example.org', left(md5(random()::text), 6), now() + (n - 1000) * interval '0.3 second'
+        FROM generate_series(1, 2000) AS n;
+"""
+
+
+def run() -> None:
+    """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
+    logs.configure("info", "console")
+    with TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder, embedded.temporary() as server:
+        config = Path(folder, "config.toml")
+        config.write_text(_CONFIG.format(conninfo=server.conninfo))
+        jobs = built_in()
+        settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
+        with Database(settings.database) as database:
+            for _ in schema.upgrade(database):
+                pass
+            for _ in create_tables(database, settings.database.tables):
+                pass
+            with database.transaction() as connection:
+                connection.execute(_SAMPLES)
+            for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
+                pass
+        log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
+        daemon.run(settings)

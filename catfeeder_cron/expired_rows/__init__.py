@@ -1,0 +1,75 @@
+"""Delete the rows of a table whose time has passed, in short transactions that nobody notices.
+
+A row's identity is never carried from one transaction to the next: every DELETE repeats the condition, so a row that
+the web server prolongs meanwhile survives. Three ways, chosen for each leaf of the table:
+
+pick        little has expired and an index begins with the expiry: in the index's order. The cost follows the
+            expired rows, not the table.
+walk        otherwise: over the table's blocks, a range of them at a time. This reaches the speed of one big DELETE,
+            with or without an index, because every block is read once and in order.
+carefully   where a batch meets a row that is locked or that a constraint keeps: for that batch alone, row by row.
+"""
+
+from datetime import timedelta
+
+from pydantic import Field
+
+from catfeeder_cron import catalog
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.database import single
+from catfeeder_cron.errors import LockTimeout, SchemaProblem
+from catfeeder_cron.expired_rows import pick, walk
+from catfeeder_cron.expired_rows.sweep import Sweep
+from catfeeder_cron.job import JobContext
+
+_EXPIRY_TYPES = ("timestamp with time zone", "timestamp without time zone", "date")
+
+
+class ExpiredRowsSettings(JobSettings):
+    """What the clean-up jobs have in common."""
+
+    batch_size: int = Field(default=5000, ge=1)
+    """Rows that one transaction deletes at most."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Rows that one run deletes at most; the rest waits for the next run."""
+    keep_expired_for: Duration = timedelta(0)
+    """How long a row outlives its expiry."""
+
+
+def delete_expired(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> None:
+    """Delete the rows of table `name` whose column `expiry` has passed by the database's clock; NULL never has.
+
+    Counts `deleted`, and `remaining`: the expired rows that were met and left, because somebody has them locked or a
+    constraint keeps them. A dry run counts `would_delete`. A row that expires during the run waits for the next.
+    Any number of these may run at once, on any number of machines.
+    """
+    sweeps = _inspect(context, name, expiry, settings)
+    if context.dry_run:
+        found = sum(sweep.count_deletable() for sweep in sweeps)
+        context.counts["would_delete"] = found if settings.max_rows is None else min(found, settings.max_rows)
+        return
+    context.counts.update(deleted=0, remaining=0)
+    blocks_before, blocks = 0, sum(sweep.leaf.blocks for sweep in sweeps)
+    for sweep in sweeps:
+        sweep.blocks_before, sweep.blocks_in_all = blocks_before, blocks
+        try:
+            if not pick.delete_if_few(sweep):
+                walk.delete(sweep)
+            sweep.tell_what_is_kept()
+        except LockTimeout as error:
+            raise LockTimeout(f"{sweep.leaf} is locked as a whole; the next run goes on from here: {error}") from None
+        blocks_before += sweep.leaf.blocks
+    context.progress(blocks, blocks)
+
+
+def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[Sweep]:
+    with context.transaction() as connection:
+        oid, column_type = catalog.find_table(connection, context.tables.schema_, name, expiry)
+        if column_type not in _EXPIRY_TYPES:
+            raise SchemaProblem(f'column "{expiry}" of table "{name}" is {column_type}, not a time')
+        leaves = catalog.leaves(connection, oid, expiry)
+        for leaf in leaves:
+            catalog.require_privileges(connection, leaf, "SELECT", "UPDATE", "DELETE")
+        references = catalog.references(connection, [oid, *(leaf.oid for leaf in leaves)])
+        (cutoff,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
+    return [Sweep(context, leaf, expiry, cutoff, references, settings.batch_size, settings.max_rows) for leaf in leaves]

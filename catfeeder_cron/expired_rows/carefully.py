@@ -1,0 +1,69 @@
+"""Delete expired rows of which some can't be: what is locked is passed over, what a constraint keeps is found."""
+
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+from psycopg import errors as pg
+from psycopg import sql
+
+from catfeeder_cron.database import Connection
+from catfeeder_cron.expired_rows.sweep import Sweep
+
+# Rows that are locked together while they are tried, and the wait for the rows that hang on one of them.
+_ROWS = 200
+_LOCK_TIMEOUT = "10ms"
+
+_LOCK = """
+    SELECT ctid::text, {expiry}::timestamptz::text FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
+    ORDER BY {order} LIMIT %(limit)s FOR UPDATE SKIP LOCKED"""
+_DELETE = """
+    DELETE FROM ONLY {leaf} AS leaf WHERE ctid = ANY (%(places)s::tid[]) AND {expiry} < %(cutoff)s::timestamptz"""
+_NAME = "SELECT to_jsonb(leaf) ->> 'id' FROM ONLY {leaf} AS leaf WHERE ctid = %(place)s::tid"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a leaf was gone through: an expiry and a row's place, in the order of the one or the other."""
+
+    expiry: str = "-infinity"
+    place: str = "(0,0)"
+
+
+def delete_next(
+    sweep: Sweep,
+    scope: LiteralString,
+    order: LiteralString,
+    after: Position,
+    parameters: dict[str, Any],
+    planner: dict[str, str],
+) -> Position | None:
+    """Delete what can be deleted of the next few rows of a scope; return how far that went, None at its end."""
+    limit = min(sweep.room(), _ROWS)
+    lock = sweep.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=sql.Identifier(sweep.expiry)))
+    values = sweep.parameters(limit=limit, expiry=after.expiry, place=after.place, **parameters)
+    with sweep.batch(**planner) as connection:
+        connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        rows = connection.execute(lock, values).fetchall()
+        connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(_LOCK_TIMEOUT))
+        deleted = _delete_or_halve(sweep, connection, [place for place, _ in rows]) if rows else 0
+    sweep.deleted(deleted)
+    return Position(expiry=rows[-1][1], place=rows[-1][0]) if len(rows) == limit else None
+
+
+def _delete_or_halve(sweep: Sweep, connection: Connection, places: list[str]) -> int:
+    """Delete these locked rows; where one can't be deleted, find it by halves."""
+    try:
+        with connection.transaction():
+            return connection.execute(sweep.statement(_DELETE), sweep.parameters(places=places)).rowcount
+    except (pg.IntegrityError, pg.LockNotAvailable) as error:
+        if len(places) == 1:
+            _remember(sweep, connection, places[0], error.diag.constraint_name)
+            return 0
+    middle = len(places) // 2
+    return sum(_delete_or_halve(sweep, connection, half) for half in (places[:middle], places[middle:]))
+
+
+def _remember(sweep: Sweep, connection: Connection, place: str, constraint: str | None) -> None:
+    row = connection.execute(sweep.statement(_NAME), {"place": place}).fetchone()
+    if constraint is not None and row is not None:
+        sweep.kept.setdefault(constraint, []).append(row[0])

@@ -1,0 +1,74 @@
+"""Delete a leaf's expired rows through an index on their expiry, oldest first."""
+
+from catfeeder_cron.database import single
+from catfeeder_cron.errors import ConstraintViolation, LockTimeout
+from catfeeder_cron.expired_rows import carefully
+from catfeeder_cron.expired_rows.carefully import Position
+from catfeeder_cron.expired_rows.sweep import EXPIRED, Sweep
+
+# Share of expired rows up to which picking beats the walk, and the most that are counted to find out.
+_FEW = 0.02
+_MOST_COUNTED = 100_000
+
+_COUNT_SOME = "SELECT count(*) FROM (SELECT FROM ONLY {leaf} AS leaf WHERE {scope} LIMIT %(limit)s) AS first_ones"
+
+# Rows that were passed over, because they are locked or kept, are behind the position and don't come again.
+_AFTER = """{expiry} < %(cutoff)s::timestamptz AND {expiry} >= %(expiry)s::timestamptz
+    AND ({expiry} > %(expiry)s::timestamptz OR ctid > %(place)s::tid)"""
+_UP_TO = """{expiry} <= %(expiry)s::timestamptz AND ({expiry} < %(expiry)s::timestamptz OR ctid <= %(place)s::tid)"""
+_ORDER = "{expiry}, ctid"
+
+_DELETE = """
+    WITH picked AS MATERIALIZED (
+        SELECT ctid AS place, {expiry} AS expiry FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
+        ORDER BY expiry, place LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
+    deleted AS (
+        DELETE FROM ONLY {leaf} AS leaf
+        WHERE ctid = ANY (ARRAY(SELECT place FROM picked)) AND {expiry} < %(cutoff)s::timestamptz RETURNING 1)
+    SELECT count(*), (SELECT count(*) FROM deleted), max(expiry)::timestamptz::text,
+           (max(place) FILTER (WHERE expiry = (SELECT max(expiry) FROM picked)))::text
+    FROM picked"""
+
+_THROUGH_THE_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
+
+
+def delete_if_few(sweep: Sweep) -> bool:
+    """Delete what has expired if an index leads there and it is little; return whether it was so."""
+    if not sweep.leaf.indexed:
+        return False
+    few = round(min(_MOST_COUNTED, max(sweep.batch_size, _FEW * sweep.leaf.estimated_rows)))
+    with sweep.context.transaction(**_THROUGH_THE_INDEX) as connection:
+        (found,) = single(connection, sweep.statement(_COUNT_SOME), sweep.parameters(limit=few + 1))
+    if found > few:
+        return False
+    if found:
+        _delete(sweep)
+    return True
+
+
+def _delete(sweep: Sweep) -> None:
+    position: Position | None = Position()
+    while position is not None and sweep.room():
+        position = _delete_next(sweep, position)
+    if position is None:
+        sweep.count_remaining(EXPIRED)
+    else:
+        sweep.count_remaining(_UP_TO, expiry=position.expiry, place=position.place)
+
+
+def _delete_next(sweep: Sweep, after: Position) -> Position | None:
+    """Delete a batch behind `after`; return how far it went, None at the end."""
+    try:
+        return _delete_batch(sweep, after)
+    except (LockTimeout, ConstraintViolation):
+        return carefully.delete_next(sweep, _AFTER, _ORDER, after, {}, _THROUGH_THE_INDEX)
+
+
+def _delete_batch(sweep: Sweep, after: Position) -> Position | None:
+    room = sweep.room()
+    parameters = sweep.parameters(limit=room, expiry=after.expiry, place=after.place)
+    with sweep.batch(**_THROUGH_THE_INDEX) as connection:
+        connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        picked, rows, expiry, place = single(connection, sweep.statement(_DELETE, _AFTER), parameters)
+    sweep.deleted(rows)
+    return Position(expiry, place) if picked == room else None

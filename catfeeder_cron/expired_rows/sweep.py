@@ -1,0 +1,113 @@
+"""One run's sweep over one leaf: what its statements have in common, and what it found that can't be deleted."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, LiteralString
+
+from psycopg import sql
+
+from catfeeder_cron.catalog import Leaf, Reference
+from catfeeder_cron.database import Connection, single
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+# What a batch spends on waiting for somebody else's row lock, while it holds its own.
+LOCK_TIMEOUT = "50ms"
+_MOST_NAMED = 5
+
+EXPIRED = "{expiry} < %(cutoff)s::timestamptz"
+
+_COUNT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}"
+
+# to_jsonb, because a table without a column "id" is no reason to fail.
+_KEPT = """
+    SELECT count(*), (array_agg(to_jsonb(leaf) ->> 'id'))[:%(named)s] FROM ONLY {leaf} AS leaf
+    WHERE {scope} AND EXISTS ({referring}) {unreferenced}"""
+
+
+@dataclass
+class Sweep:
+    context: JobContext
+    leaf: Leaf
+    expiry: str
+    cutoff: str
+    references: list[Reference]
+    batch_size: int
+    max_rows: int | None
+    blocks_before: int = 0
+    blocks_in_all: int = 0
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    """Rows that turned out to be kept by a constraint that `references` does not show, by its name."""
+
+    def room(self) -> int:
+        """Rows that the next batch may delete."""
+        if self.max_rows is None:
+            return self.batch_size
+        return min(self.batch_size, self.max_rows - self.context.counts["deleted"])
+
+    def batch(self, **local: str) -> AbstractContextManager[Connection]:
+        """Open a batch's transaction. A batch that a crashing server loses is deleted again by the next run, so nobody
+        waits for the disk.
+        """
+        settings: dict[str, str | int] = {"lock_timeout": LOCK_TIMEOUT, "synchronous_commit": "off", **local}
+        return self.context.transaction(**settings)
+
+    def statement(self, text: LiteralString, scope: LiteralString = EXPIRED, **parts: sql.Composable) -> sql.Composed:
+        """Fill in the names of this leaf. Rows that a foreign key keeps are left out by {unreferenced}."""
+        names = {"leaf": self.leaf.identifier, "expiry": sql.Identifier(self.expiry)}
+        unreferenced = sql.SQL("").join(
+            sql.SQL(" AND NOT EXISTS ({})").format(self._referring(reference)) for reference in self.references
+        )
+        return sql.SQL(text).format(
+            **{"scope": sql.SQL(scope).format(**names), "unreferenced": unreferenced, **names, **parts}
+        )
+
+    def parameters(self, **more: Any) -> dict[str, Any]:
+        return {"cutoff": self.cutoff, **more}
+
+    def deleted(self, rows: int) -> None:
+        self.context.counts["deleted"] += rows
+
+    def progress(self, blocks: int) -> None:
+        self.context.progress(self.blocks_before + blocks, self.blocks_in_all)
+
+    def count_deletable(self) -> int:
+        with self.context.transaction() as connection:
+            return self._count(connection, EXPIRED, {})
+
+    def count_remaining(self, scope: LiteralString = EXPIRED, **parameters: Any) -> None:
+        """Add what is still there of a scope that was gone through: what others hold or a constraint keeps."""
+        with self.context.transaction() as connection:
+            self.context.counts["remaining"] += self._count(connection, scope, parameters)
+
+    def tell_what_is_kept(self) -> None:
+        """Count and name the expired rows that foreign keys keep."""
+        references, self.references = self.references, []
+        for reference in references:
+            statement = self.statement(_KEPT, referring=self._referring(reference))
+            with self.context.transaction() as connection:
+                rows, named = single(connection, statement, self.parameters(named=_MOST_NAMED))
+            self.references.append(reference)
+            if rows:
+                self.context.counts["remaining"] += rows
+                self._warn(reference.constraint, rows, named)
+        for constraint, identities in self.kept.items():
+            self._warn(constraint, len(identities), identities[:_MOST_NAMED])
+
+    def _warn(self, constraint: str, rows: int, named: list[str]) -> None:
+        log.warning(
+            "expired_rows_kept", table=str(self.leaf), constraint=constraint, rows=rows, ids=", ".join(map(str, named))
+        )
+
+    def _count(self, connection: Connection, scope: LiteralString, parameters: dict[str, Any]) -> int:
+        (rows,) = single(connection, self.statement(_COUNT, scope), self.parameters(**parameters))
+        return int(rows)
+
+    def _referring(self, reference: Reference) -> sql.Composed:
+        matches = sql.SQL(" AND ").join(
+            sql.SQL("{} = {}").format(sql.Identifier("referring", own), sql.Identifier("leaf", referenced))
+            for own, referenced in reference.columns
+        )
+        return sql.SQL("SELECT FROM {} AS referring WHERE {}").format(reference.table, matches)

@@ -1,0 +1,99 @@
+"""What the ledger tells: past runs, and the slots that went by."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from catfeeder_cron.database import Database
+
+_RUNS = """
+    SELECT run_id, job, slot, last_slot, missed, trigger, outcome, reason, counts, started_at, finished_at, host, pid,
+           daemon
+    FROM catfeeder_cron.job_runs
+    WHERE %(job)s::text IS NULL OR job = %(job)s
+    ORDER BY started_at DESC, run_id DESC LIMIT %(limit)s"""
+
+_LAST = """
+    SELECT DISTINCT ON (job) job, started_at, outcome FROM catfeeder_cron.job_runs
+    WHERE missed IS NULL ORDER BY job, started_at DESC, run_id DESC"""
+
+_DURATIONS = """
+    SELECT job, count(*), percentile_cont(0.5) WITHIN GROUP (ORDER BY finished_at - started_at),
+           max(finished_at - started_at)
+    FROM catfeeder_cron.job_runs
+    WHERE outcome = 'succeeded' AND (%(job)s::text IS NULL OR job = %(job)s) GROUP BY job ORDER BY job"""
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run, finished or under way, or a stretch of `missed` slots that did not run."""
+
+    run_id: int
+    job: str
+    slot: datetime | None
+    last_slot: datetime | None
+    missed: int | None
+    trigger: str
+    outcome: str | None
+    reason: str | None
+    counts: dict[str, int]
+    started_at: datetime
+    finished_at: datetime | None
+    host: str
+    pid: int
+    daemon: UUID
+
+    @property
+    def duration(self) -> timedelta | None:
+        return None if self.missed or self.finished_at is None else self.finished_at - self.started_at
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "job": self.job,
+            "slot": timestamp(self.slot),
+            "trigger": self.trigger,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "counts": self.counts,
+            "started_at": timestamp(self.started_at),
+            "duration_seconds": None if self.duration is None else round(self.duration.total_seconds(), 3),
+            "dry_run": False,
+            "host": self.host,
+            "pid": self.pid,
+            "daemon": str(self.daemon),
+            "first_slot": timestamp(self.slot) if self.missed else None,
+            "last_slot": timestamp(self.last_slot),
+            "missed": self.missed,
+        }
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How long the succeeded runs of a job took, as far back as the history goes."""
+
+    job: str
+    runs: int
+    median: timedelta
+    longest: timedelta
+
+
+def past_runs(database: Database, job: str | None, limit: int) -> list[PastRun]:
+    """Return what there is of one job or of all, newest first."""
+    rows = database.query(_RUNS, {"job": job, "limit": limit})
+    return [PastRun(*row) for row in rows]
+
+
+def durations(database: Database, job: str | None) -> list[Durations]:
+    return [Durations(*row) for row in database.query(_DURATIONS, {"job": job})]
+
+
+def last_runs(database: Database) -> dict[str, tuple[datetime, str | None]]:
+    """Return start and outcome (None while under way) of every job's last run."""
+    return {job: (started_at, outcome) for job, started_at, outcome in database.query(_LAST, {})}
+
+
+def timestamp(instant: datetime | None) -> str | None:
+    """ISO 8601 in UTC."""
+    return None if instant is None else instant.astimezone(UTC).isoformat().replace("+00:00", "Z")

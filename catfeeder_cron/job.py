@@ -1,0 +1,137 @@
+"""What a job is, what it is given for a run, and what is told of the run afterwards."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Generic, Literal, TypeVar
+
+from catfeeder_cron.config import DatabaseTables, JobSettings
+from catfeeder_cron.database import Connection, Database
+from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
+
+Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
+Progress = Callable[[int, int], None]
+S = TypeVar("S", bound=JobSettings)
+
+
+@dataclass(frozen=True)
+class Job(Generic[S]):
+    """A kind of work with its settings. `run` returns when all is done, and raises when it is not."""
+
+    id: str
+    summary: str
+    settings: type[S]
+    run: Callable[["JobContext", S], None]
+    shared: bool = False
+    """Its rows are shared out by leases, so every daemon works on each of its slots."""
+    wanted_indexes: tuple[tuple[str, str], ...] = ()
+    """What makes the job cheap: pairs of (a key of [database.tables], a column)."""
+
+
+class StopRequest:
+    """Asks a run to end early. Set by any thread, looked at by the run between its batches; the first reason stays."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._reason: JobInterrupted | None = None
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self, reason: JobInterrupted) -> None:
+        if self._reason is None:
+            self._reason = reason
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, at most until the request comes. True when it came."""
+        return self._event.wait(seconds)
+
+    def raise_if_set(self) -> None:
+        if self._reason is not None and self._event.is_set():
+            raise self._reason
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass
+class JobContext:
+    """What one run is given. `counts` is kept up to date by the job, so that an early end still tells what was done."""
+
+    database: Database
+    tables: DatabaseTables
+    timeout: timedelta
+    dry_run: bool = False
+    stop: StopRequest = field(default_factory=StopRequest)
+    progress: Progress = no_progress
+    confirm: Callable[[], None] = lambda: None
+    """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
+    counts: Counter[str] = field(default_factory=Counter)
+    _started: float = field(default_factory=time.monotonic)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run should end: look between batches and requests."""
+        return bool(self.stop) or self._remaining() <= timedelta(0)
+
+    def checkpoint(self) -> None:
+        """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
+        self.confirm()
+        self.stop.raise_if_set()
+        if self._remaining() <= timedelta(0):
+            raise self._timed_out()
+
+    def transaction(self, **local: str | int) -> AbstractContextManager[Connection]:
+        """Like Database.transaction; a statement may take what is left of the job's time, and JobTimedOut ends it."""
+        return self._within_timeout(local)
+
+    @contextmanager
+    def _within_timeout(self, local: dict[str, Any]) -> Iterator[Connection]:
+        self.checkpoint()
+        try:
+            with self.database.transaction(timeout=self._remaining(), **local) as connection:
+                yield connection
+        except StatementTimeout:
+            if self._remaining() <= timedelta(milliseconds=50):
+                raise self._timed_out() from None
+            raise
+
+    def overdue(self) -> timedelta:
+        """How long ago the run's time was used up; negative while it isn't."""
+        return -self._remaining()
+
+    def _remaining(self) -> timedelta:
+        return self.timeout - timedelta(seconds=time.monotonic() - self._started)
+
+    def _timed_out(self) -> JobTimedOut:
+        return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What is told of one run. `reason` says why it did not succeed, in one line."""
+
+    job: str
+    outcome: Outcome
+    reason: str | None
+    counts: dict[str, int]
+    started_at: datetime
+    duration: timedelta
+    dry_run: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "counts": self.counts,
+            "started_at": self.started_at.isoformat(),
+            "duration_seconds": round(self.duration.total_seconds(), 3),
+            "dry_run": self.dry_run,
+        }

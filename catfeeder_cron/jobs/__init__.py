@@ -1,0 +1,14 @@
+"""The built-in jobs, one file each. A file here whose name has no leading underscore defines `JOB`."""
+
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+from catfeeder_cron.job import Job
+
+
+def built_in() -> dict[str, Job[Any]]:
+    """Return the job of every file in this folder by its id, in the order of the ids."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    jobs = (module.JOB for module in modules)
+    return {job.id: job for job in sorted(jobs, key=lambda job: job.id)}

@@ -1,0 +1,24 @@
+"""Log users out whose session has expired: delete the expired rows of "Connections"."""
+
+from datetime import timedelta
+
+from catfeeder_cron.config import Duration
+from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
+from catfeeder_cron.job import Job, JobContext
+
+
+class CleanTokens(ExpiredRowsSettings):
+    interval: Duration | None = timedelta(seconds=1800)
+
+
+def run(context: JobContext, settings: CleanTokens) -> None:
+    delete_expired(context, context.tables.connections, "expiration_date", settings)
+
+
+JOB = Job(
+    id="clean-tokens",
+    summary="delete expired session tokens",
+    settings=CleanTokens,
+    run=run,
+    wanted_indexes=(("connections", "expiration_date"),),
+)

@@ -1,0 +1,24 @@
+"""Forget verification codes that were never used: delete the expired rows of "Verification"."""
+
+from datetime import timedelta
+
+from catfeeder_cron.config import Duration
+from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
+from catfeeder_cron.job import Job, JobContext
+
+
+class CleanVerification(ExpiredRowsSettings):
+    interval: Duration | None = timedelta(seconds=900)
+
+
+def run(context: JobContext, settings: CleanVerification) -> None:
+    delete_expired(context, context.tables.verification, "expiration", settings)
+
+
+JOB = Job(
+    id="clean-verification",
+    summary="delete expired verification codes",
+    settings=CleanVerification,
+    run=run,
+    wanted_indexes=(("verification", "expiration"),),
+)

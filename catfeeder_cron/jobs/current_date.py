@@ -1,0 +1,21 @@
+"""A sign of life for trying out a set-up: log the date and time."""
+
+from datetime import UTC, datetime, timedelta
+
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+
+class CurrentDate(JobSettings):
+    enabled: bool = False
+    interval: Duration | None = timedelta(seconds=200)
+
+
+def run(context: JobContext, settings: CurrentDate) -> None:
+    log.info("current_date", date=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+JOB = Job(id="test-current-date", summary="log the date and time", settings=CurrentDate, run=run)

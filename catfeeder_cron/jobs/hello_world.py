@@ -1,0 +1,21 @@
+"""A sign of life for trying out a set-up: log a greeting."""
+
+from datetime import timedelta
+
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+
+class HelloWorld(JobSettings):
+    enabled: bool = False
+    interval: Duration | None = timedelta(seconds=200)
+
+
+def run(context: JobContext, settings: HelloWorld) -> None:
+    log.info("hello_world", message="Hello, world!")
+
+
+JOB = Job(id="test-hello-world", summary="log a greeting", settings=HelloWorld, run=run)

@@ -1,0 +1,76 @@
+"""Run one job, now, and say how it ended: the one place where a job's errors are decided on."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from catfeeder_cron import logs
+from catfeeder_cron.config import JobSettings
+from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut
+from catfeeder_cron.job import Job, JobContext, JobReport, Outcome
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def run_job(job: Job[Any], context: JobContext, settings: JobSettings, run_id: int | None = None) -> JobReport:
+    """Run `job` in this thread and return what is to be told of it; never raises an Exception.
+
+    What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
+    """
+    started_at, begun = datetime.now(UTC), time.monotonic()
+    with logs.context(job=job.id, **({} if run_id is None else {"run_id": run_id})):
+        log.debug("job_started", dry_run=context.dry_run)
+        outcome, reason = _outcome(job, context, settings)
+        report = JobReport(
+            job=job.id,
+            outcome=outcome,
+            reason=reason,
+            counts=dict(context.counts),
+            started_at=started_at,
+            duration=timedelta(seconds=time.monotonic() - begun),
+            dry_run=context.dry_run,
+        )
+        _tell(report)
+    return report
+
+
+def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> JobReport:
+    """Return the report of a run that did not come to be."""
+    return JobReport(job_id, outcome, reason, {}, datetime.now(UTC), timedelta(0), dry_run)
+
+
+def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
+    try:
+        job.run(context, settings)
+    except JobSkipped as skipped:
+        return "skipped", str(skipped)
+    except JobAborted as aborted:
+        return "aborted", str(aborted)
+    except JobTimedOut as timed_out:
+        return "timed_out", str(timed_out)
+    except CatfeederCronError as error:
+        return "failed", str(error)
+    except Exception as error:
+        log.exception("job_raised")
+        return "failed", f"{type(error).__name__}: see the log for the traceback"
+    return "succeeded", None
+
+
+def _tell(report: JobReport) -> None:
+    """Log the one canonical event of a run. A run that found nothing to do is no news."""
+    fields = {
+        "outcome": report.outcome,
+        **({"reason": report.reason} if report.reason else {}),
+        **report.counts,
+        "duration_seconds": round(report.duration.total_seconds(), 3),
+        **({"dry_run": True} if report.dry_run else {}),
+    }
+    if report.outcome in ("failed", "timed_out"):
+        log.error("job_finished", **fields)
+    elif report.outcome == "aborted":
+        log.warning("job_finished", **fields)
+    elif any(report.counts.values()) or report.reason:
+        log.info("job_finished", **fields)
+    else:
+        log.debug("job_finished", **fields)

@@ -1,0 +1,43 @@
+"""The process as a service: what signals ask of it."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class StopSignals:
+    """While entered, SIGTERM and SIGINT set `requested`; a second one ends the process at once.
+
+    For the main thread alone, as Python's signal handlers are.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_request(self, action: Callable[[], None]) -> None:
+        """Call `action` in a thread of its own as soon as a stop is asked for: a handler must take no lock."""
+
+        def wait() -> None:
+            self.requested.wait()
+            action()
+
+        threading.Thread(target=wait, name="stop", daemon=True).start()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        self.requested.set()
