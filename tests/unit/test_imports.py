@@ -44,7 +44,7 @@ ARROWS = {
     "overview": "config database history schedule",
     "terminal": "job",
     "daemon": "crons background_tasks service ledger job database config schema",
-    "demo": "daemon embedded config database schema jobs",
+    "demo": "daemon embedded service config database schema jobs",
     "cli": "demo daemon crons overview history terminal service runner jobs job schema database config",
     "__main__": "cli",
     "__init__": "background_tasks crons",
