@@ -22,14 +22,18 @@ def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], 
     the service may not read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
-    conninfo = database.conninfo.get_secret_value()
     try:
-        if override := _from_variable(environ) or _from_credential(environ):
-            conninfo = override
-        elif url_file is not None:
-            conninfo = _from_file(url_file)
+        conninfo = _from_variable(environ) or _from_credential(environ)
     except ConfigurationError as error:
         faults.extend(error)
+        return database
+    if not conninfo and url_file is not None:
+        try:
+            conninfo = _from_file(url_file)
+        except ConfigurationError as error:
+            for line in error.faults:
+                faults.add(("database", "url_file"), line)
+    conninfo = conninfo or database.conninfo.get_secret_value()
     if conninfo.startswith("embedded:"):
         conninfo = f"embedded:{file.parent / conninfo.removeprefix('embedded:').strip()}"
     return database.model_copy(
