@@ -152,7 +152,8 @@ def _schema(database: Database) -> Iterator[Finding]:
             "error",
             "schema",
             f'role "{role}" lacks {", ".join(sorted(lacking))} on tables of the schema catfeeder_cron; '
-            f'its owner can say: GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO "{role}"',
+            "its owner can say: GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "
+            f'catfeeder_cron TO "{role}"',
         )
 
 

@@ -18,7 +18,7 @@ from catfeeder_cron.output import captured_output
 # How often a coroutine's run looks whether it was asked to stop, and how long it may take to clean up before it is
 # cancelled once more.
 _LOOK_SECONDS = 0.2
-_CLEAN_UP_SECONDS = 5
+_CLEAN_UP_SECONDS = 3
 
 
 def custom_job(job_id: str, settings: CustomJobSettings) -> Job[CustomJobSettings]:

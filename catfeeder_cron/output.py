@@ -34,7 +34,7 @@ def captured_output() -> Iterator[None]:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if not isinstance(stream, _Switch):
-                setattr(sys, name, _Switch(stream))
+                setattr(sys, name, _Switch(stream, name))
     token = _captured.set(lines)
     try:
         yield
@@ -62,18 +62,25 @@ class _Lines:
         self.threads_before = {thread.ident for thread in enumerate()}
         self._context = copy_context()
         self._context.run(_captured.set, False)
-        self._begun = ""
+        self._begun: dict[tuple[str, int], str] = {}
         self._lock = Lock()
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, stream: str) -> None:
+        """Log the lines that end in `text`. Each thread has a line of its own on each stream."""
+        source = (stream, get_ident())
         with self._lock:
-            *lines, self._begun = (self._begun + text).split("\n")
-            if len(self._begun) > _LONGEST_LINE:
-                lines, self._begun = [*lines, self._begun], ""
+            *lines, begun = (self._begun.pop(source, "") + text).split("\n")
+            if len(begun) > _LONGEST_LINE:
+                lines, begun = [*lines, begun], ""
+            if begun:
+                self._begun[source] = begun
         _log(lines, self._context.copy())  # not under the lock: a handler may have one of its own, and print
 
     def finish(self) -> None:
-        self.write("\n")
+        """Log the lines that were begun."""
+        with self._lock:
+            lines, self._begun = list(self._begun.values()), {}
+        _log(lines, self._context.copy())
 
 
 def _log(lines: Iterable[str], context: Context) -> None:
@@ -85,15 +92,16 @@ def _log(lines: Iterable[str], context: Context) -> None:
 class _Switch:
     """Stands in for a standard stream, and passes on to `_Lines` what a captured job writes."""
 
-    def __init__(self, behind: TextIO) -> None:
+    def __init__(self, behind: TextIO, name: str) -> None:
         self.behind = behind
+        self._name = name
 
     def write(self, text: str) -> int:
         captured = _captured.get()
         lines = _of_this_thread() if captured is None else captured
         if not lines:
             return self.behind.write(text)
-        lines.write(text)
+        lines.write(text, self._name)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
