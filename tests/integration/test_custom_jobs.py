@@ -373,7 +373,7 @@ def test_a_line_without_end_is_told_in_pieces(run: Run, caplog: pytest.LogCaptur
 
     run('call = "feeders:mutter"')
 
-    pieces = [record.event_dict["line"] for record in caplog.records if "job_output" in record.getMessage()]
+    pieces = [vars(record)["event_dict"]["line"] for record in caplog.records if "job_output" in record.getMessage()]
     assert sum(map(len, pieces)) == 20_000
     assert max(map(len, pieces)) < 10_000
 

@@ -119,8 +119,8 @@ def test_a_check_that_hangs_delays_neither_its_job_nor_another_jobs_pings(pings:
     other = Checks()
     begun = time.monotonic()
     for signal in ("start", "success"):
-        pings.send("slow", SecretStr(f"{checks.url}/{SECRET}"), signal)  # type: ignore[arg-type]
-        pings.send("quick", SecretStr(f"{other.url}/{SECRET}"), signal)  # type: ignore[arg-type]
+        pings.send("slow", SecretStr(f"{checks.url}/{SECRET}"), signal)
+        pings.send("quick", SecretStr(f"{other.url}/{SECRET}"), signal)
 
     assert time.monotonic() - begun < 1
     deadline = time.monotonic() + 10
