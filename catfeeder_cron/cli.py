@@ -40,7 +40,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
     try:
-        status = app(standalone_mode=False) or 0
+        status = app(prog_name="catfeeder-cron", standalone_mode=False) or 0
     except UnknownJob as error:
         status = _complain(error, WRONG_USAGE)
     except CatfeederCronError as error:
@@ -68,11 +68,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _duration(text: str) -> timedelta:
+def _duration(text: str | timedelta) -> timedelta:
+    """Read an option's text; its default is one already."""
     from catfeeder_cron.config import parse_duration
 
     try:
-        return parse_duration(int(text) if text.isascii() and text.isdigit() else text)
+        return parse_duration(int(text) if isinstance(text, str) and text.isdecimal() else text)
     except ValueError as error:
         raise typer.BadParameter(f'got "{text}", expected {error}') from error
 
@@ -106,6 +107,11 @@ def start(context: typer.Context) -> None:
 
     For example: catfeeder-cron --config /etc/catfeeder-cron/config.toml start
     """
+    import signal
+
+    signal.signal(
+        signal.SIGHUP, signal.SIG_IGN
+    )  # until the daemon takes it over: a start reads the configuration anyway
     from catfeeder_cron import daemon, logs
 
     settings = _load(context)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -111,20 +111,26 @@ class Crons:
         """
         with self._lock:
             before, self._config = self.settings, settings
-            for job_id in list(self._dispatches):
-                if job_id not in settings.jobs or not settings.jobs[job_id].enabled:
-                    del self._dispatches[job_id]
-                    with suppress(UnknownJob):  # a date's only slot is over
-                        self._background_tasks().remove_task(job_id)
-            for job_id, job_settings in settings.jobs.items():
-                if job_settings.enabled and (
+            gone = [job for job in self._dispatches if job not in settings.jobs or not settings.jobs[job].enabled]
+            for job_id in gone:
+                del self._dispatches[job_id]
+                with suppress(UnknownJob):  # a date's only slot is over
+                    self._background_tasks().remove_task(job_id)
+            changed = [
+                job_id
+                for job_id, job in settings.jobs.items()
+                if job.enabled
+                and (
                     job_id not in self._dispatches
-                    or _slots(before.jobs[job_id]) != _slots(job_settings)
+                    or _slots(before.jobs[job_id]) != _slots(job)
                     or before.scheduler.timezone != settings.scheduler.timezone
-                ):
-                    self._schedule(self._background_tasks(), self._open_ledger(), job_id, job_settings)
+                )
+            ]
+            for job_id in changed:
+                self._schedule(self._background_tasks(), self._open_ledger(), job_id, settings.jobs[job_id])
         with suppress(DatabaseUnavailable):  # told by the database itself; made up for when it is back
-            self._catch_up()
+            # The others' slots are theirs to claim: one that comes up at this moment is not overdue.
+            self._catch_up(changed, gone)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -173,7 +179,7 @@ class Crons:
         while (run_id := ledger.claim_manual(job_id, shared=job.shared)) is None:
             if time.monotonic() >= patience or self._stop_requested.wait(_TRY_AGAIN_SECONDS):
                 raise JobIsRunning(self._where_it_runs(job_id))
-        return self._execute(job_id, run_id, context)
+        return self._execute(job, settings, run_id, context)
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -219,6 +225,9 @@ class Crons:
         if abandoned is None:
             self.wait()
         if self._supervisor:
+            for job_id in self._supervisor.running:
+                with suppress(UnknownJob):  # a reload has removed it
+                    self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
             self._supervisor.close(abandoned)
         self._pings.close()
         for resource in self._owned:
@@ -256,43 +265,48 @@ class Crons:
 
     def _run_due(self, job_id: str) -> None:
         """Run a job if this process gets its slot. Called by the scheduler whenever one comes up."""
-        if self._stop_requested.is_set():
-            return
+        with self._lock:
+            dispatch = self._dispatches.get(job_id)
+            if dispatch is None or self._stop_requested.is_set():
+                return  # a reload has taken it off the schedule
+            found = self.find(job_id)
         try:
-            run_id = self._dispatches[job_id].claim_due()
+            run_id = dispatch.claim_due()
         except DatabaseUnavailable:
             return  # told by the database itself; the slot is accounted for when it is back
         except CatfeederCronError as error:
             log.error("slot_not_claimed", job=job_id, reason=str(error))
             return
         if run_id is not None:
-            self._run_claimed(job_id, run_id)
+            self._run_claimed(*found, run_id)
 
-    def _catch_up(self) -> None:
-        """Account for what went by while nobody could, and run what is overdue, each job once."""
+    def _catch_up(self, job_ids: Iterable[str] | None = None, gone: Iterable[str] = ()) -> None:
+        """Account for what went by while nobody could, and run what is overdue, each job once.
+
+        By default for all jobs. The accounts of those that are `gone`, or disabled, are closed.
+        """
         ledger, tasks = self._open_ledger(), self._background_tasks()
-        triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in self._dispatches.items()}
-        if not triggers:
-            return
-        disabled = [job_id for job_id in self.settings.jobs if job_id not in triggers]
-        for job_id, accounted_until in ledger.register(triggers, disabled).items():
-            run_id = self._dispatches[job_id].claim_overdue(accounted_until)
+        with self._lock:
+            dispatches = {job: self._dispatches[job] for job in (self._dispatches if job_ids is None else job_ids)}
+            disabled = [job for job in self.settings.jobs if job not in self._dispatches]
+            found = {job_id: self.find(job_id) for job_id in dispatches}
+        triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in dispatches.items()}
+        for job_id, accounted_until in ledger.register(triggers, [*disabled, *gone]).items():
+            run_id = dispatches[job_id].claim_overdue(accounted_until)
             if run_id is not None:
-                tasks.safe_add_task(self._run_claimed, args=[job_id, run_id], trigger="date")
+                tasks.safe_add_task(self._run_claimed, args=[*found[job_id], run_id], trigger="date")
 
-    def _run_claimed(self, job_id: str, run_id: int) -> None:
-        _, settings = self.find(job_id)
-        self._execute(job_id, run_id, self._context(settings, no_progress))
+    def _run_claimed(self, job: Job[Any], settings: JobSettings, run_id: int) -> None:
+        self._execute(job, settings, run_id, self._context(settings, no_progress))
 
-    def _execute(self, job_id: str, run_id: int, context: JobContext) -> JobReport:
-        job, settings = self.find(job_id)
+    def _execute(self, job: Job[Any], settings: JobSettings, run_id: int, context: JobContext) -> JobReport:
         supervisor = self._supervise()
-        run = supervisor.begin(run_id, job_id, context)
-        self._pings.send(job_id, settings.ping_url, "start")
+        run = supervisor.begin(run_id, job.id, context)
+        self._pings.send(job.id, settings.ping_url, "start")
         report = run_job(job, context, settings, run_id)
         supervisor.end(run, report)
         succeeded = report.outcome in ("succeeded", "skipped")
-        self._pings.send(job_id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
+        self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report
 
     def _prepare(self) -> None:
