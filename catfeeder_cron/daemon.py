@@ -40,8 +40,8 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
         with Crons(config=settings, database=database, background_tasks=tasks, on_contact=begin_to_check) as crons:
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
-            log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
             with ReloadSignal(lambda: _reload(crons, read_again, signals)):
+                log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
                 _keep_the_schedule(tasks, crons, signals)
             log.info("daemon_stopped")
 
