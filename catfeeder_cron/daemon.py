@@ -2,7 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
 
 from catfeeder_cron import __version__, logs
 from catfeeder_cron.background_tasks import BackgroundTasks
@@ -11,14 +13,19 @@ from catfeeder_cron.config import Settings
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
+from catfeeder_cron.job import Job
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.output import standard_error
 from catfeeder_cron.service import ReloadSignal, StopSignals
 
 log = get_logger(__name__)
 
+_LEAVE_SECONDS = 5
 
-def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
+
+def run(
+    settings: Settings, read_again: Callable[[], Settings] | None = None, jobs: Mapping[str, Job[Any]] | None = None
+) -> None:
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
     The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
@@ -37,12 +44,14 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> None:
         def begin_to_check() -> None:
             threading.Thread(target=log_findings, name="check", daemon=True).start()
 
-        with Crons(config=settings, database=database, background_tasks=tasks, on_contact=begin_to_check) as crons:
+        with Crons(
+            config=settings, database=database, background_tasks=tasks, jobs=jobs, on_contact=begin_to_check
+        ) as crons:
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
-            with ReloadSignal(lambda: _reload(crons, read_again, signals)):
+            with ReloadSignal(lambda: _reload(crons, read_again or (lambda: settings), signals)):
                 log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-                _keep_the_schedule(tasks, crons, signals)
+                _keep_the_schedule(tasks, crons, database, signals)
             log.info("daemon_stopped")
 
 
@@ -94,7 +103,7 @@ def _callables(settings: Settings) -> list[object]:
     return [settings.actions.handlers, *(getattr(job, "call", None) for job in settings.jobs.values())]
 
 
-def _keep_the_schedule(tasks: BackgroundTasks, crons: Crons, signals: StopSignals) -> None:
+def _keep_the_schedule(tasks: BackgroundTasks, crons: Crons, database: Database, signals: StopSignals) -> None:
     """Block until a stop was asked for and no job is running any more."""
     over = threading.Event()
 
@@ -108,7 +117,10 @@ def _keep_the_schedule(tasks: BackgroundTasks, crons: Crons, signals: StopSignal
         tasks.safe_stop(wait=False)
         if not over.wait(grace.total_seconds()):
             log.error("shutdown_grace_is_over", abandoned=crons.running)
-            crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
+            # In a thread: the database may be what the jobs hang on.
+            leave = threading.Thread(target=_leave, args=(crons, database, grace), name="leave", daemon=True)
+            leave.start()
+            leave.join(_LEAVE_SECONDS)
             os._exit(0)
 
     signals.on_request(stop)
@@ -116,3 +128,8 @@ def _keep_the_schedule(tasks: BackgroundTasks, crons: Crons, signals: StopSignal
         tasks.start()
     crons.wait()
     over.set()
+
+
+def _leave(crons: Crons, database: Database, grace: timedelta) -> None:
+    crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
+    database.close()

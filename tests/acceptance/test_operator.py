@@ -355,7 +355,7 @@ def leave():
 
 def test_a_custom_job_is_a_job_like_any_other(program: Program, app_tables: None, database_url: str) -> None:
     (program.folder / "reports.py").write_text(REPORT)
-    path = f"{program.folder}:{Path(catfeeder_cron.__file__).parents[1]}"
+    path = {"PYTHONPATH": f"{program.folder}:{Path(catfeeder_cron.__file__).parents[1]}"}
     program.configure(
         database_url,
         "[jobs.report]\ncall = 'reports:main'\nkwargs = { days = 2 }\ncron = '0 3 * * *'\n"
@@ -363,30 +363,29 @@ def test_a_custom_job_is_a_job_like_any_other(program: Program, app_tables: None
         "[jobs.broken]\ncall = 'reports:nobody'\ninterval = 3600",
     )
 
-    done = program.run("run-once", "report", "--json", PYTHONPATH=path)
+    done = program.run("run-once", "report", "--json", variables=path)
     assert (done.status, done.document[0]["outcome"]) == (0, "succeeded")
     assert done.stderr.count("job=report") == 2
     assert "by a thread" in done.stderr
-    assert program.run("run-once", "report", "--dry-run", PYTHONPATH=path).stdout.startswith(
-        "report: skipped, a Python"
-    )
-    assert program.run("run-once", "leave", PYTHONPATH=path).status == 84
-    broken = program.run("run-once", "broken", PYTHONPATH=path)
+    assert program.run("run-once", "report", "--dry-run", variables=path).stdout.startswith("report: skipped, a Python")
+    assert program.run("run-once", "leave", variables=path).status == 84
+    broken = program.run("run-once", "broken", variables=path)
     assert broken.status == 84
     assert '"reports:nobody" can\'t be imported: AttributeError' in broken.stdout
     assert [run["job"] for run in history(program, "report")] == ["report"]
     triggers = {job["job"]: job["trigger"] for job in program.run("list", "--json").document}
     assert (triggers["report"], triggers["leave"]) == ("cron 0 3 * * * (UTC)", "once at 2100-01-01T00:00:00Z")
-    checked = program.run("check", PYTHONPATH=path)
+    checked = program.run("check", variables=path)
     assert checked.status == 84
     assert 'error:   broken: "reports:nobody" can\'t be imported' in checked.stdout
-    daemon = program.start("start", PYTHONPATH=path)
+    daemon = program.start("start", variables=path)
     daemon.wait_for("check_finding", subject="broken", level="error")
 
 
 def test_the_shell_completes_and_every_help_has_an_example(program: Program) -> None:
     assert "_CATFEEDER_CRON_COMPLETE" in program.run("--show-completion", "bash").stdout
-    completed = program.run(_CATFEEDER_CRON_COMPLETE="complete_bash", COMP_WORDS="catfeeder-cron pa", COMP_CWORD="1")
+    asked = {"_CATFEEDER_CRON_COMPLETE": "complete_bash", "COMP_WORDS": "catfeeder-cron pa", "COMP_CWORD": "1"}
+    completed = program.run(variables=asked)
     assert completed.stdout.split() == ["pause"]
     for command in ("start", "list", "run-once", "status", "pause", "resume", "check", "history", "init-db"):
         shown = program.run(command, "--help")

@@ -39,7 +39,7 @@ ARROWS = {
     "ledger": "database schema config schedule job",
     "history": "database ledger",
     "presence": "ledger",
-    "dispatch": "ledger presence schedule",
+    "dispatch": "ledger presence schedule triggers",
     "background_tasks": "",
     "runner": "job jobs ledger database config",
     "supervisor": "job ledger presence",
@@ -49,7 +49,7 @@ ARROWS = {
     "overview": "config database history ledger pauses schedule",
     "terminal": "job",
     "tables": "terminal history job",
-    "daemon": "crons checks output background_tasks service ledger database config schema",
+    "daemon": "crons checks output background_tasks service ledger job database config schema",
     "demo": "daemon embedded config database schema jobs",
     "cli": "demo daemon crons checks overview history pauses tables terminal service runner jobs job schema database"
     " config",
