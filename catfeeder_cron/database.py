@@ -7,7 +7,7 @@ and no session-level lock is taken, so a transaction pooler such as PgBouncer ma
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, LiteralString, Self
@@ -86,7 +86,8 @@ class Database:
             try:
                 yield connection
             except BaseException:
-                if not connection.closed:
+                # One that fails must not hide why it was needed; the pool gives up such a connection.
+                with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")
                 raise
             if connection.execute("COMMIT").statusmessage == "ROLLBACK":
