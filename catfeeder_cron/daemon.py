@@ -2,18 +2,24 @@
 
 import os
 import threading
+import time
 from datetime import timedelta
 
 from catfeeder_cron import __version__
 from catfeeder_cron.background_tasks import BackgroundTasks
+from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import Settings
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
+from catfeeder_cron.herald import Herald
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.service import StopSignals
+from catfeeder_cron.service import Notifier, StopSignals
 
 log = get_logger(__name__)
+
+_TURN_EVERY = timedelta(seconds=60)
+_PATIENCE_SECONDS = 2
 
 
 def run(settings: Settings) -> None:
@@ -23,33 +29,52 @@ def run(settings: Settings) -> None:
     A stop lets running jobs end their batch; those that need longer than `shutdown_grace` are left behind.
     Raises CatfeederCronError when a job can't be scheduled.
     """
+    notifier = Notifier()
+    # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
+    turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY
     with StopSignals() as signals, Database(settings.database) as database:
         tasks = BackgroundTasks(
-            blocking=True, max_workers=settings.scheduler.max_workers, timezone=settings.scheduler.timezone
+            blocking=True,
+            max_workers=settings.scheduler.max_workers,
+            timezone=settings.scheduler.timezone,
+            on_turn=lambda: herald.turned(),
+            turn_every_seconds=turn_every.total_seconds(),
         )
-        with Crons(config=settings, database=database, background_tasks=tasks) as crons:
+        with Crons(
+            config=settings,
+            database=database,
+            background_tasks=tasks,
+            on_change=lambda report: herald.changed(report),
+        ) as crons:
+            herald = Herald(notifier, Condition(crons, database, turn_every))
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
             log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-            _keep_the_schedule(tasks, crons, signals, settings.scheduler.shutdown_grace)
+            _keep_the_schedule(tasks, crons, herald, signals, settings.scheduler.shutdown_grace)
             log.info("daemon_stopped")
 
 
-def _keep_the_schedule(tasks: BackgroundTasks, crons: Crons, signals: StopSignals, grace: timedelta) -> None:
+def _keep_the_schedule(
+    tasks: BackgroundTasks, crons: Crons, herald: Herald, signals: StopSignals, grace: timedelta
+) -> None:
     """Block until a stop was asked for and no job is running any more."""
     over = threading.Event()
 
     def stop() -> None:
         log.info("daemon_stopping", running=crons.running, shutdown_grace_seconds=grace.total_seconds())
+        herald.stopping()
         crons.request_stop()
         # The signal may have come before the scheduler was started: then it is stopped as soon as it is.
         while not tasks.running and not over.wait(0.01):
             pass
         tasks.safe_stop(wait=False)
-        if not over.wait(grace.total_seconds()):
-            log.error("shutdown_grace_is_over", abandoned=crons.running)
-            crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
-            os._exit(0)
+        until = time.monotonic() + grace.total_seconds()
+        while not over.wait(max(0, min(_PATIENCE_SECONDS, until - time.monotonic()))):
+            herald.still_stopping()
+            if time.monotonic() >= until:
+                log.error("shutdown_grace_is_over", abandoned=crons.running)
+                crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
+                os._exit(0)
 
     signals.on_request(stop)
     if not signals.requested.is_set():

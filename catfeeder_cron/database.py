@@ -52,6 +52,7 @@ class Database:
         self._pool: ConnectionPool[Connection] | None = None
         self._conninfo: str | None = None
         self._reachable: bool | None = None  # as far as is known
+        self._trouble = ""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -61,6 +62,24 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def reachable(self) -> bool | None:
+        """Whether the server was there when it was last needed; None where it has not been needed yet."""
+        return self._reachable
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not reachable, in one line."""
+        return "" if self._reachable is not False else self._trouble
+
+    @property
+    def pool_use(self) -> dict[str, int]:
+        """How many connections are `in_use` and `idle`, and how many requests are `waiting` for one."""
+        with self._lock:
+            stats = self._pool.get_stats() if self._pool else {}
+        size, idle = stats.get("pool_size", 0), stats.get("pool_available", 0)
+        return {"in_use": max(0, size - idle), "idle": idle, "waiting": stats.get("requests_waiting", 0)}
 
     @property
     def statement_timeout(self) -> timedelta:
@@ -137,6 +156,7 @@ class Database:
             if self._reachable is not False:
                 log.error("database_unreachable", reason=str(error))
             self._reachable = False
+            self._trouble = str(error)
             raise
         if self._reachable is False:
             log.info("database_reachable_again")
@@ -200,6 +220,11 @@ class Database:
         with self._lock:
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
+                if not conninfo and self._settings.url_file:
+                    raise DatabaseUnavailable(
+                        f"{self._settings.url_file} was missing or empty when the service was started: put the "
+                        "database's URL into it, for root alone (mode 0600), and restart the service"
+                    )
                 if conninfo.startswith(EMBEDDED):
                     from catfeeder_cron import embedded
 

@@ -42,7 +42,8 @@ class Supervisor:
 
     `prepare` is called before the first heartbeat, until it raises nothing; `on_return` after the first one, and after
     each that follows an outage of the database or a freeze of this process; `on_stuck` once for each run that does
-    not end when it should.
+    not end when it should. `on_change` is called with the report of every run that ends, and with None when one begins
+    and after every heartbeat; it must neither block nor raise.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Supervisor:
         prepare: Callable[[], None],
         on_return: Callable[[], None],
         on_stuck: Callable[[], None],
+        on_change: Callable[[JobReport | None], None],
     ) -> None:
         self._ledger = ledger
         self._presence = presence
@@ -60,6 +62,7 @@ class Supervisor:
         self._prepare = prepare
         self._on_return = on_return
         self._on_stuck = on_stuck
+        self._on_change = on_change
         self._changed = threading.Condition()
         self._runs: list[Run] = []
         self._unrecorded: list[tuple[int, JobReport]] = []
@@ -77,6 +80,12 @@ class Supervisor:
         with self._changed:
             return sorted(run.job_id for run in self._runs)
 
+    @property
+    def stuck(self) -> list[str]:
+        """The ids of the jobs that run on long after they should have ended."""
+        with self._changed:
+            return sorted(run.job_id for run in self._runs if run.context.overdue() >= _STUCK_AFTER)
+
     def start(self) -> None:
         """Begin the heartbeats, the first of them at once. Idempotent."""
         with self._changed:
@@ -92,6 +101,7 @@ class Supervisor:
             self._runs.append(run)
             if self._stop_reason:
                 context.stop.set(self._stop_reason)
+        self._on_change(None)
         return run
 
     def end(self, run: Run, report: JobReport) -> None:
@@ -100,6 +110,7 @@ class Supervisor:
             self._runs.remove(run)
             self._unrecorded.append((run.run_id, report))
             self._changed.notify_all()
+        self._on_change(report)
         try:
             self._record()
         except DatabaseError as error:
@@ -176,6 +187,7 @@ class Supervisor:
             except Exception:
                 log.exception("heartbeat_failed")
             self._tell_stuck_runs()
+            self._on_change(None)
             self._closing.wait(HEARTBEAT_SECONDS)
 
     def _confirm(self) -> None:
