@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
-from catfeeder_cron.history import Account
+from catfeeder_cron.standing import Standing
 
 # Turns of the schedule's loop that may be late before it counts as stalled.
 _LATE_TURNS = 3
@@ -42,19 +42,23 @@ class Condition:
     def unhealthy(self) -> list[str]:
         """Say why the process should be restarted, if it should."""
         age = time.monotonic() - self._last_turn
-        if age > _LATE_TURNS * self._turn_every.total_seconds():
+        if not self._stopping and age > _LATE_TURNS * self._turn_every.total_seconds():
             return [f"the schedule's loop has not turned for {age:.0f} s"]
         return []
 
-    def not_ready(self, accounts: dict[str, Account] | None) -> list[str]:
-        """Say why jobs don't run as they should. `accounts` are the ledger's; None: it could not be asked."""
+    def not_ready(self, standing: Standing) -> list[str]:
+        """Say why jobs don't run as they should."""
         reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
-        if accounts is None:
-            return ["the database is unreachable", *reasons]
+        if self._stopping:
+            reasons.append("the daemon is stopping")
+        if standing.trouble:
+            what = "the ledger can't be read" if standing.reachable else "the database is unreachable"
+            return [f"{what}: {standing.trouble}", *reasons]
         now = datetime.now(UTC)
         for job, schedule in self._crons.schedules.items():
-            account = accounts.get(job)
+            account = standing.accounts.get(job)
             slots = schedule.between(account.accounted_until, now) if account and account.accounted_until else None
+            # The third slot that nobody has taken note of comes two intervals after the first.
             if slots and slots.count > 2:
                 reasons.append(f"{job} is overdue since {slots.first.isoformat(timespec='seconds')}")
         return reasons

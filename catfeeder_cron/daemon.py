@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 from catfeeder_cron import __version__
@@ -13,6 +15,7 @@ from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
+from catfeeder_cron.job import JobReport
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.service import Notifier, StopSignals
 
@@ -32,7 +35,7 @@ def run(settings: Settings) -> None:
     notifier = Notifier()
     # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
     turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY
-    with StopSignals() as signals, Database(settings.database) as database:
+    with StopSignals() as signals, Database(settings.database) as database, ExitStack() as closing:
         tasks = BackgroundTasks(
             blocking=True,
             max_workers=settings.scheduler.max_workers,
@@ -46,12 +49,37 @@ def run(settings: Settings) -> None:
             background_tasks=tasks,
             on_change=lambda report: herald.changed(report),
         ) as crons:
-            herald = Herald(notifier, Condition(crons, database, turn_every))
+            condition = Condition(crons, database, turn_every)
+            count = None
+            if settings.metrics.listen:
+                count = closing.enter_context(_serve(settings.metrics.listen, crons, database, condition))
+            herald = Herald(notifier, condition, count)
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
             log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
             _keep_the_schedule(tasks, crons, herald, signals, settings.scheduler.shutdown_grace)
             log.info("daemon_stopped")
+
+
+@contextmanager
+def _serve(
+    address: str, crons: Crons, database: Database, condition: Condition
+) -> Iterator[Callable[[JobReport], None]]:
+    """Serve metrics and health; yield what counts a report. An address that can't be had is no reason not to run."""
+    from catfeeder_cron.endpoints import Endpoints
+    from catfeeder_cron.metrics import Metrics
+
+    metrics = Metrics(crons, database, condition)
+    endpoints = Endpoints(address, {"/metrics": metrics.page, "/health": metrics.health, "/ready": metrics.ready})
+    try:
+        endpoints.open()
+        log.info("metrics_served", listen=address, port=endpoints.port)
+    except OSError as error:
+        log.error("metrics_not_served", listen=address, reason=error.strerror or str(error))
+    try:
+        yield metrics.count
+    finally:
+        endpoints.close()
 
 
 def _keep_the_schedule(

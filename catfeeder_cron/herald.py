@@ -15,7 +15,7 @@ class Herald:
     """All methods may be called from any thread; none raises."""
 
     def __init__(
-        self, notifier: Notifier, condition: Condition, count: Callable[[JobReport], None] = lambda _report: None
+        self, notifier: Notifier, condition: Condition, count: Callable[[JobReport], None] | None = None
     ) -> None:
         self._notifier = notifier
         self._condition = condition
@@ -35,7 +35,7 @@ class Herald:
 
     def changed(self, report: JobReport | None) -> None:
         """A run began or ended (then with its report), or the database was tried."""
-        if report:
+        if report and self._count:
             self._count(report)
         self._tell()
 

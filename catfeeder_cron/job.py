@@ -73,6 +73,8 @@ class JobContext:
     confirm: Callable[[], None] = lambda: None
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)
+    by_provider: dict[str, Counter[str]] = field(default_factory=dict)
+    """The same, for a job that works with OAuth providers, by their names."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -124,6 +126,7 @@ class JobReport:
     started_at: datetime
     duration: timedelta
     dry_run: bool
+    by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
