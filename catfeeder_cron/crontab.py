@@ -125,7 +125,7 @@ class Crontab:
             titles = ", ".join(kind.title for kind in _FIELDS)
             raise ValueError(f"found {expression!r}, expected five fields ({titles}) or a nickname like @daily")
 
-        minutes, hours, days, months, weekdays = (kind.values(text) for kind, text in zip(_FIELDS, fields, strict=True))
+        minutes, hours, days, months, weekdays = map(_Field.values, _FIELDS, fields)
         stars = [text.startswith("*") for text in fields]
         either_day = not (stars[2] or stars[4])
         if not either_day and min(days) > max(DAYS_IN_MONTH[month - 1] for month in months):
@@ -216,11 +216,13 @@ def _offset_change(after: datetime, until: datetime, zone: ZoneInfo) -> datetime
     while after < until:
         probe = min(after + SHORTEST_STAY, until)
         if _offset(probe, zone) != offset:
-            minutes = [0, (probe - after) // MINUTE]
-            while minutes[1] - minutes[0] > 1:
-                middle = sum(minutes) // 2
-                minutes[_offset(after + middle * MINUTE, zone) != offset] = middle
-            return after + minutes[1] * MINUTE
+            while probe - after > MINUTE:
+                middle = after + (probe - after) // MINUTE // 2 * MINUTE
+                if _offset(middle, zone) == offset:
+                    after = middle
+                else:
+                    probe = middle
+            return probe
         after = probe
     return None
 

