@@ -22,9 +22,9 @@ test: $(VENV)/program ## run the tests (about three minutes)
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-# BOOT starts a throw-away systemd (see tests/acceptance/conftest.py); "host" stands for this machine's own.
-test-systemd: $(VENV)/program build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
-	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance
+# BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
+test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
+	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance/systemd
 
 check: $(VENV)/program ## format, lint and types; the unit's exposure where systemd-analyze is there
 	$(BIN)/ruff format --check .

@@ -38,6 +38,7 @@ _RESERVED = re.compile(
 )
 _LONGEST_NAME = 64
 _NAMES = {"duration_seconds": "DURATION"}
+_FIRST = ("job", "run_id")
 # Said by the journal itself, or in the message.
 _NOT_FIELDS = {"timestamp", "level", "event", "exception"}
 
@@ -134,7 +135,8 @@ def _priority(level: int) -> int:
 
 def _message(fields: Mapping[str, object]) -> str:
     """Return what `journalctl` shows: the event with its fields, and the traceback below."""
-    told = [f"{name}={_quoted(value)}" for name, value in fields.items() if name not in _NOT_FIELDS | {"logger"}]
+    names = sorted(fields.keys() - _NOT_FIELDS - {"logger"}, key=[*_FIRST, *fields].index)
+    told = [f"{name}={_quoted(fields[name])}" for name in names]
     message = " ".join([str(fields["event"]), *told])
     return f"{message}\n{fields['exception']}" if "exception" in fields else message
 
