@@ -12,7 +12,7 @@ _PATIENCE = timedelta(seconds=10)
 
 
 class Herald:
-    """All methods may be called from any thread; none raises."""
+    """All methods may be called from any thread; none raises by itself."""
 
     def __init__(
         self, notifier: Notifier, condition: Condition, count: Callable[[JobReport], None] | None = None
@@ -39,14 +39,15 @@ class Herald:
             self._count(report)
         self._tell()
 
-    def reloading(self) -> None:
-        """The configuration is being read again."""
+    def reload(self, read_again: Callable[[], str | None]) -> None:
+        """Have the configuration read again; `read_again` returns why that was refused, if it was."""
         self._notifier.reloading()
-
-    def reloaded(self, refused: str | None = None) -> None:
-        """Reading it is over, and was in vain if it was `refused` for this reason."""
-        words = self._condition.in_words()
-        self._ready(f"reload refused, the old configuration stays: {refused}; {words}" if refused else words)
+        refused = None
+        try:
+            refused = read_again()
+        finally:  # systemd waits for this, whatever happened
+            words = self._condition.in_words()
+            self._ready(f"reload refused, the old configuration stays: {refused}; {words}" if refused else words)
 
     def stopping(self) -> None:
         """Nothing new begins; jobs that are running end."""
