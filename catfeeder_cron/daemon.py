@@ -3,9 +3,10 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 from catfeeder_cron import __version__
 from catfeeder_cron.background_tasks import BackgroundTasks
@@ -15,7 +16,7 @@ from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.job import Job, JobReport
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.service import Notifier, StopSignals
 
@@ -23,9 +24,10 @@ log = get_logger(__name__)
 
 _TURN_EVERY = timedelta(seconds=60)
 _PATIENCE_SECONDS = 2
+_LEAVE_SECONDS = 5
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, jobs: Mapping[str, Job[Any]] | None = None) -> None:
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
     The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
@@ -47,6 +49,7 @@ def run(settings: Settings) -> None:
             config=settings,
             database=database,
             background_tasks=tasks,
+            jobs=jobs,
             on_change=lambda report: herald.changed(report),
         ) as crons:
             condition = Condition(crons, database, turn_every)
@@ -57,7 +60,7 @@ def run(settings: Settings) -> None:
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
             log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-            _keep_the_schedule(tasks, crons, herald, signals, settings.scheduler.shutdown_grace)
+            _keep_the_schedule(tasks, crons, database, herald, signals, settings.scheduler.shutdown_grace)
             log.info("daemon_stopped")
 
 
@@ -83,7 +86,12 @@ def _serve(
 
 
 def _keep_the_schedule(
-    tasks: BackgroundTasks, crons: Crons, herald: Herald, signals: StopSignals, grace: timedelta
+    tasks: BackgroundTasks,
+    crons: Crons,
+    database: Database,
+    herald: Herald,
+    signals: StopSignals,
+    grace: timedelta,
 ) -> None:
     """Block until a stop was asked for and no job is running any more."""
     over = threading.Event()
@@ -101,7 +109,10 @@ def _keep_the_schedule(
             herald.still_stopping()
             if time.monotonic() >= until:
                 log.error("shutdown_grace_is_over", abandoned=crons.running)
-                crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
+                # In a thread: the database may be what the jobs hang on.
+                leave = threading.Thread(target=_leave, args=(crons, database, grace), name="leave", daemon=True)
+                leave.start()
+                leave.join(_LEAVE_SECONDS)
                 os._exit(0)
 
     signals.on_request(stop)
@@ -109,3 +120,8 @@ def _keep_the_schedule(
         tasks.start()
     crons.wait()
     over.set()
+
+
+def _leave(crons: Crons, database: Database, grace: timedelta) -> None:
+    crons.close(abandoned=f"still running {grace.total_seconds():g} s after the stop")
+    database.close()

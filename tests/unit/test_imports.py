@@ -35,7 +35,7 @@ ARROWS = {
     "ledger": "database schema config schedule job",
     "history": "database ledger",
     "presence": "ledger",
-    "dispatch": "ledger presence schedule",
+    "dispatch": "ledger presence schedule triggers",
     "background_tasks": "",
     "runner": "job jobs ledger database config",
     "supervisor": "job ledger presence",
