@@ -1,16 +1,18 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from catfeeder_cron import daemon, embedded, logs, schema
-from catfeeder_cron.config import load
+from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
+from catfeeder_cron.service import StopSignals
 
 log = get_logger(__name__)
 
@@ -47,21 +49,30 @@ _SAMPLES = """
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # otherwise the server would outlive us
-    with TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder, embedded.temporary() as server:
-        config = Path(folder, "config.toml")
-        config.write_text(_CONFIG.format(conninfo=server.conninfo))
-        jobs = built_in()
-        settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
-        with Database(settings.database) as database:
-            for _ in schema.upgrade(database):
-                pass
-            for _ in create_tables(database, settings.database.tables):
-                pass
-            with database.transaction() as connection:
-                connection.execute(_SAMPLES)
-            for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
-                pass
-        log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
-        daemon.run(settings, lambda: settings)
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
+    with ExitStack() as opened:
+        # A stop waits for the end of the set-up: what initdb has started would outlive it, and write on.
+        with StopSignals() as signals:
+            settings = _set_up(opened)
+        if not signals.requested.is_set():
+            daemon.run(settings)
+
+
+def _set_up(opened: ExitStack) -> Settings:
+    folder = opened.enter_context(TemporaryDirectory(prefix="catfeeder-cron-demo-"))
+    server = opened.enter_context(embedded.temporary())
+    config = Path(folder, "config.toml")
+    config.write_text(_CONFIG.format(conninfo=server.conninfo))
+    jobs = built_in()
+    settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
+    with Database(settings.database) as database:
+        for _ in schema.upgrade(database):
+            pass
+        for _ in create_tables(database, settings.database.tables):
+            pass
+        with database.transaction() as connection:
+            connection.execute(_SAMPLES)
+        for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
+            pass
+    log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
+    return settings

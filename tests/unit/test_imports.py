@@ -50,7 +50,7 @@ ARROWS = {
     "terminal": "job",
     "tables": "terminal history job",
     "daemon": "crons checks output background_tasks service ledger job database config schema",
-    "demo": "daemon embedded config database schema jobs",
+    "demo": "daemon embedded service config database schema jobs",
     "cli": "demo daemon crons checks overview history pauses tables terminal service runner jobs job schema database"
     " config",
     "manual": "cli",
