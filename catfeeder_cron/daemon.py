@@ -30,8 +30,8 @@ def run(
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
     The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
-    SIGHUP takes over what `read_again` returns, if it is given. A stop lets running jobs end their batch; those that need longer than
-    `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
+    SIGHUP takes over what `read_again` returns, if it is given. A stop lets running jobs end their batch; those that
+    need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
     """
     with StopSignals() as signals, Database(settings.database) as database:
         tasks = BackgroundTasks(
