@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -30,8 +30,8 @@ def run(
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
     The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
-    SIGHUP takes over what `read_again` returns, if it is given. A stop lets running jobs end their batch; those that
-    need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
+    SIGHUP takes over what `read_again`, if there is one, returns. A stop lets running jobs end their batch; those
+    that need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
     """
     with StopSignals() as signals, Database(settings.database) as database:
         tasks = BackgroundTasks(
@@ -50,16 +50,10 @@ def run(
         ) as crons:
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
-            with _reloading(crons, read_again, signals):
+            with ReloadSignal(lambda: _reload(crons, read_again, signals)) if read_again else nullcontext():
                 log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
                 _keep_the_schedule(tasks, crons, database, signals)
             log.info("daemon_stopped")
-
-
-def _reloading(
-    crons: Crons, read_again: Callable[[], Settings] | None, signals: StopSignals
-) -> AbstractContextManager[object]:
-    return ReloadSignal(lambda: _reload(crons, read_again, signals)) if read_again else nullcontext()
 
 
 def _log_findings(findings: Iterable[Finding], signals: StopSignals) -> None:
