@@ -6,7 +6,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find catfeeder_cron -type f 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench lock clean
+.PHONY: help run test check format bench man lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -31,6 +31,10 @@ format: $(VENV)/packages ## rewrite the sources as `make check` wants them
 
 bench: $(VENV)/program ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
+
+man: $(VENV)/program ## write the manual page, build/catfeeder-cron.1
+	@mkdir -p build
+	$(BIN)/python -m catfeeder_cron.manual > build/catfeeder-cron.1
 
 lock: ## resolve the dependencies anew into requirements.lock
 	python3 -m venv $(VENV)-lock

@@ -36,6 +36,8 @@ class Reference:
     """Pairs of (its column, the referenced column)."""
 
 
+TIMES = ("timestamp with time zone", "timestamp without time zone", "date")
+
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 _TABLE = """
@@ -46,6 +48,10 @@ _TABLE = """
             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %(schema)s AND c.relname = %(name)s"""
+
+_COLUMN_TYPES = """
+    SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+    WHERE attrelid = %(oid)s AND attnum > 0 AND NOT attisdropped"""
 
 # Walks pg_inherits, so partitions of any depth and plain inheritance (TimescaleDB's chunks) come alike.
 _LEAVES = """
@@ -99,6 +105,11 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
     if column_type is None:
         raise SchemaProblem(f'table {described} has no column "{column}"; it has {", ".join(columns or ["none"])}')
     return oid, column_type
+
+
+def column_types(connection: Connection, oid: int) -> dict[str, str]:
+    """Return the type of every column of a table by its name."""
+    return dict(connection.execute(_COLUMN_TYPES, {"oid": oid}).fetchall())
 
 
 def leaves(connection: Connection, oid: int, column: str) -> list[Leaf]:

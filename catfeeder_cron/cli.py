@@ -1,7 +1,10 @@
 """The command line. What a command needs is imported when it runs, so that `--help` stays quick."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,6 +17,7 @@ from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobIsRunnin
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
+    from catfeeder_cron.database import Database
     from catfeeder_cron.history import PastRun
     from catfeeder_cron.job import JobReport
 
@@ -93,12 +97,12 @@ def options(
 
 @app.command()
 def start(context: typer.Context) -> None:
-    """Run the daemon in the foreground until SIGTERM or SIGINT."""
+    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP has it read the configuration again."""
     from catfeeder_cron import daemon, logs
 
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
-    daemon.run(settings)
+    daemon.run(settings, lambda: _load(context))
 
 
 @app.command("list")
@@ -115,7 +119,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
         [
             (
                 job["job"],
-                "yes" if job["enabled"] else "no",
+                "paused" if job["paused"] else "yes" if job["enabled"] else "no",
                 job["trigger"],
                 job["next_run"] or "-",
                 job["last_run"] or "-",
@@ -184,6 +188,110 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
 
 
 @app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show the daemons on this database, what each is running, and which jobs are paused or overdue."""
+    from catfeeder_cron import overview, terminal
+
+    with _opened(context) as (settings, database):
+        found = overview.status(settings, database)
+    if as_json:
+        terminal.print_json(found)
+        return
+    terminal.print_table(
+        ("DAEMON", "HOST", "PID", "VERSION", "SINCE", "LAST HEARTBEAT", "RUNNING"),
+        [
+            (
+                each["daemon"][:8],
+                each["host"],
+                str(each["pid"]),
+                each["version"],
+                each["started_at"][:19],
+                each["heartbeat_at"][:19] + ("" if each["alive"] else " (dead)"),
+                ", ".join(f"{run['job']} for {run['seconds']:g} s" for run in each["running"]) or "-",
+            )
+            for each in found["daemons"]
+        ],
+    )
+    if not found["daemons"]:
+        print("no daemon is alive")
+    print()
+    terminal.print_table(
+        ("JOB", "NEXT RUN", "LAST RUN", "OUTCOME", "NOTES"),
+        [
+            (
+                job["job"],
+                (job["next_run"] or "-")[:19],
+                (job["last_run"] or "-")[:19],
+                job["last_outcome"] or "-",
+                _notes(job),
+            )
+            for job in found["jobs"]
+            if job["enabled"] or job["paused"]
+        ],
+    )
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+    duration: Annotated[
+        timedelta | None,
+        typer.Option("--for", parser=_duration, metavar="DURATION", help='End by itself, after "2h" say.'),
+    ] = None,
+    because: Annotated[str | None, typer.Option(metavar="TEXT", help="The reason, for those who look.")] = None,
+) -> None:
+    """Let no daemon on this database start these jobs, until they are resumed. What is running goes on.
+
+    For example: catfeeder-cron pause clean-tokens --for 2h --because "table is being moved"
+    """
+    from catfeeder_cron import pauses
+
+    with _opened(context) as (settings, database):
+        for job in jobs or []:
+            settings.require_job(job)
+        pauses.pause(database, jobs or [], duration, because)
+    print(f"paused: {', '.join(jobs or ['all jobs'])}")
+
+
+@app.command()
+def resume(
+    context: typer.Context,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+) -> None:
+    """End the pause of these jobs. They go on with their next slot."""
+    from catfeeder_cron import pauses
+
+    with _opened(context) as (settings, database):
+        for job in jobs or []:
+            settings.require_job(job)
+        pauses.resume(database, jobs or [])
+        still = [pause for pause in pauses.in_force(database) if pause.job == pauses.ALL_JOBS]
+    print(f"resumed: {', '.join(jobs or ['all jobs'])}")
+    if still:
+        print("all jobs are paused still; `catfeeder-cron resume` ends that")
+
+
+@app.command()
+def check(context: typer.Context, as_json: Json = False) -> int:
+    """Look whether all that the enabled jobs need is there: each line ok, or a warning or an error with the remedy."""
+    from catfeeder_cron import terminal
+    from catfeeder_cron.checks import check as findings_of
+    from catfeeder_cron.database import Database
+
+    settings = _load(context)
+    _log_nothing()
+    with Database(settings.database) as database:
+        findings = list(findings_of(settings, database))
+    if as_json:
+        terminal.print_json([finding.as_json() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level + ':':<8} {finding.subject}: {finding.message}")
+    return FAILED if any(finding.level == "error" for finding in findings) else 0
+
+
+@app.command()
 def history(
     context: typer.Context,
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of them by default.")] = None,
@@ -195,13 +303,11 @@ def history(
     For example: catfeeder-cron history clean-tokens --limit 5
     """
     from catfeeder_cron import history as past
-    from catfeeder_cron import schema, terminal
-    from catfeeder_cron.database import Database
+    from catfeeder_cron import terminal
 
-    settings = _load(context)
-    _log_warnings(settings)
-    with Database(settings.database) as database:
-        schema.require(database)
+    with _opened(context) as (settings, database):
+        if job is not None:
+            settings.require_job(job)
         runs = past.past_runs(database, job, limit)
         durations = past.durations(database, job)
     if as_json:
@@ -265,11 +371,46 @@ def _load(context: typer.Context) -> "Settings":
     return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
 
 
+@contextmanager
+def _opened(context: typer.Context) -> Iterator[tuple["Settings", "Database"]]:
+    """Yield the configuration and its database, of which the daemon's schema is there."""
+    from catfeeder_cron import schema
+    from catfeeder_cron.database import Database
+
+    settings = _load(context)
+    _log_nothing()
+    with Database(settings.database) as database:
+        schema.require(database)
+        yield settings, database
+
+
+def _log_nothing() -> None:
+    """A command that tells its own failure in one line logs nothing beside it."""
+    from catfeeder_cron import logs
+
+    logs.configure("critical", "console")
+
+
 def _log_warnings(settings: "Settings") -> None:
     """A command that prints its own results logs what went wrong and nothing else, unless debugging."""
     from catfeeder_cron import logs
 
     logs.configure("debug" if settings.logging.level == "debug" else "warning", "console")
+    # The command tells of an outage itself, in the line of the job that met it.
+    logging.getLogger("catfeeder_cron.database").setLevel(logging.CRITICAL)
+    # What a job has to say by itself is told, too.
+    for name in ("catfeeder_cron.output", "catfeeder_cron.jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _notes(job: dict[str, Any]) -> str:
+    notes = []
+    if job["paused"]:
+        until = f" until {job['paused_until'][:19]}" if job["paused_until"] else ""
+        notes.append(f"paused{until}" + (f": {job['paused_because']}" if job["paused_because"] else ""))
+    if job["overdue_since"]:
+        notes.append(f"overdue since {job['overdue_since'][:19]}")
+    return ", ".join(notes)
 
 
 def _in_cells(run: "PastRun") -> tuple[str, ...]:

@@ -2,15 +2,17 @@
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 from catfeeder_cron import schema
 from catfeeder_cron.background_tasks import BackgroundTasks
-from catfeeder_cron.config import JobSettings, Settings, load
+from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings, load
+from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.dispatch import Dispatch
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, JobAborted, JobIsRunning, UnknownJob
@@ -18,6 +20,7 @@ from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger import Ledger, Process
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.pings import Pings
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import schedule_for
@@ -35,7 +38,8 @@ class Crons:
 
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
-    the file is looked up as the command line does. All methods may be called from any thread.
+    the file is looked up as the command line does. `on_contact` is called once, when the database
+    was first reached. All methods may be called from any thread.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
     """
@@ -49,14 +53,17 @@ class Crons:
         config: Settings | Path | str | None = None,
         database: Database | None = None,
         background_tasks: BackgroundTasks | None = None,
+        on_contact: Callable[[], None] = lambda: None,
     ) -> None:
         self._error = error
         self._success = success
         self._debug = debug
-        self._jobs = built_in()
+        self._built_in = built_in()
         self._config = config
         self._database = database
         self._tasks = background_tasks
+        self._on_contact = on_contact
+        self._pings = Pings()
         self._owned: list[Database | BackgroundTasks] = []
         self._lock = threading.RLock()
         self._process = Process("run-once")
@@ -90,12 +97,34 @@ class Crons:
         ledger.become_daemon()
         failed = False
         for job_id, job_settings in settings.jobs.items():
-            if job_settings.enabled and job_id in self._jobs:
+            if job_settings.enabled:
                 failed = not self._schedule(tasks, ledger, job_id, job_settings) or failed
         self._supervise().start()
         if tasks in self._owned:
             failed = tasks.safe_start() != 0 or failed
         return self._error if failed else self._success
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with another configuration. Running jobs keep the settings that they began with.
+
+        A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
+        """
+        with self._lock:
+            before, self._config = self.settings, settings
+            for job_id in list(self._dispatches):
+                if job_id not in settings.jobs or not settings.jobs[job_id].enabled:
+                    del self._dispatches[job_id]
+                    with suppress(UnknownJob):  # a date's only slot is over
+                        self._background_tasks().remove_task(job_id)
+            for job_id, job_settings in settings.jobs.items():
+                if job_settings.enabled and (
+                    job_id not in self._dispatches
+                    or _slots(before.jobs[job_id]) != _slots(job_settings)
+                    or before.scheduler.timezone != settings.scheduler.timezone
+                ):
+                    self._schedule(self._background_tasks(), self._open_ledger(), job_id, job_settings)
+        with suppress(DatabaseUnavailable):  # told by the database itself; made up for when it is back
+            self._catch_up()
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -148,10 +177,10 @@ class Crons:
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
-        if job_id in self._jobs:
-            return self._jobs[job_id], self.settings.jobs[job_id]
-        nearest = get_close_matches(job_id, self._jobs, n=1, cutoff=0)
-        raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest[0]}"')
+        settings = self.settings.require_job(job_id)
+        if isinstance(settings, CustomJobSettings):
+            return custom_job(job_id, settings), settings
+        return self._built_in[job_id], settings
 
     @property
     def settings(self) -> Settings:
@@ -159,7 +188,7 @@ class Crons:
         with self._lock:
             if not isinstance(self._config, Settings):
                 path = None if self._config is None else Path(self._config)
-                self._config = load(path, jobs={job.id: job.settings for job in self._jobs.values()})
+                self._config = load(path, jobs={job.id: job.settings for job in self._built_in.values()})
             return self._config
 
     @property
@@ -191,6 +220,7 @@ class Crons:
             self.wait()
         if self._supervisor:
             self._supervisor.close(abandoned)
+        self._pings.close()
         for resource in self._owned:
             if isinstance(resource, Database):
                 resource.close()
@@ -198,13 +228,14 @@ class Crons:
 
     def _schedule(self, tasks: BackgroundTasks, ledger: Ledger, job_id: str, settings: JobSettings) -> bool:
         """Put a job on the schedule; return False, with the reason logged, where that can't be done."""
+        job, _ = self.find(job_id)
         schedule = schedule_for(job_id, settings, self.settings.scheduler.timezone)
         self._dispatches[job_id] = Dispatch(
             job_id=job_id,
             schedule=schedule,
             jitter=settings.jitter,
             catch_up=settings.catch_up,
-            shared=self._jobs[job_id].shared,
+            shared=job.shared,
             ledger=ledger,
             presence=self._presence,
         )
@@ -216,7 +247,7 @@ class Crons:
             args=[job_id],
             trigger=ScheduleTrigger(schedule, job_id, settings.jitter),
             id=job_id,
-            name=self._jobs[job_id].summary,
+            name=job.summary,
             replace_existing=True,
             # One runs, one finds out that it is still running; more would only pile up.
             max_instances=2,
@@ -257,9 +288,16 @@ class Crons:
         job, settings = self.find(job_id)
         supervisor = self._supervise()
         run = supervisor.begin(run_id, job_id, context)
+        self._pings.send(job_id, settings.ping_url, "start")
         report = run_job(job, context, settings, run_id)
         supervisor.end(run, report)
+        succeeded = report.outcome in ("succeeded", "skipped")
+        self._pings.send(job_id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report
+
+    def _prepare(self) -> None:
+        schema.ensure(self._open_database())
+        self._on_contact()
 
     def _context(self, settings: JobSettings, progress: Progress) -> JobContext:
         return JobContext(
@@ -300,12 +338,11 @@ class Crons:
     def _supervise(self) -> Supervisor:
         with self._lock:
             if self._supervisor is None:
-                database = self._open_database()
                 self._supervisor = Supervisor(
                     self._open_ledger(),
                     self._presence,
                     self.settings.scheduler.history_keep,
-                    prepare=lambda: schema.ensure(database),
+                    prepare=self._prepare,
                     on_return=self._catch_up,
                     on_stuck=lambda: self._background_tasks().replace_worker(),
                 )
@@ -322,3 +359,8 @@ class Crons:
                 )
                 self._owned.append(self._tasks)
             return self._tasks
+
+
+def _slots(settings: JobSettings) -> tuple[object, ...]:
+    """What a job's slots, and what becomes of them, follow from."""
+    return settings.interval, settings.cron, settings.date, settings.timezone, settings.jitter, settings.catch_up

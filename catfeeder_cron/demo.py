@@ -61,4 +61,4 @@ def run() -> None:
             for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
                 pass
         log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
-        daemon.run(settings)
+        daemon.run(settings, lambda: settings)

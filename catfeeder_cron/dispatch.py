@@ -47,10 +47,11 @@ class Dispatch:
         self.presence.seen(datetime.now(UTC))
         if claim.advanced and claim.previous:
             last_accounted = self._account(claim.previous, slot if not run else slot - MICROSECOND)
-            if run and claim.run_id is None:
+            # Of a shared job every daemon has a part of the slot; one that is not done with its last is no gap.
+            if run and claim.run_id is None and (claim.paused or not self.shared):
                 slots = self.schedule.between(slot - MICROSECOND, slot)
                 assert slots is not None
-                self.ledger.miss(self.job_id, slots, last_accounted, STILL_RUNNING)
+                self.ledger.miss(self.job_id, slots, last_accounted, claim.paused or STILL_RUNNING)
         return claim.run_id
 
     def _account(self, previous: datetime, until: datetime) -> datetime:

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, TypeVar
@@ -19,6 +20,19 @@ S = TypeVar("S", bound=JobSettings)
 
 
 @dataclass(frozen=True)
+class TableUse:
+    """What a job needs of a table of Cat Feeder's; `table` is its key in [database.tables]."""
+
+    table: str
+    privileges: tuple[str, ...]
+    columns: tuple[str, ...]
+    times: tuple[str, ...] = ()
+    """Columns that must hold times, beside those."""
+    optional: bool = False
+    """Without the table the job has nothing to do, which is no fault."""
+
+
+@dataclass(frozen=True)
 class Job(Generic[S]):
     """A kind of work with its settings. `run` returns when all is done, and raises when it is not."""
 
@@ -28,6 +42,7 @@ class Job(Generic[S]):
     run: Callable[["JobContext", S], None]
     shared: bool = False
     """Its rows are shared out by leases, so every daemon works on each of its slots."""
+    tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[tuple[str, str], ...] = ()
     """What makes the job cheap: pairs of (a key of [database.tables], a column)."""
 
@@ -80,6 +95,15 @@ class JobContext:
         """Whether the run should end: look between batches and requests."""
         return bool(self.stop) or self._remaining() <= timedelta(0)
 
+    @contextmanager
+    def as_current(self) -> Iterator[None]:
+        """Let code that is not handed this context ask `stopping()` for it."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
     def checkpoint(self) -> None:
         """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
         self.confirm()
@@ -111,6 +135,15 @@ class JobContext:
 
     def _timed_out(self) -> JobTimedOut:
         return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
+
+
+_current: ContextVar[JobContext | None] = ContextVar("current_job", default=None)
+
+
+def stopping() -> bool:
+    """Whether the job that this code runs in should end: its time is up, or the process stops. False outside a job."""
+    context = _current.get()
+    return context is not None and context.stopping
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,13 @@ class Claim:
     """What came of claiming a slot.
 
     `advanced`: this process accounts for the slot, and for those since `previous`. `run_id`: it may run the job;
-    None with `advanced`: it may not, because the job is still running.
+    None with `advanced`: it may not, because the job is still running, or `paused` (in words).
     """
 
     advanced: bool
     previous: datetime | None
     run_id: int | None
+    paused: str | None
 
 
 # One row of `schedule` serves as the lock: who moves it past the slot has claimed it.
@@ -65,13 +66,17 @@ _CLAIM = """
         ON CONFLICT (job) DO UPDATE SET accounted_until = excluded.accounted_until, previous = s.accounted_until
         WHERE s.accounted_until < excluded.accounted_until
         RETURNING previous),
+    paused AS (
+        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
+        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
     claimed AS (
         INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, host, pid, daemon)
         SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
-        WHERE %(run)s AND (%(shared)s OR EXISTS (SELECT FROM advanced))
+        WHERE %(run)s AND NOT EXISTS (SELECT FROM paused) AND (%(shared)s OR EXISTS (SELECT FROM advanced))
         ON CONFLICT DO NOTHING
         RETURNING run_id)
-    SELECT EXISTS (SELECT FROM advanced), (SELECT previous FROM advanced), (SELECT run_id FROM claimed)"""
+    SELECT EXISTS (SELECT FROM advanced), (SELECT previous FROM advanced), (SELECT run_id FROM claimed),
+           (SELECT reason FROM paused)"""
 
 _CLAIM_MANUAL = """
     INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
@@ -176,8 +181,8 @@ class Ledger:
             "shared": shared,
             "run": run,
         }
-        ((advanced, previous, run_id),) = self._database.query(_CLAIM, self._process.parameters() | parameters)
-        return Claim(advanced, previous, run_id)
+        (row,) = self._database.query(_CLAIM, self._process.parameters() | parameters)
+        return Claim(*row)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already."""

@@ -60,6 +60,11 @@ def get_logger(name: str) -> "BoundLogger":
     )
 
 
+def one_line(text: str) -> str:
+    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows."""
+    return _without_secrets(" ".join(text.split()))[:500]
+
+
 def context(**fields: object) -> AbstractContextManager[None]:
     """Add `fields` to every entry that this thread (or asyncio task) logs inside the `with` block."""
     from structlog.contextvars import bound_contextvars

@@ -53,7 +53,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         return "failed", str(error)
     except Exception as error:
         log.exception("job_raised")
-        return "failed", f"{type(error).__name__}: see the log for the traceback"
+        return "failed", logs.one_line(f"{type(error).__name__}: {error}")
     return "succeeded", None
 
 

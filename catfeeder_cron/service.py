@@ -41,3 +41,26 @@ class StopSignals:
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.requested.set()
+
+
+class ReloadSignal:
+    """While entered, every SIGHUP has `action` called in a thread of its own; several at once may become one."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self._hung_up = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._work, name="reload", daemon=True).start()
+        self._previous = signal.signal(signal.SIGHUP, lambda _number, _frame: self._hung_up.set())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGHUP, self._previous)
+
+    def _work(self) -> None:
+        while self._hung_up.wait():
+            self._hung_up.clear()
+            self._action()
