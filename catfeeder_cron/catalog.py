@@ -36,7 +36,8 @@ class Reference:
     """Pairs of (its column, the referenced column)."""
 
 
-TIMES = ("timestamp with time zone", "timestamp without time zone", "date")
+INSTANTS = ("timestamp with time zone", "timestamp without time zone")
+TIMES = (*INSTANTS, "date")
 
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
@@ -50,7 +51,8 @@ _TABLE = """
     WHERE n.nspname = %(schema)s AND c.relname = %(name)s"""
 
 _COLUMN_TYPES = """
-    SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+    SELECT attname, format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, NULL)
+    FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
     WHERE attrelid = %(oid)s AND attnum > 0 AND NOT attisdropped"""
 
 # Walks pg_inherits, so partitions of any depth and plain inheritance (TimescaleDB's chunks) come alike.
@@ -108,7 +110,7 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
 
 
 def column_types(connection: Connection, oid: int) -> dict[str, str]:
-    """Return the type of every column of a table by its name."""
+    """Return the type of every column of a table by its name; of a domain, its base."""
     return dict(connection.execute(_COLUMN_TYPES, {"oid": oid}).fetchall())
 
 

@@ -3,22 +3,21 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from catfeeder_cron import __version__
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobIsRunning, UnknownJob
+from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, JobIsRunning, UnknownJob
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.database import Database
-    from catfeeder_cron.history import PastRun
     from catfeeder_cron.job import JobReport
 
 FAILED = 84
@@ -73,9 +72,15 @@ def _duration(text: str) -> timedelta:
     from catfeeder_cron.config import parse_duration
 
     try:
-        return parse_duration(text)
+        return parse_duration(int(text) if text.isascii() and text.isdigit() else text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(f'got "{text}", expected {error}') from error
+
+
+def _some_time(text: str) -> timedelta:
+    if not (duration := _duration(text)):
+        raise typer.BadParameter(f'got "{text}", expected longer than 0')
+    return duration
 
 
 @app.callback()
@@ -97,7 +102,10 @@ def options(
 
 @app.command()
 def start(context: typer.Context) -> None:
-    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP has it read the configuration again."""
+    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP has it read the configuration again.
+
+    For example: catfeeder-cron --config /etc/catfeeder-cron/config.toml start
+    """
     from catfeeder_cron import daemon, logs
 
     settings = _load(context)
@@ -107,27 +115,19 @@ def start(context: typer.Context) -> None:
 
 @app.command("list")
 def list_jobs(context: typer.Context, as_json: Json = False) -> None:
-    """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended."""
-    from catfeeder_cron import overview, terminal
+    """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended.
 
-    jobs = overview.jobs(_load(context))
+    For example: catfeeder-cron list
+    """
+    from catfeeder_cron import overview, tables, terminal
+
+    settings = _load(context)
+    _log_nothing()
+    jobs = overview.jobs(settings)
     if as_json:
         terminal.print_json(jobs)
-        return
-    terminal.print_table(
-        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN", "LAST RUN", "OUTCOME"),
-        [
-            (
-                job["job"],
-                "paused" if job["paused"] else "yes" if job["enabled"] else "no",
-                job["trigger"],
-                job["next_run"] or "-",
-                job["last_run"] or "-",
-                job["last_outcome"] or "-",
-            )
-            for job in jobs
-        ],
-    )
+    else:
+        tables.print_jobs(jobs)
 
 
 @app.command("run-once")
@@ -147,7 +147,7 @@ def run_once(
 
     For example: catfeeder-cron run-once clean-tokens --dry-run
     """
-    from catfeeder_cron import terminal
+    from catfeeder_cron import tables, terminal
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.service import StopSignals
 
@@ -165,7 +165,7 @@ def run_once(
             if as_json:
                 reports.append(report.as_json())
             else:
-                print(_in_words(report), flush=True)
+                print(tables.in_words(report), flush=True)
     if as_json:
         terminal.print_json(reports)
     return next(status for status in (FAILED, RUNNING_ELSEWHERE, 0) if status in statuses)
@@ -189,46 +189,18 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
 
 @app.command()
 def status(context: typer.Context, as_json: Json = False) -> None:
-    """Show the daemons on this database, what each is running, and which jobs are paused or overdue."""
-    from catfeeder_cron import overview, terminal
+    """Show the daemons on this database, what each is running, and which jobs are paused or overdue.
+
+    For example: catfeeder-cron status
+    """
+    from catfeeder_cron import overview, tables, terminal
 
     with _opened(context) as (settings, database):
         found = overview.status(settings, database)
     if as_json:
         terminal.print_json(found)
-        return
-    terminal.print_table(
-        ("DAEMON", "HOST", "PID", "VERSION", "SINCE", "LAST HEARTBEAT", "RUNNING"),
-        [
-            (
-                each["daemon"][:8],
-                each["host"],
-                str(each["pid"]),
-                each["version"],
-                each["started_at"][:19],
-                each["heartbeat_at"][:19] + ("" if each["alive"] else " (dead)"),
-                ", ".join(f"{run['job']} for {run['seconds']:g} s" for run in each["running"]) or "-",
-            )
-            for each in found["daemons"]
-        ],
-    )
-    if not found["daemons"]:
-        print("no daemon is alive")
-    print()
-    terminal.print_table(
-        ("JOB", "NEXT RUN", "LAST RUN", "OUTCOME", "NOTES"),
-        [
-            (
-                job["job"],
-                (job["next_run"] or "-")[:19],
-                (job["last_run"] or "-")[:19],
-                job["last_outcome"] or "-",
-                _notes(job),
-            )
-            for job in found["jobs"]
-            if job["enabled"] or job["paused"]
-        ],
-    )
+    else:
+        tables.print_status(found)
 
 
 @app.command()
@@ -237,7 +209,7 @@ def pause(
     jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
     duration: Annotated[
         timedelta | None,
-        typer.Option("--for", parser=_duration, metavar="DURATION", help='End by itself, after "2h" say.'),
+        typer.Option("--for", parser=_some_time, metavar="DURATION", help='End by itself, after "2h" say.'),
     ] = None,
     because: Annotated[str | None, typer.Option(metavar="TEXT", help="The reason, for those who look.")] = None,
 ) -> None:
@@ -247,9 +219,7 @@ def pause(
     """
     from catfeeder_cron import pauses
 
-    with _opened(context) as (settings, database):
-        for job in jobs or []:
-            settings.require_job(job)
+    with _opened(context, jobs or []) as (_, database):
         pauses.pause(database, jobs or [], duration, because)
     print(f"paused: {', '.join(jobs or ['all jobs'])}")
 
@@ -259,30 +229,41 @@ def resume(
     context: typer.Context,
     jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
 ) -> None:
-    """End the pause of these jobs. They go on with their next slot."""
+    """End the pause of these jobs, or every pause. They go on with their next slot.
+
+    For example: catfeeder-cron resume clean-tokens
+    """
     from catfeeder_cron import pauses
 
-    with _opened(context) as (settings, database):
-        for job in jobs or []:
-            settings.require_job(job)
-        pauses.resume(database, jobs or [])
+    with _opened(context, jobs or []) as (_, database):
+        ended = pauses.resume(database, jobs or [])
         still = [pause for pause in pauses.in_force(database) if pause.job == pauses.ALL_JOBS]
-    print(f"resumed: {', '.join(jobs or ['all jobs'])}")
+    print(f"resumed: {', '.join('all jobs' if job == pauses.ALL_JOBS else job for job in ended) or 'nothing'}")
+    if others := [job for job in jobs or [] if job not in ended]:
+        print(f"not paused by name: {', '.join(others)}")
     if still:
         print("all jobs are paused still; `catfeeder-cron resume` ends that")
 
 
 @app.command()
 def check(context: typer.Context, as_json: Json = False) -> int:
-    """Look whether all that the enabled jobs need is there: each line ok, or a warning or an error with the remedy."""
+    """Look whether all that the enabled jobs need is there: each line ok, or a warning or an error with the remedy.
+
+    For example: catfeeder-cron check
+    """
     from catfeeder_cron import terminal
+    from catfeeder_cron.checks import Finding
     from catfeeder_cron.checks import check as findings_of
     from catfeeder_cron.database import Database
 
-    settings = _load(context)
     _log_nothing()
-    with Database(settings.database) as database:
-        findings = list(findings_of(settings, database))
+    try:
+        settings = _load(context)
+    except ConfigurationError as error:
+        findings = [Finding("error", "configuration", fault) for fault in error.faults]
+    else:
+        with Database(settings.database) as database:
+            findings = list(findings_of(settings, database))
     if as_json:
         terminal.print_json([finding.as_json() for finding in findings])
     else:
@@ -303,24 +284,15 @@ def history(
     For example: catfeeder-cron history clean-tokens --limit 5
     """
     from catfeeder_cron import history as past
-    from catfeeder_cron import terminal
+    from catfeeder_cron import tables, terminal
 
-    with _opened(context) as (settings, database):
-        if job is not None:
-            settings.require_job(job)
+    with _opened(context, [job] if job else []) as (_, database):
         runs = past.past_runs(database, job, limit)
         durations = past.durations(database, job)
     if as_json:
         terminal.print_json([run.as_json() for run in runs])
-        return
-    terminal.print_table(
-        ("RUN", "JOB", "SLOT", "TRIGGER", "OUTCOME", "STARTED", "SECONDS", "DETAILS"), [_in_cells(run) for run in runs]
-    )
-    for each in durations:
-        print(
-            f"{each.job}: {each.runs} succeeded, median {each.median.total_seconds():.2f} s, "
-            f"longest {each.longest.total_seconds():.2f} s"
-        )
+    else:
+        tables.print_history(runs, durations)
 
 
 @app.command("init-db")
@@ -330,7 +302,10 @@ def init_db(
     with_indexes: Annotated[bool, typer.Option(help="Create the indexes that the jobs want, where missing.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Create or upgrade the daemon's own schema, catfeeder_cron. Repeating it does no harm."""
+    """Create or upgrade the daemon's own schema, catfeeder_cron. Repeating it does no harm.
+
+    For example: catfeeder-cron init-db --with-indexes --dry-run
+    """
     from catfeeder_cron import schema
     from catfeeder_cron.database import Database
     from catfeeder_cron.jobs import built_in
@@ -372,12 +347,14 @@ def _load(context: typer.Context) -> "Settings":
 
 
 @contextmanager
-def _opened(context: typer.Context) -> Iterator[tuple["Settings", "Database"]]:
-    """Yield the configuration and its database, of which the daemon's schema is there."""
+def _opened(context: typer.Context, jobs: Iterable[str] = ()) -> Iterator[tuple["Settings", "Database"]]:
+    """Yield the configuration, which must have these jobs, and its database, of which the daemon's schema is there."""
     from catfeeder_cron import schema
     from catfeeder_cron.database import Database
 
     settings = _load(context)
+    for job in jobs:
+        settings.require_job(job)
     _log_nothing()
     with Database(settings.database) as database:
         schema.require(database)
@@ -401,39 +378,3 @@ def _log_warnings(settings: "Settings") -> None:
     # What a job has to say by itself is told, too.
     for name in ("catfeeder_cron.output", "catfeeder_cron.jobs"):
         logging.getLogger(name).setLevel(logging.INFO)
-
-
-def _notes(job: dict[str, Any]) -> str:
-    notes = []
-    if job["paused"]:
-        until = f" until {job['paused_until'][:19]}" if job["paused_until"] else ""
-        notes.append(f"paused{until}" + (f": {job['paused_because']}" if job["paused_because"] else ""))
-    if job["overdue_since"]:
-        notes.append(f"overdue since {job['overdue_since'][:19]}")
-    return ", ".join(notes)
-
-
-def _in_cells(run: "PastRun") -> tuple[str, ...]:
-    details = [f"{name.replace('_', ' ')} {number}" for name, number in run.counts.items()]
-    if run.missed and run.last_slot:
-        details.append(f"{run.missed} slots until {run.last_slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}")
-    return (
-        str(run.run_id),
-        run.job,
-        f"{run.slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if run.slot else "-",
-        run.trigger,
-        run.outcome or "running",
-        f"{run.started_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
-        f"{run.duration.total_seconds():.2f}" if run.duration else "-",
-        ", ".join([*([run.reason] if run.reason else []), *details]),
-    )
-
-
-def _in_words(report: "JobReport") -> str:
-    counts = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in report.counts.items())
-    told = [
-        report.outcome.replace("_", " "),
-        *([report.reason] if report.reason else []),
-        *([counts] if counts else []),
-    ]
-    return f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"

@@ -6,7 +6,7 @@ and no session-level lock is taken, so a transaction pooler such as PgBouncer ma
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, LiteralString, Self
@@ -80,7 +80,8 @@ class Database:
             try:
                 yield connection
             except BaseException:
-                if not connection.closed:
+                # One that fails must not hide why it was needed; the pool gives up such a connection.
+                with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
@@ -251,7 +252,9 @@ def _translated() -> Iterator[None]:
 def translate(error: Exception) -> DatabaseError:
     """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | PoolClosed):
+            return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+        return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
     message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
     match error:
         case pg.QueryCanceled():

@@ -28,6 +28,10 @@ class TableUse:
     columns: tuple[str, ...]
     times: tuple[str, ...] = ()
     """Columns that must hold times, beside those."""
+    numbers: tuple[str, ...] = ()
+    """Columns that must hold numbers, beside those."""
+    by_leaf: bool = False
+    """The job works on each partition itself, so it needs the privileges there and not on the whole."""
     optional: bool = False
     """Without the table the job has nothing to do, which is no fault."""
 
@@ -88,12 +92,15 @@ class JobContext:
     confirm: Callable[[], None] = lambda: None
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)
+    stop_was_seen: bool = False
+    """Whether the run has been answered that it should end."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def stopping(self) -> bool:
         """Whether the run should end: look between batches and requests."""
-        return bool(self.stop) or self._remaining() <= timedelta(0)
+        self.stop_was_seen = self.stop_was_seen or bool(self.stop) or self._remaining() <= timedelta(0)
+        return self.stop_was_seen
 
     @contextmanager
     def as_current(self) -> Iterator[None]:
@@ -107,6 +114,10 @@ class JobContext:
     def checkpoint(self) -> None:
         """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
         self.confirm()
+        self.raise_if_over()
+
+    def raise_if_over(self) -> None:
+        """Do as `checkpoint`, without making sure that the run still belongs to this process."""
         self.stop.raise_if_set()
         if self._remaining() <= timedelta(0):
             raise self._timed_out()

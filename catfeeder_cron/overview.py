@@ -16,7 +16,7 @@ from catfeeder_cron.schedule import schedule_for
 _OVERDUE_AFTER = timedelta(seconds=60)
 
 _DAEMONS = """
-    SELECT d.daemon::text, d.host, d.pid, d.version, d.started_at, d.heartbeat_at,
+    SELECT d.daemon::text, d.kind, d.host, d.pid, d.version, d.started_at, d.heartbeat_at,
            d.heartbeat_at > now() - %(dead_after)s AS alive,
            coalesce((SELECT jsonb_agg(jsonb_build_object(
                                 'job', r.job, 'run_id', r.run_id,
@@ -35,22 +35,7 @@ def jobs(settings: Settings) -> list[dict[str, Any]]:
             runs, paused = last_runs(database), pauses.in_force(database)
     except (DatabaseError, ConfigurationError):
         runs, paused = {}, []
-    described = []
-    for job_id, job in settings.jobs.items():
-        schedule = schedule_for(job_id, job, settings.scheduler.timezone)
-        last_run, last_outcome = runs.get(job_id, (None, None))
-        described.append(
-            {
-                "job": job_id,
-                "enabled": job.enabled,
-                "trigger": schedule.describe(),
-                "next_run": timestamp(schedule.next_after(datetime.now(UTC))) if job.enabled else None,
-                "last_run": timestamp(last_run),
-                "last_outcome": last_outcome if last_outcome or last_run is None else "running",
-                "paused": _pause_of(job_id, paused) is not None,
-            }
-        )
-    return described
+    return [_described(job_id, settings, runs, paused) for job_id in settings.jobs]
 
 
 def status(settings: Settings, database: Database) -> dict[str, Any]:
@@ -59,6 +44,7 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
     daemons = [
         {
             "daemon": daemon,
+            "kind": kind,
             "host": host,
             "pid": pid,
             "version": version,
@@ -67,9 +53,9 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
             "alive": alive,
             "running": running,
         }
-        for daemon, host, pid, version, started_at, heartbeat_at, alive, running in rows
+        for daemon, kind, host, pid, version, started_at, heartbeat_at, alive, running in rows
     ]
-    paused, runs = pauses.in_force(database), last_runs(database)
+    runs, paused = last_runs(database), pauses.in_force(database)
     accounts = {job: (trigger, accounted_until) for job, trigger, accounted_until in database.query(_ACCOUNTS, {})}
     described = []
     for job_id, job in settings.jobs.items():
@@ -77,22 +63,33 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
         trigger, accounted_until = accounts.get(job_id, (None, None))
         due = datetime.now(UTC) - job.jitter - _OVERDUE_AFTER
         overdue = job.enabled and trigger == schedule.describe() and schedule.between(accounted_until, due)
-        pause = _pause_of(job_id, paused)
-        last_run, last_outcome = runs.get(job_id, (None, None))
         described.append(
             {
-                "job": job_id,
-                "enabled": job.enabled,
-                "next_run": timestamp(schedule.next_after(datetime.now(UTC))) if job.enabled else None,
-                "last_run": timestamp(last_run),
-                "last_outcome": last_outcome if last_outcome or last_run is None else "running",
+                **_described(job_id, settings, runs, paused),
                 "overdue_since": timestamp(overdue.first) if overdue else None,
-                "paused": pause is not None,
-                "paused_until": timestamp(pause.until) if pause else None,
-                "paused_because": pause.because if pause else None,
             }
         )
     return {"daemons": daemons, "jobs": described}
+
+
+def _described(
+    job_id: str, settings: Settings, runs: dict[str, tuple[datetime, str | None]], paused: list[Pause]
+) -> dict[str, Any]:
+    job = settings.jobs[job_id]
+    schedule = schedule_for(job_id, job, settings.scheduler.timezone)
+    last_run, last_outcome = runs.get(job_id, (None, None))
+    pause = _pause_of(job_id, paused)
+    return {
+        "job": job_id,
+        "enabled": job.enabled,
+        "trigger": schedule.describe(),
+        "next_run": timestamp(schedule.next_after(datetime.now(UTC))) if job.enabled else None,
+        "last_run": timestamp(last_run),
+        "last_outcome": last_outcome if last_outcome or last_run is None else "running",
+        "paused": pause is not None,
+        "paused_until": timestamp(pause.until) if pause else None,
+        "paused_because": pause.because if pause else None,
+    }
 
 
 def _pause_of(job_id: str, paused: list[Pause]) -> Pause | None:

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from catfeeder_cron.database import Database
+from catfeeder_cron.logs import one_line
 
-ALL_JOBS = "*"
+ALL_JOBS = "*"  # no job's id
 
 _PAUSE = """
     INSERT INTO catfeeder_cron.pauses (job, until, because, host)
-    SELECT job, now() + %(duration)s::interval, %(because)s, %(host)s FROM unnest(%(jobs)s::text[]) AS paused(job)
+    SELECT DISTINCT job, now() + %(duration)s::interval, %(because)s, %(host)s
+    FROM unnest(%(jobs)s::text[]) AS paused(job)
     ON CONFLICT (job) DO UPDATE
     SET until = excluded.until, because = excluded.because, host = excluded.host, paused_at = now()"""
 
-_RESUME = "DELETE FROM catfeeder_cron.pauses WHERE %(all)s OR job = ANY(%(jobs)s)"
+_RESUME = """
+    WITH ended AS (DELETE FROM catfeeder_cron.pauses WHERE %(all)s OR job = ANY(%(jobs)s) RETURNING job, until)
+    SELECT job FROM ended WHERE until IS NULL OR until > now() ORDER BY job"""
 
 _IN_FORCE = """
     SELECT job, until, because, paused_at, host FROM catfeeder_cron.pauses
@@ -41,13 +45,14 @@ def pause(database: Database, jobs: list[str], duration: timedelta | None, becau
 
     What is running goes on. Slots that come up meanwhile are accounted for as paused.
     """
-    parameters = {"jobs": jobs or [ALL_JOBS], "duration": duration, "because": because, "host": platform.node()}
+    reason = one_line(because) if because else None
+    parameters = {"jobs": jobs or [ALL_JOBS], "duration": duration, "because": reason, "host": platform.node()}
     database.execute(_PAUSE, parameters)
 
 
-def resume(database: Database, jobs: list[str]) -> None:
-    """End the pauses of these jobs; every pause where none is named."""
-    database.execute(_RESUME, {"jobs": jobs, "all": not jobs})
+def resume(database: Database, jobs: list[str]) -> list[str]:
+    """End the pauses of these jobs, every pause where none is named, and return whose pauses were in force."""
+    return [job for (job,) in database.query(_RESUME, {"jobs": jobs, "all": not jobs})]
 
 
 def in_force(database: Database) -> list[Pause]:

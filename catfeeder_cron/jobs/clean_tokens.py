@@ -20,6 +20,6 @@ JOB = Job(
     summary="delete expired session tokens",
     settings=CleanTokens,
     run=run,
-    tables=(TableUse("connections", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration_date",)),),
+    tables=(TableUse("connections", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration_date",), by_leaf=True),),
     wanted_indexes=(("connections", "expiration_date"),),
 )

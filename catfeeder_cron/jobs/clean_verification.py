@@ -20,6 +20,6 @@ JOB = Job(
     summary="delete expired verification codes",
     settings=CleanVerification,
     run=run,
-    tables=(TableUse("verification", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration",)),),
+    tables=(TableUse("verification", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration",), by_leaf=True),),
     wanted_indexes=(("verification", "expiration"),),
 )

@@ -1,13 +1,15 @@
 """Start a new feeding period: set "Pet".food_eaten to 0 once food_reset has passed."""
 
 from datetime import timedelta
+from typing import LiteralString
 
 from psycopg import sql
 from pydantic import Field
 
-from catfeeder_cron.catalog import find_table
+from catfeeder_cron.catalog import INSTANTS, find_table
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import single
+from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.job import Job, JobContext, TableUse
 
 
@@ -18,38 +20,45 @@ class ResetFoodCounters(JobSettings):
     """Rows that one transaction resets at most."""
 
 
-# A period is a number of seconds, so food_reset moves on by as many whole ones as lead past
-# now().
+# A period is a number of seconds, so a change of clocks is no part of it. The cutoff is that of the whole run: a row
+# with a short period does not come up twice. MATERIALIZED: the rows are picked and locked once, whatever the plan.
+_DUE = """food_reset <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
+_PERIOD = "(coalesce(time_reset_hours, 0) * interval '1 hour' + coalesce(time_reset_minutes, 0) * interval '1 minute')"
+
 _RESET = """
+    WITH due AS MATERIALIZED (
+        SELECT id, {period} AS period FROM {pet} WHERE {due} ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
     UPDATE {pet} AS pet
     SET food_eaten = 0, food_reset = pet.food_reset + due.period * (
             floor(extract(epoch FROM now() - pet.food_reset) / extract(epoch FROM due.period)) + 1)
-    FROM (
-        SELECT id, make_interval(hours => time_reset_hours, mins => time_reset_minutes) AS period FROM {pet}
-        WHERE food_reset <= now() AND food_reset > '-infinity' AND time_reset_hours * 60 + time_reset_minutes > 0
-        ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED) AS due
-    WHERE pet.id = due.id"""
+    FROM due WHERE pet.id = due.id"""
 
-_COUNT = """
-    SELECT count(*) FROM {pet}
-    WHERE food_reset <= now() AND food_reset > '-infinity' AND time_reset_hours * 60 + time_reset_minutes > 0"""
+_COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
 
 
 def run(context: JobContext, settings: ResetFoodCounters) -> None:
     """Reset the due rows in batches. Rows that somebody has locked wait for the next run; a period of 0 is none."""
-    pet = sql.Identifier(context.tables.schema_, context.tables.pet)
     with context.transaction() as connection:
-        find_table(connection, context.tables.schema_, context.tables.pet, "food_reset")
+        _, column_type = find_table(connection, context.tables.schema_, context.tables.pet, "food_reset")
+        if column_type not in INSTANTS:
+            raise SchemaProblem(f'column "food_reset" of table "{context.tables.pet}" is {column_type}, not an instant')
+        (cutoff,) = single(connection, "SELECT now()::text")
         if context.dry_run:
-            (context.counts["would_reset"],) = single(connection, sql.SQL(_COUNT).format(pet=pet))
+            (context.counts["would_reset"],) = single(connection, _statement(_COUNT, context), {"cutoff": cutoff})
             return
     context.counts["reset"] = 0
     reset = settings.batch_size
     while reset == settings.batch_size:
         with context.transaction() as connection:
-            statement = sql.SQL(_RESET).format(pet=pet)
-            reset = connection.execute(statement, {"limit": settings.batch_size}).rowcount
+            parameters = {"cutoff": cutoff, "limit": settings.batch_size}
+            reset = connection.execute(_statement(_RESET, context), parameters).rowcount
         context.counts["reset"] += reset
+
+
+def _statement(text: LiteralString, context: JobContext) -> sql.Composed:
+    period = sql.SQL(_PERIOD)
+    pet = sql.Identifier(context.tables.schema_, context.tables.pet)
+    return sql.SQL(text).format(pet=pet, period=period, due=sql.SQL(_DUE).format(period=period))
 
 
 JOB = Job(
@@ -61,8 +70,9 @@ JOB = Job(
         TableUse(
             "pet",
             ("SELECT", "UPDATE"),
-            ("id", "food_eaten", "time_reset_hours", "time_reset_minutes"),
+            ("id",),
             times=("food_reset",),
+            numbers=("food_eaten", "time_reset_hours", "time_reset_minutes"),
         ),
     ),
 )

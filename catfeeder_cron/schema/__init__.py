@@ -57,10 +57,13 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
 
 
 def require(database: Database) -> None:
-    """Raise SchemaProblem unless the schema is there, for those who only read it."""
+    """Raise SchemaProblem unless the schema is there and one that this program knows, for those who don't create it."""
     with database.transaction() as connection:
-        if installed_version(connection) == 0:
-            raise SchemaProblem("the schema catfeeder_cron is missing: run `catfeeder-cron init-db`")
+        installed = installed_version(connection)
+    refuse_unknown(installed)
+    if installed < known_version():
+        state = "is missing" if installed == 0 else f"has version {installed}, older than this program"
+        raise SchemaProblem(f"the schema catfeeder_cron {state}: run `catfeeder-cron init-db`")
 
 
 def told(dry_run: bool) -> str:
