@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -26,6 +27,7 @@ from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import schedule_for
 from catfeeder_cron.supervisor import Supervisor
 from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.waker import Waker
 
 log = get_logger(__name__)
 
@@ -71,6 +73,8 @@ class Crons:
         self._ledger: Ledger | None = None
         self._supervisor: Supervisor | None = None
         self._dispatches: dict[str, Dispatch] = {}
+        self._wakers: dict[str, Waker] = {}
+        self._skipped: dict[str, str | None] = {}
         self._stop_requested = threading.Event()
 
     def __init_subclass__(cls) -> None:
@@ -100,6 +104,7 @@ class Crons:
             if job_settings.enabled:
                 failed = not self._schedule(tasks, ledger, job_id, job_settings) or failed
         self._supervise().start()
+        self._listen()
         if tasks in self._owned:
             failed = tasks.safe_start() != 0 or failed
         return self._error if failed else self._success
@@ -213,6 +218,8 @@ class Crons:
         With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
         """
         self.request_stop()
+        for waker in self._wakers.values():
+            waker.close()
         for resource in self._owned:
             if isinstance(resource, BackgroundTasks):
                 resource.safe_stop(wait=abandoned is None)
@@ -280,6 +287,32 @@ class Crons:
             if run_id is not None:
                 tasks.safe_add_task(self._run_claimed, args=[job_id, run_id], trigger="date")
 
+    def _listen(self) -> None:
+        """Have jobs run as soon as there is something to do for them."""
+        for job_id in self._dispatches:
+            job, _ = self.find(job_id)
+            if job.wake is not None and job_id not in self._wakers:
+                waker = Waker(
+                    job_id,
+                    self._open_database(),
+                    job.wake.channel,
+                    due_in=partial(self._due_in, job_id),
+                    run=partial(self._run_woken, job_id),
+                )
+                self._wakers[job_id] = waker
+                waker.start()
+
+    def _due_in(self, job_id: str) -> float | None:
+        job, settings = self.find(job_id)
+        assert job.wake is not None
+        return job.wake.due_in(self._context(settings, no_progress))
+
+    def _run_woken(self, job_id: str) -> None:
+        if not self._stop_requested.is_set():
+            run_id = self._open_ledger().claim_woken(job_id, shared=self._built_in[job_id].shared)
+            if run_id is not None:
+                self._background_tasks().safe_add_task(self._run_claimed, args=[job_id, run_id], trigger="date")
+
     def _run_claimed(self, job_id: str, run_id: int) -> None:
         _, settings = self.find(job_id)
         self._execute(job_id, run_id, self._context(settings, no_progress))
@@ -289,8 +322,11 @@ class Crons:
         supervisor = self._supervise()
         run = supervisor.begin(run_id, job_id, context)
         self._pings.send(job_id, settings.ping_url, "start")
-        report = run_job(job, context, settings, run_id)
+        report = run_job(job, context, settings, run_id, known_reason=self._skipped.get(job_id))
+        self._skipped[job_id] = report.reason if report.outcome == "skipped" else None
         supervisor.end(run, report)
+        if job_id in self._wakers:
+            self._wakers[job_id].ran(fruitful=any(report.counts.values()))
         succeeded = report.outcome in ("succeeded", "skipped")
         self._pings.send(job_id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report
@@ -305,6 +341,7 @@ class Crons:
             tables=self.settings.database.tables,
             timeout=settings.timeout,
             progress=progress,
+            actions=self.settings.actions,
         )
 
     def _run_now(self, job_id: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from psycopg import sql
 
 from catfeeder_cron import catalog
-from catfeeder_cron.catalog import Leaf
+from catfeeder_cron.catalog import Leaf, WantedIndex
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import SchemaProblem
@@ -19,36 +19,40 @@ _STATE = """
 
 
 def create_indexes(
-    database: Database, tables: DatabaseTables, wanted: Iterable[tuple[str, str]], *, dry_run: bool = False
+    database: Database, tables: DatabaseTables, wanted: Iterable[WantedIndex], *, dry_run: bool = False
 ) -> Iterator[str]:
     """Create the wanted indexes that are missing, on every leaf of a table, and yield a line for each.
 
     CONCURRENTLY: reading and writing go on, an interruption rolls nothing back, and no statement timeout applies.
     What an interrupted try left is rebuilt; what another process is building is left to it.
-    `wanted` holds pairs of (key of [database.tables], column).
     """
-    for key, column in wanted:
-        name = getattr(tables, key)
+    for each in wanted:
+        name, column = getattr(tables, each.table), each.column
         try:
             with database.transaction() as connection:
                 oid, _ = catalog.find_table(connection, tables.schema_, name, column)
-                leaves = catalog.leaves(connection, oid, column)
+                leaves = catalog.leaves(connection, oid, column, each.state)
         except SchemaProblem as error:
             missing = f'index on "{tables.schema_}"."{name}" ({column})'
             yield f"{told(dry_run)} {missing}, once the table is there" if dry_run else f"no {missing}: {error}"
             continue
         for leaf in leaves:
             if not leaf.indexed:
-                yield from _create_index(database, leaf, column, dry_run)
+                yield from _create_index(database, leaf, each, dry_run)
 
 
-def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) -> Iterator[str]:
+def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: bool) -> Iterator[str]:
+    column = wanted.column
+    where: sql.Composable = sql.SQL("")
     described = f'index on "{leaf.schema}"."{leaf.name}" ({column})'
+    if wanted.state is not None:
+        where = sql.SQL(" WHERE state = {}").format(wanted.state)
+        described += f" for state '{wanted.state}'"
     if dry_run:
         yield f"{told(dry_run)} {described}"
         return
     # A name of our own, the same in every process: IF NOT EXISTS and the removal of an invalid index go by it.
-    marker = zlib.crc32(f"{leaf.schema}.{leaf.name}.{column}".encode())
+    marker = zlib.crc32(".".join([leaf.schema, leaf.name, column, *([wanted.state] if wanted.state else [])]).encode())
     index = f"catfeeder_cron_{leaf.name[:15]}_{column[:15]}_{marker:08x}"
     with database.session() as connection:
         connection.execute("SET statement_timeout = 0")
@@ -63,8 +67,9 @@ def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) ->
                 if not valid:
                     drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
                     connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
-            create = sql.SQL("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({})")
-            connection.execute(create.format(sql.Identifier(index), leaf.identifier, sql.Identifier(column)))
+            create = sql.SQL("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({}){}")
+            columns = sql.Identifier(column)
+            connection.execute(create.format(sql.Identifier(index), leaf.identifier, columns, where))
             yield f"{told(dry_run)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.
