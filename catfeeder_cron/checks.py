@@ -236,6 +236,7 @@ def _indexes(database: Database, settings: Settings, job: Job[Any]) -> Iterator[
                 yield Finding(
                     "warning",
                     job.id,
-                    f"{name} has no index on {column}{where}, so every run reads the whole table; `catfeeder-cron init-db "
-                    f'--with-indexes`, or CREATE INDEX CONCURRENTLY ON {name} ("{column}"){where}',
+                    f"{name} has no index on {column}{where}, so every run reads the whole table; "
+                    f'`catfeeder-cron init-db --with-indexes`, or CREATE INDEX CONCURRENTLY ON {name} ("{column}")'
+                    f"{where}",
                 )

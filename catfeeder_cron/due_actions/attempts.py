@@ -18,6 +18,9 @@ from catfeeder_cron.logs import get_logger, one_line
 
 log = get_logger(__name__)
 
+# Outcomes that come this close together are stored together.
+_GATHER_SECONDS = 0.001
+
 Verdict = Literal["done", "retried", "failed", "cancelled"]
 
 
@@ -73,7 +76,7 @@ class Attempts:
         with suppress(queue.Empty):
             finished.append(self._finished.get(timeout=seconds))
             while True:
-                finished.append(self._finished.get_nowait())
+                finished.append(self._finished.get(timeout=_GATHER_SECONDS))
         return finished
 
     def extend(self, ids: list[Any]) -> None:

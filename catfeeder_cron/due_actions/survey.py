@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,9 @@ from catfeeder_cron.due_actions.leases import statement
 
 # Rows of one survey at most; what is behind them comes with the next.
 _MOST = 50_000
+
+# How far a plan is looked through for somebody else's turn.
+_MOST_PASSED = 100
 
 # From 1024 on, bands don't grow any more: the order within a kind stays roughly that of the due times.
 _WIDEST_BAND = 10
@@ -55,31 +57,28 @@ class Plan:
         """Take the next ones out, passing over kinds and users that have their share of the slots already."""
         taken: list[Candidate] = []
         passed: list[Candidate] = []
-        while self._left and len(taken) < number:
+        while self._left and len(taken) < number and len(passed) < _MOST_PASSED:
             candidate = self._left.pop()
-            (taken if busy.has_room_for(candidate, taken) else passed).append(candidate)
-            if len(passed) > _MOST_PASSED:
-                break
+            if busy.has_room_for(candidate):
+                busy.add(candidate)
+                taken.append(candidate)
+            else:
+                passed.append(candidate)
+        for candidate in taken:
+            busy.remove(candidate)
         self._left.extend(reversed(passed))
         return taken
 
 
-# How far a plan is looked through for somebody else's turn.
-_MOST_PASSED = 1000
-
-
 class Busy:
-    """Who has how many of the run's slots. A slot in four is kept for those who have none yet."""
+    """Who has how many of the run's slots. One in eight is kept for those who don't have the others."""
 
     def __init__(self, slots: int) -> None:
-        self._most = slots - slots // 4 if slots > 1 else 1
+        self._most = max(1, slots - max(1, slots // 8))
         self._count: Counter[tuple[str, Any]] = Counter()
 
-    def has_room_for(self, candidate: Candidate, beside: Collection[Candidate]) -> bool:
-        return all(
-            self._count[share] + sum(share in _shares(other) for other in beside) < self._most
-            for share in _shares(candidate)
-        )
+    def has_room_for(self, candidate: Candidate) -> bool:
+        return all(self._count[share] < self._most for share in _shares(candidate))
 
     def add(self, candidate: Candidate) -> None:
         self._count.update(_shares(candidate))
