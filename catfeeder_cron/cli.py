@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from catfeeder_cron import __version__
-from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, JobIsRunning, UnknownJob
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    ConfigurationError,
+    DatabaseError,
+    JobAborted,
+    JobIsRunning,
+    UnknownJob,
+)
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.database import Database
-    from catfeeder_cron.job import JobReport
+    from catfeeder_cron.job import JobReport, Outcome
 
 FAILED = 84
 WRONG_USAGE = 2
@@ -30,7 +37,6 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 84 failed, 2 wrong usage, 75 running elsewhere.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -40,7 +46,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
     try:
-        status = app(standalone_mode=False) or 0
+        status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
+        sys.stdout.flush()
     except UnknownJob as error:
         status = _complain(error, WRONG_USAGE)
     except CatfeederCronError as error:
@@ -49,10 +56,12 @@ def main() -> NoReturn:
         status = FAILED
     except typer.TyperException as error:
         status = _complain(error.format_message(), WRONG_USAGE)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more while it flushes at exit.
+    except SystemExit:
+        status = 0  # typer's answer to a broken pipe: whoever read our output has seen enough
+    except OSError as error:
+        status = 0 if isinstance(error, BrokenPipeError) else _complain(error, FAILED)
+        # Python would try to write what is left once more at exit, and complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status)
 
 
@@ -68,11 +77,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _duration(text: str) -> timedelta:
+def _duration(text: str | timedelta) -> timedelta:
+    """Read an option's text; its default is one already."""
     from catfeeder_cron.config import parse_duration
 
     try:
-        return parse_duration(int(text) if text.isascii() and text.isdigit() else text)
+        return parse_duration(int(text) if isinstance(text, str) and text.isdecimal() else text)
     except ValueError as error:
         raise typer.BadParameter(f'got "{text}", expected {error}') from error
 
@@ -106,6 +116,11 @@ def start(context: typer.Context) -> None:
 
     For example: catfeeder-cron --config /etc/catfeeder-cron/config.toml start
     """
+    import signal
+
+    signal.signal(
+        signal.SIGHUP, signal.SIG_IGN
+    )  # until the daemon takes it over: a start reads the configuration anyway
     from catfeeder_cron import daemon, logs
 
     settings = _load(context)
@@ -122,10 +137,10 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     from catfeeder_cron import overview, tables, terminal
 
     settings = _load(context)
-    _log_nothing()
+    _log_warnings(settings)
     jobs = overview.jobs(settings)
     if as_json:
-        terminal.print_json(jobs)
+        terminal.print_json([{key: job[key] for key in overview.LISTED} for job in jobs])
     else:
         tables.print_jobs(jobs)
 
@@ -138,7 +153,10 @@ def run_once(
     wait: Annotated[
         timedelta,
         typer.Option(
-            parser=_duration, metavar="DURATION", help='Wait for a job that runs elsewhere, at most "5m" say.'
+            parser=_duration,
+            metavar="DURATION",
+            show_default=False,
+            help='Wait for a job that runs elsewhere, at most "5m" say.',
         ),
     ] = timedelta(0),
     as_json: Json = False,
@@ -181,9 +199,10 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
     except JobIsRunning as error:
         _complain(error, RUNNING_ELSEWHERE)
         return not_run(job, "skipped", str(error), dry_run=dry_run), RUNNING_ELSEWHERE
-    except DatabaseError as error:
+    except (DatabaseError, JobAborted) as error:
         _complain(f"{job}: {error}", FAILED)
-        return not_run(job, "failed", str(error), dry_run=dry_run), FAILED
+        outcome: Outcome = "aborted" if isinstance(error, JobAborted) else "failed"
+        return not_run(job, outcome, str(error), dry_run=dry_run), FAILED
     return report, 0 if report.outcome in ("succeeded", "skipped") else FAILED
 
 
@@ -313,7 +332,7 @@ def init_db(
     from catfeeder_cron.schema.indexes import create_indexes
 
     settings = _load(context)
-    _log_warnings(settings)
+    _log_nothing()
     tables = settings.database.tables
     wanted = [index for job in built_in().values() for index in job.wanted_indexes]
     done = False

@@ -1,7 +1,8 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,12 +10,13 @@ from threading import Thread
 from typing import Any
 
 from catfeeder_cron import daemon, embedded, logs, schema
-from catfeeder_cron.config import load
+from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
+from catfeeder_cron.service import StopSignals
 
 log = get_logger(__name__)
 
@@ -50,6 +52,7 @@ _SAMPLES = """
         FROM generate_series(1, 2000) AS n;
 """
 
+
 _ACTION = """
     INSERT INTO "Actions" (user_id, name, kind, payload, due_at, repeat_every)
     VALUES (1, 'breakfast', 'webhook', jsonb_build_object('url', %s::text, 'body', '{"portions": 2}'::jsonb),
@@ -80,24 +83,32 @@ def _feeder() -> Iterator[str]:
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
-    with (
-        TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder,
-        embedded.temporary() as server,
-        _feeder() as feeder,
-    ):
-        config = Path(folder, "config.toml")
-        config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
-        jobs = built_in()
-        settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
-        with Database(settings.database) as database:
-            for _ in schema.upgrade(database):
-                pass
-            for _ in create_tables(database, settings.database.tables):
-                pass
-            with database.transaction() as connection:
-                connection.execute(_SAMPLES)
-                connection.execute(_ACTION, [f"{feeder}kitchen"])
-            for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
-                pass
-        log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
-        daemon.run(settings, lambda: settings)
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
+    with ExitStack() as opened:
+        # A stop waits for the end of the set-up: what initdb has started would outlive it, and write on.
+        with StopSignals() as signals:
+            settings = _set_up(opened)
+        if not signals.requested.is_set():
+            daemon.run(settings)
+
+
+def _set_up(opened: ExitStack) -> Settings:
+    folder = opened.enter_context(TemporaryDirectory(prefix="catfeeder-cron-demo-"))
+    server = opened.enter_context(embedded.temporary())
+    feeder = opened.enter_context(_feeder())
+    config = Path(folder, "config.toml")
+    config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
+    jobs = built_in()
+    settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
+    with Database(settings.database) as database:
+        for _ in schema.upgrade(database):
+            pass
+        for _ in create_tables(database, settings.database.tables):
+            pass
+        with database.transaction() as connection:
+            connection.execute(_SAMPLES)
+            connection.execute(_ACTION, [f"{feeder}kitchen"])
+        for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
+            pass
+    log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
+    return settings

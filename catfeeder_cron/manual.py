@@ -28,8 +28,8 @@ def page() -> str:
         arguments = " ".join(parameter.metavar for parameter in _parameters(command, "argument"))
         lines += [f".SS {_escaped(name)} {_escaped(arguments)}".rstrip(), _escaped(command.help), *_options(command)]
     lines += [".SH EXIT STATUS", _escaped(program.epilog.removeprefix("Exit status: "))]
-    lines += [".SH FILES", "./config.toml, /etc/catfeeder\\-cron/config.toml"]
-    lines += [".SH SEE ALSO", ".BR crontab (5), journalctl (1)"]
+    lines += [".SH FILES", _escaped("./config.toml, /etc/catfeeder-cron/config.toml")]
+    lines += [".SH SEE ALSO", ".BR crontab (5),", ".BR journalctl (1)"]
     return "\n".join(lines) + "\n"
 
 

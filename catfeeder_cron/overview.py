@@ -6,11 +6,17 @@ from typing import Any
 from catfeeder_cron import pauses
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import ConfigurationError, DatabaseError
+from catfeeder_cron.errors import ConfigurationError, DatabaseError, SchemaProblem
 from catfeeder_cron.history import last_runs, timestamp
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
+from catfeeder_cron.logs import get_logger
 from catfeeder_cron.pauses import ALL_JOBS, Pause
 from catfeeder_cron.schedule import schedule_for
+
+log = get_logger(__name__)
+
+LISTED = ("job", "enabled", "trigger", "next_run", "last_run", "last_outcome", "paused")
+"""What `list --json` tells of a job; `status --json` tells the rest too."""
 
 # A slot that nobody has taken this long after it came up is overdue.
 _OVERDUE_AFTER = timedelta(seconds=60)
@@ -30,11 +36,7 @@ _ACCOUNTS = "SELECT job, trigger, accounted_until FROM catfeeder_cron.schedule"
 
 def jobs(settings: Settings) -> list[dict[str, Any]]:
     """Return a JSON object for every configured job. Without a database or a ledger, what it knows is left out."""
-    try:
-        with Database(settings.database) as database:
-            runs, paused = last_runs(database), pauses.in_force(database)
-    except (DatabaseError, ConfigurationError):
-        runs, paused = {}, []
+    runs, paused = _past(settings)
     return [_described(job_id, settings, runs, paused) for job_id in settings.jobs]
 
 
@@ -55,7 +57,7 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
         }
         for daemon, kind, host, pid, version, started_at, heartbeat_at, alive, running in rows
     ]
-    runs, paused = last_runs(database), pauses.in_force(database)
+    runs, paused = last_runs(database, list(settings.jobs)), pauses.in_force(database)
     accounts = {job: (trigger, accounted_until) for job, trigger, accounted_until in database.query(_ACCOUNTS, {})}
     described = []
     for job_id, job in settings.jobs.items():
@@ -70,6 +72,17 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
             }
         )
     return {"daemons": daemons, "jobs": described}
+
+
+def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], list[Pause]]:
+    try:
+        with Database(settings.database) as database:
+            return last_runs(database, list(settings.jobs)), pauses.in_force(database)
+    except SchemaProblem:
+        pass  # before `init-db` there is no ledger
+    except (DatabaseError, ConfigurationError) as error:
+        log.warning("last_runs_unknown", reason=str(error))
+    return {}, []
 
 
 def _described(

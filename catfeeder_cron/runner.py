@@ -50,7 +50,9 @@ def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> Job
 
 def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
     try:
+        context.checkpoint()
         job.run(context, settings)
+        context.require_in_time()
     except JobSkipped as skipped:
         return "skipped", str(skipped)
     except JobAborted as aborted:
@@ -61,7 +63,8 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         return "failed", str(error)
     except Exception as error:
         log.exception("job_raised")
-        return "failed", logs.one_line(f"{type(error).__name__}: {error}")
+        # Its text may hold anything, and everybody may read the history.
+        return "failed", f"{type(error).__name__}: see the log for the traceback"
     return "succeeded", None
 
 

@@ -6,6 +6,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+_LONGEST_RELOAD_SECONDS = 5
+
 
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `requested`; a second one ends the process at once.
@@ -49,18 +55,27 @@ class ReloadSignal:
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
         self._hung_up = threading.Event()
+        self._leaving = False
+        self._thread = threading.Thread(target=self._work, name="reload", daemon=True)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._work, name="reload", daemon=True).start()
+        self._thread.start()
         self._previous = signal.signal(signal.SIGHUP, lambda _number, _frame: self._hung_up.set())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGHUP, self._previous)
+        # Ignored from here on: whoever asks for a reload must not end a process that stops in order.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if self._previous is signal.SIG_DFL else self._previous)
+        self._leaving = True
+        self._hung_up.set()
+        self._thread.join(_LONGEST_RELOAD_SECONDS)
 
     def _work(self) -> None:
-        while self._hung_up.wait():
+        while self._hung_up.wait() and not self._leaving:
             self._hung_up.clear()
-            self._action()
+            try:
+                self._action()
+            except Exception:
+                log.exception("reload_failed")

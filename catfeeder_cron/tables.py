@@ -10,36 +10,36 @@ from catfeeder_cron.terminal import print_table
 
 
 def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:
-    """Print what overview.jobs found."""
-    print_table(
-        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN", "LAST RUN", "OUTCOME", "NOTES"),
-        [
-            (
-                job["job"],
-                "yes" if job["enabled"] else "no",
-                job["trigger"],
-                job["next_run"] or "-",
-                job["last_run"] or "-",
-                job["last_outcome"] or "-",
-                _notes(job),
-            )
-            for job in jobs
-        ],
-    )
+    """Print what overview.jobs found. Notes have a column where there are any: a terminal has little room."""
+    columns = ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME", "NOTES")
+    rows = [
+        (
+            job["job"],
+            "yes" if job["enabled"] else "no",
+            job["trigger"],
+            _second(job["next_run"]),
+            _second(job["last_run"]),
+            job["last_outcome"] or "-",
+            _notes(job),
+        )
+        for job in jobs
+    ]
+    shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    print_table(columns[:shown], [row[:shown] for row in rows])
 
 
 def print_status(found: dict[str, Any]) -> None:
     """Print what overview.status found."""
     print_table(
-        ("DAEMON", "HOST", "PID", "VERSION", "SINCE", "LAST HEARTBEAT", "RUNNING"),
+        ("DAEMON", "HOST", "PID", "VERSION", "SINCE (UTC)", "LAST HEARTBEAT (UTC)", "RUNNING"),
         [
             (
                 each["daemon"][:8] if each["kind"] == "daemon" else each["kind"],
                 each["host"],
                 str(each["pid"]),
                 each["version"],
-                each["started_at"][:19],
-                each["heartbeat_at"][:19] + ("" if each["alive"] else " (dead)"),
+                _second(each["started_at"]),
+                _second(each["heartbeat_at"]) + ("" if each["alive"] else " (dead)"),
                 ", ".join(f"{run['job']} for {run['seconds']:g} s" for run in each["running"]) or "-",
             )
             for each in found["daemons"]
@@ -49,12 +49,12 @@ def print_status(found: dict[str, Any]) -> None:
         print("no daemon is alive")
     print()
     print_table(
-        ("JOB", "NEXT RUN", "LAST RUN", "OUTCOME", "NOTES"),
+        ("JOB", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME", "NOTES"),
         [
             (
                 job["job"],
-                (job["next_run"] or "-")[:19],
-                (job["last_run"] or "-")[:19],
+                _second(job["next_run"]),
+                _second(job["last_run"]),
                 job["last_outcome"] or "-",
                 _notes(job),
             )
@@ -67,7 +67,8 @@ def print_status(found: dict[str, Any]) -> None:
 def print_history(runs: Sequence[PastRun], durations: Iterable[Durations]) -> None:
     """Print past runs, and how long they took."""
     print_table(
-        ("RUN", "JOB", "SLOT", "TRIGGER", "OUTCOME", "STARTED", "SECONDS", "DETAILS"), [_in_cells(run) for run in runs]
+        ("RUN", "JOB", "SLOT (UTC)", "TRIGGER", "OUTCOME", "STARTED (UTC)", "SECONDS", "DETAILS"),
+        [_in_cells(run) for run in runs],
     )
     for each in durations:
         print(
@@ -105,15 +106,20 @@ def _in_cells(run: PastRun) -> tuple[str, ...]:
 def _notes(job: dict[str, Any]) -> str:
     notes = []
     if job["paused"]:
-        until = f" until {job['paused_until'][:19]}" if job["paused_until"] else ""
+        until = f" until {_second(job['paused_until'])}" if job["paused_until"] else ""
         notes.append(f"paused{until}" + (f": {job['paused_because']}" if job["paused_because"] else ""))
     if job.get("overdue_since"):
-        notes.append(f"overdue since {job['overdue_since'][:19]}")
+        notes.append(f"overdue since {_second(job['overdue_since'])}")
     return ", ".join(notes)
 
 
 def _counts(counts: dict[str, int]) -> list[str]:
     return [f"{name.replace('_', ' ')} {number}" for name, number in counts.items()]
+
+
+def _second(timestamp: str | None) -> str:
+    """Shorten an ISO timestamp for people."""
+    return (timestamp or "-")[:19].replace("T", " ")
 
 
 def _clock(instant: datetime) -> str:

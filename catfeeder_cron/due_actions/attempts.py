@@ -125,6 +125,8 @@ class Attempts:
         return Finished(claimed, "done", detail)
 
     async def _perform(self, claimed: Claimed) -> str | None:
+        if claimed.unreadable is not None:
+            raise HopelessAction(claimed.unreadable)
         kind = claimed.action.kind
         reference = self._settings.handlers.get(kind)
         if reference is not None:

@@ -4,6 +4,7 @@ A claim is only made for what starts at once: an attempt that is counted has bee
 for every claim, so what a process does under a lease that it has lost meanwhile changes nothing.
 """
 
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from catfeeder_cron.action import Action
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, single
 
+# The payload comes as text and the time within Python's limits: a row that can't be read must hold up no other.
 # The condition is looked at again once a row is locked, so nobody claims what somebody has just claimed or cancelled.
 _CLAIM = """
     WITH picked AS MATERIALIZED (
@@ -26,10 +28,12 @@ _CLAIM = """
     SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = now() + %(lease)s,
         lease_owner = %(process)s || ' since ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     FROM picked WHERE a.id = picked.id
-    RETURNING a.id, a.user_id, a.name, a.kind, a.payload, a.due_at::timestamptz, a.attempts, a.lease_owner,
-        CASE WHEN a.repeat_every IS NOT NULL THEN coalesce(
+    RETURNING a.id, a.user_id, a.name, a.kind, left(a.payload::text, %(longest)s), a.attempts, a.lease_owner,
+        a.repeat_every IS NOT NULL,
+        least(greatest(coalesce(
             (SELECT r.due_at FROM catfeeder_cron.action_retries r
-             WHERE r.action = a.id::text AND r.retry_at = a.due_at), a.due_at::timestamptz) END"""
+             WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at),
+            a.due_at::timestamptz), '0001-01-02Z'), '9999-12-30Z')"""
 
 # What somebody else has locked stays as it is: he can cancel it, and nobody can claim it meanwhile.
 _EXTEND = """
@@ -41,6 +45,8 @@ _EXTEND = """
     extended AS (
         UPDATE {actions} AS a SET lease_until = now() + %(lease)s FROM locked WHERE a.id = locked.id RETURNING a.id)
     SELECT ours.id, extended.id IS NOT NULL FROM ours LEFT JOIN extended USING (id)"""
+
+_LONGEST_PAYLOAD = 1_000_000
 
 _LAPSED = "state = 'running' AND (lease_until IS NULL OR lease_until < now())"
 
@@ -88,6 +94,8 @@ class Claimed:
 
     action: Action
     owner: str
+    unreadable: str | None = None
+    """Why its payload can't be handed to a handler."""
 
 
 class Leases:
@@ -101,7 +109,13 @@ class Leases:
         """Claim what is still due of these rows, `most` at most. An attempt is counted for each."""
         if self._origin is None:
             (self._origin,) = single(connection, _ORIGIN)
-        parameters = {"ids": ids, "most": most, "lease": self._lease, "process": self._process}
+        parameters = {
+            "ids": ids,
+            "most": most,
+            "lease": self._lease,
+            "process": self._process,
+            "longest": _LONGEST_PAYLOAD + 1,
+        }
         return [self._claimed(row, self._origin) for row in connection.execute(self._sql(_CLAIM), parameters)]
 
     def extend(self, connection: Connection, held: list[Claimed]) -> tuple[set[Any], set[Any]]:
@@ -120,13 +134,23 @@ class Leases:
         return [id for (id,) in connection.execute(self._sql(_TAKE_OVER), parameters)]
 
     def _claimed(self, row: tuple[Any, ...], origin: UUID) -> Claimed:
-        id, user_id, name, kind, payload, due_at, attempt, owner, slot = row
-        repetition = f"/{slot.isoformat()}" if slot is not None else ""
-        key = str(uuid5(origin, f"{id}{repetition}"))
-        return Claimed(Action(id, user_id, name, kind, payload, slot or due_at, attempt, key), owner)
+        id, user_id, name, kind, text, attempt, owner, repeats, due_at = row
+        key = str(uuid5(origin, f"{id}/{due_at.isoformat()}" if repeats else f"{id}"))
+        payload, unreadable = _read(text)
+        return Claimed(Action(id, user_id, name, kind, payload, due_at, attempt, key), owner, unreadable)
 
     def _sql(self, text: LiteralString) -> sql.Composed:
         return statement(text, self._tables)
+
+
+def _read(payload: str | None) -> tuple[Any, str | None]:
+    """Return the payload, or why there is none: what PostgreSQL takes for JSON can be too much for Python."""
+    if payload is not None and len(payload) > _LONGEST_PAYLOAD:
+        return None, f"payload: longer than {_LONGEST_PAYLOAD} characters"
+    try:
+        return None if payload is None else json.loads(payload), None
+    except (ValueError, RecursionError) as error:
+        return None, f"payload: can't be read ({type(error).__name__})"
 
 
 def count_due(connection: Connection, tables: DatabaseTables) -> int:

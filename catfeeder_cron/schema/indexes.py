@@ -8,7 +8,7 @@ from psycopg import sql
 from catfeeder_cron import catalog
 from catfeeder_cron.catalog import Leaf, WantedIndex
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, single
 from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.schema import told
 
@@ -16,6 +16,10 @@ _STATE = """
     SELECT i.indisvalid, EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = i.indexrelid)
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s AND c.relname = %s"""
+
+# A number for each table. Without parameters, because the answer to a statement that has some keeps its snapshot up to
+# the next statement, and CREATE INDEX CONCURRENTLY waits for every snapshot that is older than its own.
+_TRY_LOCK = "SELECT pg_try_advisory_xact_lock(7241386209 + {})"
 
 
 def create_indexes(
@@ -42,18 +46,30 @@ def create_indexes(
 
 
 def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: bool) -> Iterator[str]:
-    column = wanted.column
-    where: sql.Composable = sql.SQL("")
-    described = f'index on "{leaf.schema}"."{leaf.name}" ({column})'
+    described = f'index on "{leaf.schema}"."{leaf.name}" ({wanted.column})'
     if wanted.state is not None:
-        where = sql.SQL(" WHERE state = {}").format(wanted.state)
-        described += f" for state '{wanted.state}'"
+        described += f" for the state '{wanted.state}'"
     if dry_run:
         yield f"{told(dry_run)} {described}"
         return
-    # A name of our own, the same in every process: IF NOT EXISTS and the removal of an invalid index go by it.
-    marker = zlib.crc32(".".join([leaf.schema, leaf.name, column, *([wanted.state] if wanted.state else [])]).encode())
-    index = f"catfeeder_cron_{leaf.name[:15]}_{column[:15]}_{marker:08x}"
+    # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits for.
+    with database.transaction(idle_in_transaction_session_timeout=0) as connection:
+        if single(connection, sql.SQL(_TRY_LOCK).format(sql.Literal(leaf.oid)))[0]:
+            yield from _create_alone(database, leaf, wanted, described)
+        else:
+            yield f"{described}: left to the process that is creating it"
+
+
+def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described: str) -> Iterator[str]:
+    # A name of our own, the same in every process, by which the removal of an invalid index goes. PostgreSQL cuts it
+    # off after 63 bytes, so what makes it unique comes first.
+    where: sql.Composable = sql.SQL("")
+    unique = [leaf.schema, leaf.name, wanted.column]
+    if wanted.state is not None:
+        where = sql.SQL(" WHERE state = {}").format(wanted.state)
+        unique.append(wanted.state)
+    marker = zlib.crc32(".".join(unique).encode())
+    index = f"catfeeder_cron_{marker:08x}_{leaf.name[:15]}_{wanted.column[:15]}"
     with database.session() as connection:
         connection.execute("SET statement_timeout = 0")
         connection.execute("SET lock_timeout = 0")
@@ -64,13 +80,14 @@ def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: 
                 if being_built:
                     yield f"{described}: left to the session that is building it"
                     return
-                if not valid:
-                    drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
-                    connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
-            create = sql.SQL("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({}){}")
-            columns = sql.Identifier(column)
-            connection.execute(create.format(sql.Identifier(index), leaf.identifier, columns, where))
-            yield f"{told(dry_run)} {described}"
+                if valid:
+                    return
+                drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
+                connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
+            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({}){}")
+            column = sql.Identifier(wanted.column)
+            connection.execute(create.format(sql.Identifier(index), leaf.identifier, column, where))
+            yield f"{told(dry_run=False)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.
             connection.execute("RESET statement_timeout")

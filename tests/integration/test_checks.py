@@ -9,6 +9,7 @@ import pytest
 
 from catfeeder_cron import schema
 from catfeeder_cron.checks import Finding, check
+from catfeeder_cron.checks.providers import check_providers
 from catfeeder_cron.config import DatabaseTables, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
@@ -304,3 +305,48 @@ def test_so_is_one_with_a_password_and_the_file_that_holds_the_url(
             found = worst(list(check(settings, database)), "database.url_file")
         assert found.level == level
     assert f"chmod 600 {url_file}" in found.message
+
+
+def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
+    database_url: str, database: Database, complete: None, admin: psycopg.Connection, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[database]\nurl = "{database_url}"\n[oauth.providers.inside]\nallow_http = true\n[oauth.providers.typo]'
+    )
+    for name, client, endpoint in (
+        ("safe", "me", "https://example.org/token?secret=1"),
+        ("local", "me", "http://127.0.0.1:80/token"),
+        ("inside", "me", "http://intranet/token"),
+        ("open", "me", "http://example.org/token?secret=1"),
+        ("nowhere", "me", None),
+        ("odd", "me", "https://[bad/token"),
+        ("unused", "", None),
+    ):
+        admin.execute(
+            'INSERT INTO "UserOauthConnection" (provider_name, client_id, token_grabber_base_url) VALUES (%s, %s, %s)',
+            [name, client, endpoint],
+        )
+
+    found = list(check_providers(database, load(path, environ={})))
+
+    assert {finding.subject: finding.level for finding in found} == {
+        "provider safe": "ok",
+        "provider local": "ok",
+        "provider inside": "ok",
+        "provider open": "error",
+        "provider nowhere": "error",
+        "provider odd": "error",
+        "provider unused": "warning",
+        "provider typo": "warning",
+    }
+    assert not any("secret" in finding.message for finding in found)
+
+
+def test_providers_that_can_not_be_read_are_an_error(database: Database, database_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[database]\nurl = "{database_url}"\n')
+
+    (found,) = check_providers(database, load(path, environ={}))
+
+    assert found.level == "error"
