@@ -149,4 +149,4 @@ def test_killed_daemons_lose_and_double_nothing(database_url: str, daemons: Daem
 
 @pytest.mark.proof
 def test_four_daemons_and_20_000_actions(database_url: str, daemons: Daemons, tmp_path: Path) -> None:
-    prove(database_url, daemons, tmp_path / "notes", number=4, actions=20_000, kills=12, every=2.5)
+    prove(database_url, daemons, tmp_path / "notes", number=4, actions=20_000, kills=12, every=1.5)
