@@ -66,8 +66,11 @@ def main() -> NoReturn:
 
 
 def _complain(error: object, status: int) -> int:
+    from catfeeder_cron.journald import is_journal
+
+    priority = "<3>" if is_journal(sys.stderr) else ""
     for line in str(error).splitlines():
-        print(f"catfeeder-cron: {line}", file=sys.stderr)
+        print(f"{priority}catfeeder-cron: {line}", file=sys.stderr)
     return status
 
 

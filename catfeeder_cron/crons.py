@@ -32,7 +32,7 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.pings import Pings
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
-from catfeeder_cron.schedule import schedule_for
+from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor
 from catfeeder_cron.triggers import ScheduleTrigger
 from catfeeder_cron.waker import Waker
@@ -50,7 +50,7 @@ class Crons:
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
     the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
-    `on_contact` is called once, when the database was first reached.
+    `on_contact` is called once, when the database was first reached; `on_change` is told what Supervisor says.
     All methods may be called from any thread.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
@@ -67,6 +67,7 @@ class Crons:
         background_tasks: BackgroundTasks | None = None,
         jobs: Mapping[str, Job[Any]] | None = None,
         on_contact: Callable[[], None] = lambda: None,
+        on_change: Callable[[JobReport | None], None] = lambda _report: None,
     ) -> None:
         self._error = error
         self._success = success
@@ -77,6 +78,7 @@ class Crons:
         self._tasks = background_tasks
         self._on_contact = on_contact
         self._pings = Pings()
+        self._on_change = on_change
         self._owned: list[Database | BackgroundTasks] = []
         self._lock = threading.RLock()
         self._process = Process("run-once")
@@ -220,6 +222,17 @@ class Crons:
     def running(self) -> list[str]:
         """The ids of the jobs that this object is running."""
         return self._supervisor.running if self._supervisor else []
+
+    @property
+    def stuck(self) -> list[str]:
+        """The ids of those of them that don't end though their time is up."""
+        return self._supervisor.stuck if self._supervisor else []
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules of the jobs that `inject_crons` has put on it."""
+        with self._lock:
+            return {job_id: dispatch.schedule for job_id, dispatch in self._dispatches.items()}
 
     def request_stop(self) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""
@@ -464,6 +477,7 @@ class Crons:
                     prepare=self._prepare,
                     after_beat=self._after_beat,
                     on_stuck=self._replace_worker,
+                    on_change=self._on_change,
                 )
                 if self._stop_requested.is_set():
                     self._supervisor.request_stop(JobAborted("the process was asked to stop"))

@@ -106,6 +106,8 @@ class JobContext:
     actions: ActionsSettings = field(default_factory=ActionsSettings)
     stop_was_seen: bool = False
     """Whether the run has been answered that it should end."""
+    by_provider: dict[str, Counter[str]] = field(default_factory=dict)
+    """The same, for a job that works with OAuth providers, by their names."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -192,6 +194,7 @@ class JobReport:
     started_at: datetime
     duration: timedelta
     dry_run: bool
+    by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {

