@@ -6,11 +6,7 @@ import time
 from pathlib import Path
 
 from catfeeder_cron import embedded
-<<<<<<< HEAD
-from tests.benchmarks import actions, deletion_rate, memory, neighbour, nothing_to_do, start_up
-=======
-from tests.benchmarks import deletion_rate, ledger, memory, neighbour, nothing_to_do, start_up
->>>>>>> issue-4
+from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, start_up
 from tests.benchmarks.report import HEAD
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -21,11 +17,8 @@ BENCHMARKS = {
     "nothing-to-do": nothing_to_do.measure,
     "memory": memory.measure,
     "start-up": start_up.measure,
-<<<<<<< HEAD
     "actions": actions.measure,
-=======
     "ledger": ledger.measure,
->>>>>>> issue-4
 }
 
 
