@@ -1,9 +1,13 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
 
 from catfeeder_cron import daemon, embedded, logs, schema
 from catfeeder_cron.config import Settings, load
@@ -29,6 +33,9 @@ interval = "5s"
 [jobs.clean-verification]
 interval = "7s"
 
+[actions.webhook]
+allowed = ["{webhooks}"]
+
 [jobs.test-current-date]
 enabled = true
 interval = "15s"
@@ -46,6 +53,33 @@ _SAMPLES = """
 """
 
 
+_ACTION = """
+    INSERT INTO "Actions" (user_id, name, kind, payload, due_at, repeat_every)
+    VALUES (1, 'breakfast', 'webhook', jsonb_build_object('url', %s::text, 'body', '{"portions": 2}'::jsonb),
+            now() + interval '3 seconds', interval '20 seconds')"""
+
+
+class _Feeder(BaseHTTPRequestHandler):
+    """A cat feeder that is told to serve."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        log.info("feeder_was_told", path=self.path, body=body, idempotency=self.headers["Idempotency-Key"])
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def _feeder() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Feeder) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/feeders/"
+        server.shutdown()
+
+
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
@@ -61,8 +95,9 @@ def run() -> None:
 def _set_up(opened: ExitStack) -> Settings:
     folder = opened.enter_context(TemporaryDirectory(prefix="catfeeder-cron-demo-"))
     server = opened.enter_context(embedded.temporary())
+    feeder = opened.enter_context(_feeder())
     config = Path(folder, "config.toml")
-    config.write_text(_CONFIG.format(conninfo=server.conninfo))
+    config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
     jobs = built_in()
     settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
     with Database(settings.database) as database:
@@ -72,6 +107,7 @@ def _set_up(opened: ExitStack) -> Settings:
             pass
         with database.transaction() as connection:
             connection.execute(_SAMPLES)
+            connection.execute(_ACTION, [f"{feeder}kitchen"])
         for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
             pass
     log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")

@@ -10,6 +10,8 @@ CatfeederCronError
 │   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
 │   ├── ConstraintViolation   a constraint keeps the change from being made
 │   └── SchemaProblem         a table, a column or a privilege is missing
+├── HopelessAction            trying this action again would not help
+├── PostponedAction           this attempt of an action failed, and when the next one may be is known
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
     ├── JobAborted            the process is stopping
@@ -68,6 +70,18 @@ class ConstraintViolation(DatabaseError):
 
 class SchemaProblem(DatabaseError):
     """A table, a column or a privilege that is needed is missing."""
+
+
+class HopelessAction(CatfeederCronError):
+    """An action can't be done, now or later. A handler raises it to have the action failed at once."""
+
+
+class PostponedAction(CatfeederCronError):
+    """An attempt failed; the next one may not be made sooner than `after_seconds` from now."""
+
+    def __init__(self, reason: str, after_seconds: float = 0) -> None:
+        self.after_seconds = after_seconds
+        super().__init__(reason)
 
 
 class JobInterrupted(CatfeederCronError):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from catfeeder_cron import embedded
-from tests.benchmarks import deletion_rate, ledger, memory, neighbour, nothing_to_do, start_up
+from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, start_up
 from tests.benchmarks.report import HEAD
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "nothing-to-do": nothing_to_do.measure,
     "memory": memory.measure,
     "start-up": start_up.measure,
+    "actions": actions.measure,
     "ledger": ledger.measure,
 }
 
