@@ -162,6 +162,8 @@ def run_once(
                 reports.append(report.as_json())
             else:
                 print(_in_words(report), flush=True)
+                for provider, counts in report.by_provider.items():
+                    print(f"  {provider}: {_counts_in_words(counts)}", flush=True)
     if as_json:
         terminal.print_json(reports)
     return next(status for status in (FAILED, RUNNING_ELSEWHERE, 0) if status in statuses)
@@ -215,6 +217,43 @@ def history(
             f"{each.job}: {each.runs} succeeded, median {each.median.total_seconds():.2f} s, "
             f"longest {each.longest.total_seconds():.2f} s"
         )
+
+
+@app.command()
+def forecast(
+    context: typer.Context,
+    days: Annotated[int, typer.Option(min=0, help="Look this many days ahead.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Show which OAuth links will need a new login of their user, when and why, and which need it now.
+
+    For example: catfeeder-cron forecast --days 7
+    """
+    from catfeeder_cron import schema, terminal
+    from catfeeder_cron.database import Database
+    from catfeeder_cron.renewal.forecast import logins_needed
+
+    settings = _load(context)
+    _log_warnings(settings)
+    with Database(settings.database) as database:
+        schema.ensure(database)
+        links = logins_needed(database, settings.database.tables, settings.oauth, timedelta(days=days))
+    if as_json:
+        terminal.print_json([link.as_json() for link in links])
+        return
+    terminal.print_table(
+        ("OAUTH", "USER", "PROVIDER", "NEEDED", "REASON"),
+        [
+            (
+                str(link.oauth_id),
+                "-" if link.user_id is None else str(link.user_id),
+                link.provider or "-",
+                "now" if link.needed_now else f"{link.needed_at:%Y-%m-%d %H:%M:%S}",
+                link.reason,
+            )
+            for link in links
+        ],
+    )
 
 
 @app.command("init-db")
@@ -289,10 +328,14 @@ def _in_cells(run: "PastRun") -> tuple[str, ...]:
 
 
 def _in_words(report: "JobReport") -> str:
-    counts = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in report.counts.items())
+    counts = _counts_in_words(report.counts)
     told = [
         report.outcome.replace("_", " "),
         *([report.reason] if report.reason else []),
         *([counts] if counts else []),
     ]
     return f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
+
+
+def _counts_in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())

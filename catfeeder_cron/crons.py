@@ -18,6 +18,7 @@ from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger import Ledger, Process
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import schedule_for
@@ -49,6 +50,7 @@ class Crons:
         config: Settings | Path | str | None = None,
         database: Database | None = None,
         background_tasks: BackgroundTasks | None = None,
+        oauth: OAuthClient | None = None,
     ) -> None:
         self._error = error
         self._success = success
@@ -57,6 +59,7 @@ class Crons:
         self._config = config
         self._database = database
         self._tasks = background_tasks
+        self._oauth = oauth
         self._owned: list[Database | BackgroundTasks] = []
         self._lock = threading.RLock()
         self._process = Process("run-once")
@@ -133,7 +136,7 @@ class Crons:
         after `wait`, in whatever process, and a DatabaseError where the ledger can't be reached.
         """
         job, settings = self.find(job_id)
-        context = self._context(settings, progress)
+        context = self._context(job_id, settings, progress)
         if dry_run:
             context.dry_run = True
             return run_job(job, context, settings)
@@ -243,6 +246,9 @@ class Crons:
         triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in self._dispatches.items()}
         if not triggers:
             return
+        for job_id in triggers:
+            if self._jobs[job_id].recover is not None:
+                tasks.safe_add_task(self._recover, args=[job_id], trigger="date")
         disabled = [job_id for job_id in self.settings.jobs if job_id not in triggers]
         for job_id, accounted_until in ledger.register(triggers, disabled).items():
             run_id = self._dispatches[job_id].claim_overdue(accounted_until)
@@ -251,7 +257,17 @@ class Crons:
 
     def _run_claimed(self, job_id: str, run_id: int) -> None:
         _, settings = self.find(job_id)
-        self._execute(job_id, run_id, self._context(settings, no_progress))
+        self._execute(job_id, run_id, self._context(job_id, settings, no_progress))
+
+    def _recover(self, job_id: str) -> None:
+        job, settings = self.find(job_id)
+        assert job.recover is not None
+        try:
+            job.recover(self._context(job_id, settings, no_progress))
+        except DatabaseUnavailable:
+            pass  # told by the database itself; called again when it is back
+        except CatfeederCronError as error:
+            log.error("job_not_recovered", job=job_id, reason=str(error))
 
     def _execute(self, job_id: str, run_id: int, context: JobContext) -> JobReport:
         job, settings = self.find(job_id)
@@ -261,12 +277,14 @@ class Crons:
         supervisor.end(run, report)
         return report
 
-    def _context(self, settings: JobSettings, progress: Progress) -> JobContext:
+    def _context(self, job_id: str, settings: JobSettings, progress: Progress) -> JobContext:
         return JobContext(
             database=self._open_database(),
             tables=self.settings.database.tables,
             timeout=settings.timeout,
             progress=progress,
+            schedule=schedule_for(job_id, settings, self.settings.scheduler.timezone),
+            oauth=self._open_oauth(),
         )
 
     def _run_now(self, job_id: str) -> int:
@@ -290,6 +308,12 @@ class Crons:
                 self._database = Database(self.settings.database)
                 self._owned.append(self._database)
             return self._database
+
+    def _open_oauth(self) -> OAuthClient:
+        with self._lock:
+            if self._oauth is None:
+                self._oauth = OAuthClient(self.settings.oauth)
+            return self._oauth
 
     def _open_ledger(self) -> Ledger:
         with self._lock:

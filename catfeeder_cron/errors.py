@@ -10,6 +10,7 @@ CatfeederCronError
 │   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
 │   ├── ConstraintViolation   a constraint keeps the change from being made
 │   └── SchemaProblem         a table, a column or a privilege is missing
+├── RenewalError              no OAuth token could be renewed, for a reason of ours
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
     ├── JobAborted            the process is stopping
@@ -68,6 +69,10 @@ class ConstraintViolation(DatabaseError):
 
 class SchemaProblem(DatabaseError):
     """A table, a column or a privilege that is needed is missing."""
+
+
+class RenewalError(CatfeederCronError):
+    """There were OAuth tokens to renew and none could be, because of how we are set up."""
 
 
 class JobInterrupted(CatfeederCronError):

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from catfeeder_cron.config import DatabaseTables, JobSettings
+from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
+from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.schedule import Schedule
 
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
 Progress = Callable[[int, int], None]
@@ -30,6 +33,8 @@ class Job(Generic[S]):
     """Its rows are shared out by leases, so every daemon works on each of its slots."""
     wanted_indexes: tuple[tuple[str, str], ...] = ()
     """What makes the job cheap: pairs of (a key of [database.tables], a column)."""
+    recover: Callable[["JobContext"], None] | None = None
+    """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
 
 
 class StopRequest:
@@ -72,7 +77,14 @@ class JobContext:
     progress: Progress = no_progress
     confirm: Callable[[], None] = lambda: None
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
+    schedule: Schedule | None = None
+    """The job's slots."""
+    oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
+    state_directory: Path = field(default_factory=state_directory)
+    """Where the job may keep what must survive the process; it need not exist."""
     counts: Counter[str] = field(default_factory=Counter)
+    by_provider: dict[str, Counter[str]] = field(default_factory=dict)
+    """The counts once more, for each OAuth provider."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -124,6 +136,7 @@ class JobReport:
     started_at: datetime
     duration: timedelta
     dry_run: bool
+    by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -134,4 +147,5 @@ class JobReport:
             "started_at": self.started_at.isoformat(),
             "duration_seconds": round(self.duration.total_seconds(), 3),
             "dry_run": self.dry_run,
+            **({"providers": self.by_provider} if self.by_provider else {}),
         }

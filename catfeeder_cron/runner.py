@@ -30,6 +30,7 @@ def run_job(job: Job[Any], context: JobContext, settings: JobSettings, run_id: i
             started_at=started_at,
             duration=timedelta(seconds=time.monotonic() - begun),
             dry_run=context.dry_run,
+            by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
         )
         _tell(report)
     return report

@@ -71,7 +71,7 @@ def ensure(database: Database) -> None:
     with database.transaction() as connection:
         installed = installed_version(connection)
     _refuse_unknown(installed)
-    if installed >= len(_migrations()):
+    if installed >= _known_version():
         return
     try:
         for _ in upgrade(database):
@@ -84,8 +84,12 @@ def ensure(database: Database) -> None:
         ) from error
 
 
+def _known_version() -> int:
+    return _migrations()[-1][0]
+
+
 def _refuse_unknown(installed: int) -> None:
-    known = len(_migrations())
+    known = _known_version()
     if installed > known + 1:
         raise SchemaProblem(
             f"the schema catfeeder_cron has version {installed}, this program knows {known} and works with {known + 1} "

@@ -1,0 +1,33 @@
+"""Keep OAuth links alive: renew the access tokens of "ActiveOauths" that would end before the next run."""
+
+from datetime import timedelta
+
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.job import Job, JobContext
+
+
+class RenewOAuth(JobSettings):
+    interval: Duration | None = timedelta(seconds=1800)
+
+
+def run(context: JobContext, settings: RenewOAuth) -> None:
+    from catfeeder_cron.renewal.run import renew_due  # asyncio takes 40 ms to import
+
+    renew_due(context, settings.jitter)
+
+
+def recover(context: JobContext) -> None:
+    from catfeeder_cron.renewal import takeover
+
+    takeover.recover(context)
+
+
+JOB = Job(
+    id="renew-oauth",
+    summary="renew OAuth tokens before they end",
+    settings=RenewOAuth,
+    run=run,
+    shared=True,
+    wanted_indexes=(("active_oauths", "token_expiration"),),
+    recover=recover,
+)
