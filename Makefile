@@ -6,7 +6,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find catfeeder_cron -type f 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench lock clean
+.PHONY: help run test proof check format bench lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -19,6 +19,9 @@ test: $(VENV)/program ## run the tests (about three minutes)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
+	$(BIN)/python -m pytest tests -m proof
 
 check: $(VENV)/program ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -263,6 +263,7 @@ class BackgroundTasks:
         with self._lock:
             pool = self._executor._pool  # noqa: SLF001 - neither library has a public way
             pool._max_workers += 1  # noqa: SLF001
+            pool._adjust_thread_count()  # noqa: SLF001 - for a task that waits already
 
     def safe_start(self) -> int:
         """Do as `start`; one that is running already is a success."""

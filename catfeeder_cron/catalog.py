@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from catfeeder_cron.database import Connection
+from catfeeder_cron.database import Connection, single
 from catfeeder_cron.errors import SchemaProblem
 
 
@@ -21,6 +21,9 @@ class Leaf:
     indexed: bool
     """A valid, complete B-tree index begins with the column that was asked about."""
 
+    def __str__(self) -> str:
+        return self.identifier.as_string()
+
     @property
     def identifier(self) -> sql.Identifier:
         return sql.Identifier(self.schema, self.name)
@@ -31,7 +34,13 @@ class Reference:
     """A foreign key of another table that forbids to delete the rows it refers to."""
 
     constraint: str
-    table: sql.Identifier
+    schema: str
+    table: str
+    partitioned: bool
+    of_itself: bool
+    """The table refers to itself."""
+    indexed: bool
+    """An index leads from a referenced row to those that refer to it."""
     columns: tuple[tuple[str, str], ...]
     """Pairs of (its column, the referenced column)."""
 
@@ -40,7 +49,8 @@ _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S"
 
 _TABLE = """
     SELECT c.oid, c.relkind,
-           (SELECT format_type(a.atttypid, NULL) FROM pg_attribute a
+           (SELECT format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, NULL)
+            FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
             WHERE a.attrelid = c.oid AND a.attname = %(column)s AND a.attnum > 0 AND NOT a.attisdropped),
            (SELECT array_agg(a.attname) FROM pg_attribute a
             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
@@ -66,26 +76,30 @@ _LEAVES = """
     WHERE c.relkind = 'r'
     ORDER BY n.nspname, c.relname"""
 
+# The key that was declared, on the leaf or on a table that it is a partition of; not what PostgreSQL derives from it.
 _REFERENCES = """
-    SELECT k.conname, n.nspname, r.relname,
+    SELECT k.conname, n.nspname, r.relname, r.relkind = 'p', k.conrelid = k.confrelid,
+           EXISTS (SELECT FROM pg_index i
+                   WHERE i.indrelid = k.conrelid AND i.indisvalid AND i.indkey[0] = ANY (k.conkey)),
            array(SELECT a.attname FROM unnest(k.conkey) WITH ORDINALITY key(num, place)
                  JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = key.num ORDER BY place),
            array(SELECT a.attname FROM unnest(k.confkey) WITH ORDINALITY key(num, place)
                  JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = key.num ORDER BY place)
     FROM pg_constraint k JOIN pg_class r ON r.oid = k.conrelid JOIN pg_namespace n ON n.oid = r.relnamespace
-    WHERE k.contype = 'f' AND k.conparentid = 0 AND k.confdeltype IN ('a', 'r') AND k.confrelid = ANY(%(oids)s)
-      AND has_table_privilege(k.conrelid, 'SELECT')
+    WHERE k.contype = 'f' AND k.conparentid = 0 AND k.confdeltype IN ('a', 'r')
+      AND (k.confrelid = %(leaf)s::oid OR k.confrelid IN (SELECT pg_partition_ancestors(%(leaf)s::oid)))
+      AND has_table_privilege(k.conrelid, 'SELECT') AND has_schema_privilege(r.relnamespace, 'USAGE')
     ORDER BY k.conname"""
 
 # DELETE can be granted on whole tables alone, the others on columns too.
 _MISSING_PRIVILEGES = """
-    SELECT privilege, current_user FROM unnest(%(privileges)s::text[]) privilege
+    SELECT privilege FROM unnest(%(privileges)s::text[]) privilege
     WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(oid)s::oid, privilege)
                              ELSE has_any_column_privilege(%(oid)s::oid, privilege) END"""
 
 
 def find_table(connection: Connection, schema: str, name: str, column: str) -> tuple[int, str]:
-    """Return the table's oid and the column's type. Raises SchemaProblem where either is missing."""
+    """Return the table's oid and the column's type, a domain's base. Raises SchemaProblem where either is missing."""
     described = f'"{schema}"."{name}"'
     row = connection.execute(_TABLE, {"schema": schema, "name": name, "column": column}).fetchone()
     if row is None:
@@ -106,21 +120,27 @@ def leaves(connection: Connection, oid: int, column: str) -> list[Leaf]:
     return [Leaf(*row) for row in connection.execute(_LEAVES, {"oid": oid, "column": column})]
 
 
-def references(connection: Connection, oids: list[int]) -> list[Reference]:
-    """Return the foreign keys that keep rows of these tables from being deleted, as far as we may read their tables."""
+def references(connection: Connection, leaf: Leaf) -> list[Reference]:
+    """Return the foreign keys that keep rows of this leaf from being deleted, as far as we may read their tables."""
+    found = connection.execute(_REFERENCES, {"leaf": leaf.oid})
     return [
-        Reference(constraint, sql.Identifier(schema, name), tuple(zip(own, referenced, strict=True)))
-        for constraint, schema, name, own, referenced in connection.execute(_REFERENCES, {"oids": oids})
+        Reference(constraint, schema, table, partitioned, of_itself, indexed, tuple(zip(own, referenced, strict=True)))
+        for constraint, schema, table, partitioned, of_itself, indexed, own, referenced in found
     ]
 
 
 def require_privileges(connection: Connection, leaf: Leaf, *privileges: str) -> None:
     """Raise SchemaProblem, with the GRANT that would help, unless the role has all these privileges."""
-    parameters = {"privileges": list(privileges), "oid": leaf.oid}
-    missing = connection.execute(_MISSING_PRIVILEGES, parameters).fetchall()
-    if missing:
-        role, name = missing[0][1], f'"{leaf.schema}"."{leaf.name}"'
+    usable, user = single(connection, "SELECT has_schema_privilege(%s, 'USAGE'), current_user", [leaf.schema])
+    role, schema = sql.Identifier(user).as_string(), sql.Identifier(leaf.schema).as_string()
+    if not usable:
         raise SchemaProblem(
-            f'role "{role}" lacks {", ".join(privilege for privilege, _ in missing)} on {name}; its owner can say: '
-            f'GRANT {", ".join(privileges)} ON {name} TO "{role}"'
+            f"role {role} lacks USAGE on schema {schema}; its owner can say: GRANT USAGE ON SCHEMA {schema} TO {role}"
+        )
+    parameters = {"privileges": list(privileges), "oid": leaf.oid}
+    missing = [row[0] for row in connection.execute(_MISSING_PRIVILEGES, parameters)]
+    if missing:
+        raise SchemaProblem(
+            f"role {role} lacks {', '.join(missing)} on {leaf}; its owner can say: "
+            f"GRANT {', '.join(privileges)} ON {leaf} TO {role}"
         )

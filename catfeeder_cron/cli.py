@@ -1,5 +1,6 @@
 """The command line. What a command needs is imported when it runs, so that `--help` stays quick."""
 
+import logging
 import os
 import sys
 from datetime import UTC, timedelta
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from catfeeder_cron import __version__
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobIsRunning, UnknownJob
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobAborted, JobIsRunning, UnknownJob
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.history import PastRun
-    from catfeeder_cron.job import JobReport
+    from catfeeder_cron.job import JobReport, Outcome
 
 FAILED = 84
 WRONG_USAGE = 2
@@ -27,7 +28,6 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 84 failed, 2 wrong usage, 75 running elsewhere.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -37,7 +37,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
     try:
-        status = app(standalone_mode=False) or 0
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        sys.stdout.flush()
     except UnknownJob as error:
         status = _complain(error, WRONG_USAGE)
     except CatfeederCronError as error:
@@ -46,10 +47,12 @@ def main() -> NoReturn:
         status = FAILED
     except typer.TyperException as error:
         status = _complain(error.format_message(), WRONG_USAGE)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more while it flushes at exit.
+    except SystemExit:
+        status = 0  # typer's answer to a broken pipe: whoever read our output has seen enough
+    except OSError as error:
+        status = 0 if isinstance(error, BrokenPipeError) else _complain(error, FAILED)
+        # Python would try to write what is left once more at exit, and complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status)
 
 
@@ -71,7 +74,7 @@ def _duration(text: str) -> timedelta:
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(f'got "{text}", expected {error}') from error
 
 
 @app.callback()
@@ -106,19 +109,21 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended."""
     from catfeeder_cron import overview, terminal
 
-    jobs = overview.jobs(_load(context))
+    settings = _load(context)
+    _log_warnings(settings)
+    jobs = overview.jobs(settings)
     if as_json:
         terminal.print_json(jobs)
         return
     terminal.print_table(
-        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN", "LAST RUN", "OUTCOME"),
+        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME"),
         [
             (
                 job["job"],
                 "yes" if job["enabled"] else "no",
                 job["trigger"],
-                job["next_run"] or "-",
-                job["last_run"] or "-",
+                (job["next_run"] or "-")[:19].replace("T", " "),
+                (job["last_run"] or "-")[:19].replace("T", " "),
                 job["last_outcome"] or "-",
             )
             for job in jobs
@@ -134,7 +139,10 @@ def run_once(
     wait: Annotated[
         timedelta,
         typer.Option(
-            parser=_duration, metavar="DURATION", help='Wait for a job that runs elsewhere, at most "5m" say.'
+            parser=_duration,
+            metavar="DURATION",
+            show_default=False,
+            help='Wait for a job that runs elsewhere, at most "5m" say.',
         ),
     ] = timedelta(0),
     as_json: Json = False,
@@ -179,9 +187,10 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
     except JobIsRunning as error:
         _complain(error, RUNNING_ELSEWHERE)
         return not_run(job, "skipped", str(error), dry_run=dry_run), RUNNING_ELSEWHERE
-    except DatabaseError as error:
+    except (DatabaseError, JobAborted) as error:
         _complain(f"{job}: {error}", FAILED)
-        return not_run(job, "failed", str(error), dry_run=dry_run), FAILED
+        outcome: Outcome = "aborted" if isinstance(error, JobAborted) else "failed"
+        return not_run(job, outcome, str(error), dry_run=dry_run), FAILED
     return report, 0 if report.outcome in ("succeeded", "skipped") else FAILED
 
 
@@ -201,7 +210,9 @@ def history(
     from catfeeder_cron.database import Database
 
     settings = _load(context)
-    _log_warnings(settings)
+    if job is not None:
+        settings.require_job(job)
+    _log_nothing()
     with Database(settings.database) as database:
         schema.require(database)
         runs = past.past_runs(database, job, limit)
@@ -210,7 +221,8 @@ def history(
         terminal.print_json([run.as_json() for run in runs])
         return
     terminal.print_table(
-        ("RUN", "JOB", "SLOT", "TRIGGER", "OUTCOME", "STARTED", "SECONDS", "DETAILS"), [_in_cells(run) for run in runs]
+        ("RUN", "JOB", "SLOT (UTC)", "TRIGGER", "OUTCOME", "STARTED (UTC)", "SECONDS", "DETAILS"),
+        [_in_cells(run) for run in runs],
     )
     for each in durations:
         print(
@@ -271,7 +283,7 @@ def init_db(
     from catfeeder_cron.schema.indexes import create_indexes
 
     settings = _load(context)
-    _log_warnings(settings)
+    _log_nothing()
     tables = settings.database.tables
     wanted = [index for job in built_in().values() for index in job.wanted_indexes]
     done = False
@@ -304,11 +316,20 @@ def _load(context: typer.Context) -> "Settings":
     return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
 
 
+def _log_nothing() -> None:
+    """A command that tells its own failure in one line logs nothing beside it."""
+    from catfeeder_cron import logs
+
+    logs.configure("critical", "console")
+
+
 def _log_warnings(settings: "Settings") -> None:
     """A command that prints its own results logs what went wrong and nothing else, unless debugging."""
     from catfeeder_cron import logs
 
     logs.configure("debug" if settings.logging.level == "debug" else "warning", "console")
+    # The command tells of an outage itself, in the line of the job that met it.
+    logging.getLogger("catfeeder_cron.database").setLevel(logging.CRITICAL)
 
 
 def _in_cells(run: "PastRun") -> tuple[str, ...]:

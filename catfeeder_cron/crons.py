@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,16 +15,24 @@ from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import JobSettings, Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.dispatch import Dispatch
-from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, JobAborted, JobIsRunning, UnknownJob
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    DatabaseError,
+    DatabaseUnavailable,
+    JobAborted,
+    JobInterrupted,
+    JobIsRunning,
+    UnknownJob,
+)
 from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.jobs import built_in
-from catfeeder_cron.ledger import Ledger, Process
+from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Process, Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import schedule_for
-from catfeeder_cron.supervisor import Supervisor
+from catfeeder_cron.supervisor import Run, Supervisor
 from catfeeder_cron.triggers import ScheduleTrigger
 
 log = get_logger(__name__)
@@ -36,7 +46,8 @@ class Crons:
 
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
-    the file is looked up as the command line does. All methods may be called from any thread.
+    the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
+    All methods may be called from any thread.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
     """
@@ -51,11 +62,12 @@ class Crons:
         database: Database | None = None,
         background_tasks: BackgroundTasks | None = None,
         oauth: OAuthClient | None = None,
+        jobs: Mapping[str, Job[Any]] | None = None,
     ) -> None:
         self._error = error
         self._success = success
         self._debug = debug
-        self._jobs = built_in()
+        self._jobs = built_in() if jobs is None else jobs
         self._config = config
         self._database = database
         self._tasks = background_tasks
@@ -67,6 +79,7 @@ class Crons:
         self._ledger: Ledger | None = None
         self._supervisor: Supervisor | None = None
         self._dispatches: dict[str, Dispatch] = {}
+        self._returns_seen = 0
         self._stop_requested = threading.Event()
 
     def __init_subclass__(cls) -> None:
@@ -87,18 +100,16 @@ class Crons:
         """
         try:
             settings, tasks, ledger = self.settings, self._background_tasks(), self._open_ledger()
+            enabled = [job_id for job_id, job in settings.jobs.items() if job.enabled and job_id in self._jobs]
+            self._dispatches = {job_id: self._dispatch(job_id, ledger) for job_id in enabled}
         except CatfeederCronError as error:
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
         ledger.become_daemon()
-        failed = False
-        for job_id, job_settings in settings.jobs.items():
-            if job_settings.enabled and job_id in self._jobs:
-                failed = not self._schedule(tasks, ledger, job_id, job_settings) or failed
+        added = [self._put_on_schedule(tasks, dispatch) for dispatch in self._dispatches.values()]
         self._supervise().start()
-        if tasks in self._owned:
-            failed = tasks.safe_start() != 0 or failed
-        return self._error if failed else self._success
+        started = tasks not in self._owned or tasks.safe_start() == 0
+        return self._success if all(added) and started else self._error
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -133,7 +144,8 @@ class Crons:
         """Run a job now in this thread, enabled or not, and return what is to be told of it.
 
         A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning where it still runs
-        after `wait`, in whatever process, and a DatabaseError where the ledger can't be reached.
+        after `wait`, in whatever process, JobAborted after `request_stop`, and a DatabaseError where the ledger can't
+        be reached.
         """
         job, settings = self.find(job_id)
         context = self._context(job_id, settings, progress)
@@ -144,10 +156,11 @@ class Crons:
         supervisor.beat()
         supervisor.start()
         patience = time.monotonic() + wait.total_seconds()
-        while (run_id := ledger.claim_manual(job_id, shared=job.shared)) is None:
-            if time.monotonic() >= patience or self._stop_requested.wait(_TRY_AGAIN_SECONDS):
+        while not (run := supervisor.begin(job_id, context, lambda: ledger.claim_manual(job_id, shared=job.shared))):
+            if time.monotonic() >= patience:
                 raise JobIsRunning(self._where_it_runs(job_id))
-        return self._execute(job_id, run_id, context)
+            self._stop_requested.wait(_TRY_AGAIN_SECONDS)
+        return self._execute(run)
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -190,6 +203,10 @@ class Crons:
         for resource in self._owned:
             if isinstance(resource, BackgroundTasks):
                 resource.safe_stop(wait=abandoned is None)
+        if self._tasks is not None:
+            for task_id in (each for job_id in self._dispatches for each in (job_id, _catch_up_id(job_id))):
+                with suppress(UnknownJob):
+                    self._tasks.remove_task(task_id)
         if abandoned is None:
             self.wait()
         if self._supervisor:
@@ -199,25 +216,22 @@ class Crons:
                 resource.close()
         self._owned.clear()
 
-    def _schedule(self, tasks: BackgroundTasks, ledger: Ledger, job_id: str, settings: JobSettings) -> bool:
-        """Put a job on the schedule; return False, with the reason logged, where that can't be done."""
+    def _dispatch(self, job_id: str, ledger: Ledger) -> Dispatch:
+        job, settings = self.find(job_id)
         schedule = schedule_for(job_id, settings, self.settings.scheduler.timezone)
-        self._dispatches[job_id] = Dispatch(
-            job_id=job_id,
-            schedule=schedule,
-            jitter=settings.jitter,
-            catch_up=settings.catch_up,
-            shared=self._jobs[job_id].shared,
-            ledger=ledger,
-            presence=self._presence,
-        )
-        if schedule.next_after(datetime.now(UTC)) is None:
-            log.info("job_has_no_slot_ahead", job=job_id, trigger=schedule.describe())
+        trigger = ScheduleTrigger(schedule, job_id, settings.jitter)
+        return Dispatch(job_id, schedule, trigger, job.shared, ledger, self._presence)
+
+    def _put_on_schedule(self, tasks: BackgroundTasks, dispatch: Dispatch) -> bool:
+        """Return False, with the reason logged, where that can't be done."""
+        job_id = dispatch.job_id
+        if dispatch.schedule.next_after(datetime.now(UTC)) is None:
+            log.info("job_has_no_slot_ahead", job=job_id, trigger=dispatch.schedule.describe())
             return True
         added = tasks.safe_add_task(
             self._run_due,
-            args=[job_id],
-            trigger=ScheduleTrigger(schedule, job_id, settings.jitter),
+            args=[job_id, "schedule"],
+            trigger=dispatch.trigger,
             id=job_id,
             name=self._jobs[job_id].summary,
             replace_existing=True,
@@ -226,38 +240,53 @@ class Crons:
         )
         return not isinstance(added, int)
 
-    def _run_due(self, job_id: str) -> None:
-        """Run a job if this process gets its slot. Called by the scheduler whenever one comes up."""
-        if self._stop_requested.is_set():
-            return
+    def _run_due(self, job_id: str, trigger: Trigger) -> None:
+        """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
+        _, settings = self.find(job_id)
+        dispatch = self._dispatches[job_id]
+        begun = datetime.now(UTC)
         try:
-            run_id = self._dispatches[job_id].claim_due()
-        except DatabaseUnavailable:
-            return  # told by the database itself; the slot is accounted for when it is back
+            run = self._supervise().begin(
+                job_id, self._context(job_id, settings, no_progress), lambda: dispatch.claim(trigger)
+            )
+        except (DatabaseUnavailable, JobInterrupted):
+            return  # told already; the slot is accounted for when the database, or a daemon, is back
         except CatfeederCronError as error:
             log.error("slot_not_claimed", job=job_id, reason=str(error))
             return
-        if run_id is not None:
-            self._run_claimed(job_id, run_id)
-
-    def _catch_up(self) -> None:
-        """Account for what went by while nobody could, and run what is overdue, each job once."""
-        ledger, tasks = self._open_ledger(), self._background_tasks()
-        triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in self._dispatches.items()}
-        if not triggers:
+        if run is None:
             return
-        for job_id in triggers:
-            if self._jobs[job_id].recover is not None:
-                tasks.safe_add_task(self._recover, args=[job_id], trigger="date")
-        disabled = [job_id for job_id in self.settings.jobs if job_id not in triggers]
-        for job_id, accounted_until in ledger.register(triggers, disabled).items():
-            run_id = self._dispatches[job_id].claim_overdue(accounted_until)
-            if run_id is not None:
-                tasks.safe_add_task(self._run_claimed, args=[job_id, run_id], trigger="date")
+        report = self._execute(run)
+        interval = dispatch.interval(begun)
+        if interval and report.duration > interval / 2:
+            log.warning(
+                "job_slow",
+                job=job_id,
+                run_id=run.run_id,
+                duration_seconds=round(report.duration.total_seconds(), 3),
+                interval_seconds=interval.total_seconds(),
+            )
+        # What came up meanwhile and found no free worker.
+        with suppress(DatabaseError):
+            dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
 
-    def _run_claimed(self, job_id: str, run_id: int) -> None:
-        _, settings = self.find(job_id)
-        self._execute(job_id, run_id, self._context(job_id, settings, no_progress))
+    def _after_beat(self) -> None:
+        """Open the jobs' accounts at the first heartbeat and after each return; catch up on what is overdue."""
+        dispatches, returns = self._dispatches, self._presence.returns
+        if self._stop_requested.is_set():
+            return
+        if returns == self._returns_seen and all(dispatch.accounted_until for dispatch in dispatches.values()):
+            return
+        if dispatches:
+            triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in dispatches.items()}
+            disabled = [job_id for job_id, job in self.settings.jobs.items() if not job.enabled]
+            for job_id in triggers:
+                if self._jobs[job_id].recover is not None:
+                    self._background_tasks().safe_add_task(self._recover, args=[job_id], trigger="date")
+            for job_id, accounted_until in self._open_ledger().register(triggers, disabled).items():
+                dispatches[job_id].accounted_until = accounted_until
+                self._catch_up(dispatches[job_id])
+        self._returns_seen = returns
 
     def _recover(self, job_id: str) -> None:
         job, settings = self.find(job_id)
@@ -269,12 +298,31 @@ class Crons:
         except CatfeederCronError as error:
             log.error("job_not_recovered", job=job_id, reason=str(error))
 
-    def _execute(self, job_id: str, run_id: int, context: JobContext) -> JobReport:
-        job, settings = self.find(job_id)
-        supervisor = self._supervise()
-        run = supervisor.begin(run_id, job_id, context)
-        report = run_job(job, context, settings, run_id)
-        supervisor.end(run, report)
+    def _catch_up(self, dispatch: Dispatch) -> None:
+        tasks, job_id = self._background_tasks(), dispatch.job_id
+        task = next((task for task in tasks.tasks if tasks.running and task.id == job_id), None)
+        soon = dispatch.trigger.get_next_fire_time(None, datetime.now(UTC))
+        if task and soon and soon < task.next_run_time:
+            # The system's clock was put back, and the task would wait for the time that it showed before.
+            self._put_on_schedule(tasks, dispatch)
+        if dispatch.due() is None:
+            return
+        if self.find(job_id)[1].catch_up:
+            tasks.safe_add_task(
+                self._run_due,
+                args=[job_id, "catch_up"],
+                trigger="date",
+                id=_catch_up_id(job_id),
+                replace_existing=True,
+                max_instances=2,
+            )
+        else:
+            dispatch.pass_over()
+
+    def _execute(self, run: Run) -> JobReport:
+        job, settings = self.find(run.job_id)
+        report = run_job(job, run.context, settings, run.run_id)
+        self._supervise().end(run, report)
         return report
 
     def _context(self, job_id: str, settings: JobSettings, progress: Progress) -> JobContext:
@@ -330,12 +378,16 @@ class Crons:
                     self._presence,
                     self.settings.scheduler.history_keep,
                     prepare=lambda: schema.ensure(database),
-                    on_return=self._catch_up,
-                    on_stuck=lambda: self._background_tasks().replace_worker(),
+                    after_beat=self._after_beat,
+                    on_stuck=self._replace_worker,
                 )
                 if self._stop_requested.is_set():
                     self._supervisor.request_stop(JobAborted("the process was asked to stop"))
             return self._supervisor
+
+    def _replace_worker(self) -> None:
+        if self._tasks is not None:
+            self._tasks.replace_worker()
 
     def _background_tasks(self) -> BackgroundTasks:
         with self._lock:
@@ -346,3 +398,7 @@ class Crons:
                 )
                 self._owned.append(self._tasks)
             return self._tasks
+
+
+def _catch_up_id(job_id: str) -> str:
+    return f"{job_id} (catching up)"

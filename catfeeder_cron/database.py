@@ -4,6 +4,7 @@ Nothing here holds on to a session: every setting is made with SET LOCAL, no sta
 and no session-level lock is taken, so a transaction pooler such as PgBouncer may stand in between.
 """
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,10 @@ EMBEDDED = "embedded:"
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 
+class AllInUse(DatabaseUnavailable):
+    """The server is there, but every connection of this process stayed in use."""
+
+
 class Database:
     """A pool of connections that is opened by its first use and closed with `close`. Safe to use from any thread.
 
@@ -51,8 +56,9 @@ class Database:
         self._opened = ExitStack()
         self._pool: ConnectionPool[Connection] | None = None
         self._conninfo: str | None = None
-        self._reachable: bool | None = None  # as far as is known
-        self._lock = threading.Lock()
+        self._reachable = False  # as far as is known
+        self._outage = False  # as far as was told
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +89,8 @@ class Database:
                 if not connection.closed:
                     connection.execute("ROLLBACK")
                 raise
-            connection.execute("COMMIT")
+            if connection.execute("COMMIT").statusmessage == "ROLLBACK":
+                raise DatabaseError("nothing was committed: a statement of the transaction had failed unnoticed")
 
     def query(self, statement: LiteralString, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         """Run one statement as a transaction of its own, in one round trip, and return its rows.
@@ -104,11 +111,13 @@ class Database:
     ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
         with self._outage_told(), _translated(), self._connection() as connection:
             try:
-                yield connection.execute(statement, parameters)
+                cursor = connection.execute(statement, parameters)
             except psycopg.OperationalError:
                 if connection.closed and self._pool is not None:
                     self._pool.check()  # the others in the pool are likely to be dead as well
                 raise
+            self._answered()
+            yield cursor
 
     @contextmanager
     def session(self) -> Iterator[Connection]:
@@ -130,17 +139,26 @@ class Database:
 
     @contextmanager
     def _outage_told(self) -> Iterator[None]:
-        """Log an outage of the server when it is first met, and its end: once each, however many meet it."""
+        """Log an outage of the server when it is first met: once, however many meet it."""
         try:
             yield
-        except DatabaseUnavailable as error:
-            if self._reachable is not False:
-                log.error("database_unreachable", reason=str(error))
-            self._reachable = False
+        except AllInUse:
             raise
-        if self._reachable is False:
+        except DatabaseUnavailable as error:
+            if self._is_news(outage=True):
+                log.error("database_unreachable", reason=str(error))
+            raise
+
+    def _answered(self) -> None:
+        """Log the end of an outage, once."""
+        if self._is_news(outage=False):
             log.info("database_reachable_again")
-        self._reachable = True
+
+    def _is_news(self, *, outage: bool) -> bool:
+        with self._lock:
+            self._reachable = not outage
+            before, self._outage = self._outage, outage
+            return before != outage
 
     @contextmanager
     def _begun(self, begin: sql.Composed) -> Iterator[Connection]:
@@ -152,8 +170,10 @@ class Database:
                     connection.execute(begin)
                 except psycopg.OperationalError:
                     if attempt and connection.closed:
+                        self._reachable = False
                         continue
                     raise
+                self._answered()
                 yield connection
                 return
 
@@ -166,7 +186,7 @@ class Database:
             connection = pool.getconn()
         except PoolTimeout:
             self.probe()
-            raise DatabaseUnavailable(
+            raise AllInUse(
                 f"all {pool.max_size} database connections stayed in use for {pool.timeout:g} s; "
                 "raise database.pool_max_size"
             ) from None
@@ -176,8 +196,8 @@ class Database:
             pool.putconn(connection)
 
     def _open_pool(self) -> ConnectionPool[Connection]:
-        address = self._address()
         with self._lock:
+            address = self._address()
             if self._pool is None:
                 wait = self._settings.connect_timeout.total_seconds()
                 self._pool = self._opened.enter_context(
@@ -217,6 +237,11 @@ class Database:
             raise ConfigurationError(
                 "the database address is not one that libpq understands; expected postgresql://USER@HOST:PORT/DATABASE"
             ) from None
+        if "@" in str(given.get("host", "")) or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
+            # What was taken for the host or the port is part of the password, and libpq's message would quote it.
+            raise ConfigurationError(
+                "the database address has no usable host and port; in a user or password write %40 for @ and %2F for /"
+            )
         defaults: dict[str, int | str] = {
             **_KEEPALIVES,
             "application_name": self._application_name,
@@ -251,7 +276,9 @@ def _translated() -> Iterator[None]:
 def translate(error: Exception) -> DatabaseError:
     """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | PoolClosed):
+            return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+        return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
     message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
     match error:
         case pg.QueryCanceled():
@@ -270,6 +297,11 @@ def translate(error: Exception) -> DatabaseError:
 
 def _one_line(text: str) -> str:
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def identifier(*names: str) -> sql.Identifier:
+    """Return an identifier for a statement with parameters, where psycopg takes a % in it for a placeholder."""
+    return sql.Identifier(*(name.replace("%", "%%") for name in names))
 
 
 def single(connection: Connection, statement: LiteralString | sql.Composed, parameters: Any = None) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +47,8 @@ _SAMPLES = """
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # otherwise the server would outlive us
     with TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder, embedded.temporary() as server:
         config = Path(folder, "config.toml")
         config.write_text(_CONFIG.format(conninfo=server.conninfo))

@@ -1,64 +1,95 @@
 """From a schedule to a run: which slot of a job is due, who gets it, and what becomes of those that went by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
 
-from catfeeder_cron.errors import DatabaseUnavailable
-from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
+from catfeeder_cron.ledger import Ledger, Missed, Trigger
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.schedule import MICROSECOND, Schedule
+from catfeeder_cron.triggers import ScheduleTrigger
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 @dataclass
 class Dispatch:
-    """The slots of one job, as this process sees them."""
+    """The slots of one job, as this process sees them. Safe to use from any thread."""
 
     job_id: str
     schedule: Schedule
-    jitter: timedelta
-    catch_up: bool
+    trigger: ScheduleTrigger
     shared: bool
     ledger: Ledger
     presence: Presence
-    _looked_until: datetime = field(default_factory=lambda: datetime.now(UTC))
+    accounted_until: datetime | None = None
+    """Where the job's account stands, as far as this process knows; None before it has been opened."""
+    clock: Callable[[], datetime] = _now
     _lock: Lock = field(default_factory=Lock)
 
-    def claim_due(self) -> int | None:
-        """Claim the latest slot that came up since the last call; return the id of the run that follows, if any."""
-        now = datetime.now(UTC)
+    def due(self, now: datetime | None = None) -> datetime | None:
+        """Return the latest slot whose time has come and that nobody has accounted for, as far as is known here."""
+        if self.accounted_until is None:
+            return None
+        now = now or self.clock()
+        slots = self.schedule.between(self.accounted_until, now)
+        if slots and self.trigger.fire_time(slots.last) > now:
+            slots = self.schedule.between(self.accounted_until, slots.last - MICROSECOND)
+        return slots.last if slots else None
+
+    def claim(self, trigger: Trigger) -> int | None:
+        """Claim the slot that is due; return the id of the run that follows, if it is this process's."""
+        return self._settle(trigger, run=True)
+
+    def pass_over(self, reason: str | None = None, until: datetime | None = None) -> None:
+        """Account for all slots that were due at `until` (default: now) without a run: for `reason`, or for what is
+        known of their times.
+        """
+        self._settle("schedule", run=False, reason=reason, until=until)
+
+    def interval(self, instant: datetime) -> timedelta | None:
+        """Return how far apart the two slots after `instant` lie."""
+        first = self.schedule.next_after(instant)
+        second = self.schedule.next_after(first) if first else None
+        return second - first if first and second else None
+
+    def _settle(
+        self, trigger: Trigger, *, run: bool, reason: str | None = None, until: datetime | None = None
+    ) -> int | None:
         with self._lock:
-            slots = self.schedule.between(self._looked_until, now) if now > self._looked_until else None
-            self._looked_until = now
-        return self._claim(slots.last, "schedule") if slots else None
+            # Once more for each other process that has moved the account on since this one looked.
+            while slot := self.due(until):
+                known = self.accounted_until
+                assert known is not None
+                missed = self._missed(known, slot - MICROSECOND if run else slot, reason)
+                described = self.schedule.describe()
+                try:
+                    claim = self.ledger.claim(
+                        self.job_id, described, known, slot, missed, trigger if run else None, shared=self.shared
+                    )
+                except DatabaseUnavailable:
+                    self.presence.missed()
+                    raise
+                self.presence.seen(self.clock())
+                self.accounted_until = claim.accounted_until
+                if claim.accounted_until >= slot:
+                    return claim.run_id
+                if claim.too_early:
+                    raise CatfeederCronError(
+                        "this machine's clock is more than an hour ahead of the database's; set one of them right"
+                    )
+            return None
 
-    def claim_overdue(self, accounted_until: datetime) -> int | None:
-        """Claim the latest slot that nobody has accounted for; return the id of the run that follows, if any."""
-        slots = self.schedule.between(accounted_until, datetime.now(UTC) - self.jitter)
-        return self._claim(slots.last, "catch_up", run=self.catch_up) if slots else None
-
-    def _claim(self, slot: datetime, trigger: Trigger, *, run: bool = True) -> int | None:
-        described = self.schedule.describe()
-        try:
-            claim = self.ledger.claim(self.job_id, described, slot, trigger, shared=self.shared, run=run)
-        except DatabaseUnavailable:
-            self.presence.missed()
-            raise
-        self.presence.seen(datetime.now(UTC))
-        if claim.advanced and claim.previous:
-            last_accounted = self._account(claim.previous, slot if not run else slot - MICROSECOND)
-            if run and claim.run_id is None:
-                slots = self.schedule.between(slot - MICROSECOND, slot)
-                assert slots is not None
-                self.ledger.miss(self.job_id, slots, last_accounted, STILL_RUNNING)
-        return claim.run_id
-
-    def _account(self, previous: datetime, until: datetime) -> datetime:
-        """Record the slots in (`previous`, `until`] as missed, a stretch for each reason; return the last slot."""
-        turns = [turn for turn in self.presence.turning_points() if previous < turn < until]
-        for turn in [*turns, until]:
-            slots = self.schedule.between(previous, turn)
+    def _missed(self, after: datetime, until: datetime, reason: str | None) -> list[Missed]:
+        """Sum up the slots in (`after`, `until`], a stretch for each reason."""
+        stretches: list[Missed] = []
+        for turn, known_reason in [(until, reason)] if reason else self.presence.reasons(until):
+            slots = self.schedule.between(after, min(turn, until))
             if slots:
-                self.ledger.miss(self.job_id, slots, previous, self.presence.reason(slots.last))
-                previous = slots.last
-        return previous
+                stretches.append(Missed(slots, known_reason))
+                after = slots.last
+        return stretches

@@ -12,11 +12,13 @@ _RUNS = """
            daemon
     FROM catfeeder_cron.job_runs
     WHERE %(job)s::text IS NULL OR job = %(job)s
-    ORDER BY started_at DESC, run_id DESC LIMIT %(limit)s"""
+    ORDER BY run_id DESC LIMIT %(limit)s"""
 
+# A look into the index for each job, however long the history is.
 _LAST = """
-    SELECT DISTINCT ON (job) job, started_at, outcome FROM catfeeder_cron.job_runs
-    WHERE missed IS NULL ORDER BY job, started_at DESC, run_id DESC"""
+    SELECT job, started_at, outcome FROM unnest(%(jobs)s::text[]) AS each(job), LATERAL (
+        SELECT started_at, outcome FROM catfeeder_cron.job_runs r
+        WHERE r.job = each.job AND missed IS NULL ORDER BY run_id DESC LIMIT 1) last"""
 
 _DURATIONS = """
     SELECT job, count(*), percentile_cont(0.5) WITHIN GROUP (ORDER BY finished_at - started_at),
@@ -89,9 +91,9 @@ def durations(database: Database, job: str | None) -> list[Durations]:
     return [Durations(*row) for row in database.query(_DURATIONS, {"job": job})]
 
 
-def last_runs(database: Database) -> dict[str, tuple[datetime, str | None]]:
-    """Return start and outcome (None while under way) of every job's last run."""
-    return {job: (started_at, outcome) for job, started_at, outcome in database.query(_LAST, {})}
+def last_runs(database: Database, jobs: list[str]) -> dict[str, tuple[datetime, str | None]]:
+    """Return start and outcome (None while under way) of the last run of each of these jobs that has run."""
+    return {job: (started_at, outcome) for job, started_at, outcome in database.query(_LAST, {"jobs": jobs})}
 
 
 def timestamp(instant: datetime | None) -> str | None:

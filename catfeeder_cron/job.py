@@ -96,6 +96,10 @@ class JobContext:
         """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
         self.confirm()
         self.stop.raise_if_set()
+        self.require_in_time()
+
+    def require_in_time(self) -> None:
+        """Raise JobTimedOut when the run's time is used up."""
         if self._remaining() <= timedelta(0):
             raise self._timed_out()
 
@@ -113,6 +117,14 @@ class JobContext:
             if self._remaining() <= timedelta(milliseconds=50):
                 raise self._timed_out() from None
             raise
+
+    def start_clock(self) -> None:
+        """Let the run's time begin now."""
+        self._started = time.monotonic()
+
+    def time_out(self) -> None:
+        """Set `stop` because the run's time is used up."""
+        self.stop.set(self._timed_out())
 
     def overdue(self) -> timedelta:
         """How long ago the run's time was used up; negative while it isn't."""

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron import __version__
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import AllInUse, Database
 from catfeeder_cron.job import JobReport
 from catfeeder_cron.schedule import Slots
 
@@ -28,7 +28,7 @@ DIED = "its process died or lost the database"
 STILL_RUNNING = "still running"
 NO_DAEMON = "no daemon alive"
 NO_DATABASE = "database unreachable"
-NO_WORKER = "no worker was free"
+NOT_FREE = "no daemon was free"
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,72 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """A stretch of slots that did not run, and why."""
+
+    slots: Slots
+    reason: str
+
+
+@dataclass(frozen=True)
 class Claim:
-    """What came of claiming a slot.
+    """What came of claiming a slot: where the job's account stands, and the run if it is the caller's."""
 
-    `advanced`: this process accounts for the slot, and for those since `previous`. `run_id`: it may run the job;
-    None with `advanced`: it may not, because the job is still running.
-    """
-
-    advanced: bool
-    previous: datetime | None
+    accounted_until: datetime
     run_id: int | None
+    too_early: bool
 
 
-# One row of `schedule` serves as the lock: who moves it past the slot has claimed it.
+# One row of `schedule` serves as the lock: who moves it from where everybody thinks it stands has claimed the slot, and
+# accounts for those before it in the same breath, so that no death in between leaves any of them out.
+# A job that is still running makes the slot a missed one. A stretch grows while the reason stays the same.
+# A clock far ahead must not take slots from the others: their time has not come.
 _CLAIM = """
     WITH advanced AS (
         INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-        VALUES (%(job)s, %(described)s, %(slot)s)
-        ON CONFLICT (job) DO UPDATE SET accounted_until = excluded.accounted_until, previous = s.accounted_until
-        WHERE s.accounted_until < excluded.accounted_until
-        RETURNING previous),
+        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s < now() + interval '1 hour'
+        ON CONFLICT (job) DO UPDATE SET accounted_until = excluded.accounted_until
+        WHERE s.accounted_until = %(known)s
+        RETURNING accounted_until),
+    account AS (
+        SELECT accounted_until FROM advanced
+        UNION ALL
+        SELECT accounted_until FROM catfeeder_cron.schedule
+        WHERE job = %(job)s AND NOT EXISTS (SELECT FROM advanced)),
+    ours AS (
+        SELECT FROM account
+        WHERE %(trigger)s::text IS NOT NULL AND accounted_until >= %(slot)s
+          AND (%(shared)s OR EXISTS (SELECT FROM advanced))),
     claimed AS (
         INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, host, pid, daemon)
-        SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
-        WHERE %(run)s AND (%(shared)s OR EXISTS (SELECT FROM advanced))
+        SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s FROM ours
         ON CONFLICT DO NOTHING
-        RETURNING run_id)
-    SELECT EXISTS (SELECT FROM advanced), (SELECT previous FROM advanced), (SELECT run_id FROM claimed)"""
+        RETURNING run_id),
+    stretch AS (
+        SELECT first, last, missed, reason, false AS shared
+        FROM unnest(%(firsts)s::timestamptz[], %(lasts)s::timestamptz[], %(counts)s::int[], %(reasons)s::text[])
+             AS gap(first, last, missed, reason)
+        WHERE EXISTS (SELECT FROM advanced)
+        UNION ALL
+        SELECT %(slot)s, %(slot)s, 1, %(still_running)s, %(shared)s FROM ours
+        WHERE NOT EXISTS (SELECT FROM claimed)
+          AND NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
+                          WHERE job = %(job)s AND slot = %(slot)s AND daemon = %(daemon)s)),
+    grown AS (
+        UPDATE catfeeder_cron.job_runs r
+        SET last_slot = s.last, missed = r.missed + s.missed, finished_at = now()
+        FROM (SELECT * FROM stretch ORDER BY first LIMIT 1) s
+        WHERE r.job = %(job)s AND r.last_slot = %(known)s AND r.missed IS NOT NULL AND r.reason = s.reason
+          AND r.shared = s.shared AND (NOT s.shared OR r.daemon = %(daemon)s)
+        RETURNING s.first),
+    added AS (
+        INSERT INTO catfeeder_cron.job_runs
+            (job, slot, last_slot, missed, trigger, shared, outcome, reason, host, pid, daemon, finished_at)
+        SELECT %(job)s, first, last, missed, 'schedule', shared, 'skipped', reason,
+               %(host)s, %(pid)s, %(daemon)s, now()
+        FROM stretch WHERE first NOT IN (SELECT first FROM grown)
+        ON CONFLICT DO NOTHING)
+    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
 
 _CLAIM_MANUAL = """
     INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
@@ -82,23 +121,16 @@ _CLAIM_MANUAL = """
 _UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs WHERE job = %(job)s AND outcome IS NULL AND NOT shared"""
 
+# Repeated after an answer that was lost, it finds its own work done.
 _CLOSE = """
-    UPDATE catfeeder_cron.job_runs
-    SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, counts = %(counts)s, finished_at = now()
-    WHERE run_id = %(run_id)s AND outcome IS NULL"""
-
-# A stretch grows while the reason stays the same. Repeated, it changes nothing.
-_MISS = """
-    WITH grown AS (
-        UPDATE catfeeder_cron.job_runs SET last_slot = %(last)s, missed = missed + %(missed)s, finished_at = now()
-        WHERE job = %(job)s AND last_slot = %(previous)s AND reason = %(reason)s
+    WITH closed AS (
+        UPDATE catfeeder_cron.job_runs
+        SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, counts = %(counts)s, finished_at = now()
+        WHERE run_id = %(run_id)s AND outcome IS NULL
         RETURNING run_id)
-    INSERT INTO catfeeder_cron.job_runs
-        (job, slot, last_slot, missed, trigger, outcome, reason, host, pid, daemon, finished_at)
-    SELECT %(job)s, %(first)s, %(last)s, %(missed)s, 'schedule', 'skipped', %(reason)s, %(host)s, %(pid)s, %(daemon)s,
-           now()
-    WHERE NOT EXISTS (SELECT FROM grown)
-    ON CONFLICT DO NOTHING"""
+    SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
+        SELECT FROM catfeeder_cron.job_runs
+        WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text))"""
 
 # After a restart of the server nobody has been heard of for a while, so nobody is taken for dead until everybody had
 # the time to come back.
@@ -123,22 +155,24 @@ _BEAT = """
 
 _LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
 
-# A changed trigger starts a new account: the slots it would have had before were never due.
+# A changed trigger starts a new account: the slots it would have had before were never due. So does one that stands in
+# the future, where a clock that was wrong has left it.
 _REGISTER = """
-    WITH dropped AS (DELETE FROM catfeeder_cron.schedule WHERE job = ANY(%(disabled)s)),
-    registered AS (
-        INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-        SELECT job, trigger, now() FROM unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger)
-        ON CONFLICT (job) DO UPDATE SET trigger = excluded.trigger, accounted_until = excluded.accounted_until
-        WHERE s.trigger <> excluded.trigger)
-    SELECT s.job, s.accounted_until FROM catfeeder_cron.schedule s
-    JOIN unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger) USING (job, trigger)"""
+    WITH dropped AS (DELETE FROM catfeeder_cron.schedule WHERE job = ANY(%(disabled)s))
+    INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
+    SELECT job, trigger, now() FROM unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger) ORDER BY job
+    ON CONFLICT (job) DO UPDATE SET
+        trigger = excluded.trigger,
+        accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + interval '1 hour'
+                               THEN excluded.accounted_until ELSE s.accounted_until END
+    RETURNING job, accounted_until"""
 
+# By its end, because a stretch of missed slots goes on growing.
 _FORGET = """
     DELETE FROM catfeeder_cron.job_runs WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM catfeeder_cron.job_runs
-        WHERE outcome IS NOT NULL AND started_at < now() - %(keep)s
-          AND (outcome NOT IN ('failed', 'aborted', 'timed_out') OR started_at < now() - 3 * %(keep)s)
+        WHERE finished_at < now() - %(keep)s
+          AND (outcome NOT IN ('failed', 'aborted', 'timed_out') OR finished_at < now() - 3 * %(keep)s)
         LIMIT 5000 FOR UPDATE SKIP LOCKED))"""
 
 
@@ -156,28 +190,43 @@ class Ledger:
     def register(self, triggers: dict[str, str], disabled: list[str]) -> dict[str, datetime]:
         """Open an account for every enabled job (its trigger in words by its id), close that of a disabled one.
 
-        Returns until when the slots of those that had an account are accounted for; a job that is missing is new.
+        Returns until when the slots of each are accounted for: a new one's until now.
         """
         parameters = {"jobs": list(triggers), "triggers": list(triggers.values()), "disabled": disabled}
         return dict(self._database.query(_REGISTER, parameters))
 
     def claim(
-        self, job: str, described: str, slot: datetime, trigger: Trigger, *, shared: bool = False, run: bool = True
+        self,
+        job: str,
+        described: str,
+        known: datetime,
+        slot: datetime,
+        missed: list[Missed],
+        trigger: Trigger | None,
+        *,
+        shared: bool = False,
     ) -> Claim:
-        """Claim a slot. Of all processes that try, one may run it; of a shared job each may, once.
+        """Move the account of `job` on to `slot`, if it stands where it is `known` to: what comes between was `missed`.
 
-        With `run` False nobody runs it: the caller only accounts for it.
+        Of all processes that try, one may run the slot; of a shared job each may, once. Without a `trigger` nobody
+        does, and `missed` covers the slot itself. An account that stands short of the slot afterwards was moved
+        meanwhile: try again.
         """
         parameters = {
             "job": job,
             "described": described,
+            "known": known,
             "slot": slot,
+            "firsts": [stretch.slots.first for stretch in missed],
+            "lasts": [stretch.slots.last for stretch in missed],
+            "counts": [stretch.slots.count for stretch in missed],
+            "reasons": [stretch.reason for stretch in missed],
             "trigger": trigger,
             "shared": shared,
-            "run": run,
+            "still_running": STILL_RUNNING,
         }
-        ((advanced, previous, run_id),) = self._database.query(_CLAIM, self._process.parameters() | parameters)
-        return Claim(advanced, previous, run_id)
+        ((accounted_until, run_id, too_early),) = self._database.query(_CLAIM, self._process.parameters() | parameters)
+        return Claim(accounted_until or known, run_id, too_early)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already."""
@@ -190,7 +239,7 @@ class Ledger:
         return rows[0] if rows else None
 
     def close(self, run_id: int, report: JobReport) -> bool:
-        """Record how a run ended. False when somebody else has closed it, having taken this process for dead."""
+        """Record how a run ended. True when another has closed it before, having taken this process for dead."""
         parameters = {
             "run_id": run_id,
             "outcome": report.outcome,
@@ -198,19 +247,8 @@ class Ledger:
             "error": report.reason if report.outcome == "failed" else None,
             "counts": Jsonb(report.counts),
         }
-        return self._database.execute(_CLOSE, parameters) == 1
-
-    def miss(self, job: str, slots: Slots, previous: datetime | None, reason: str) -> None:
-        """Account for slots that did not run; `previous` is the slot before them."""
-        parameters = {
-            "job": job,
-            "first": slots.first,
-            "last": slots.last,
-            "missed": slots.count,
-            "previous": previous,
-            "reason": reason,
-        }
-        self._database.execute(_MISS, self._process.parameters() | parameters)
+        ((closed_by_another,),) = self._database.query(_CLOSE, parameters)
+        return bool(closed_by_another)
 
     def beat(self) -> tuple[set[int], list[str]]:
         """Say that this process lives, and close what dead ones left open.
@@ -218,8 +256,14 @@ class Ledger:
         Returns the runs of this process that are open (one that was thought to be is not, when somebody closed it),
         and in words what was closed.
         """
-        parameters = {"died": DIED, "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS)}
-        ((open_runs, closed),) = self._database.query(_BEAT, self._process.parameters() | parameters)
+        parameters: dict[str, Any] = {"died": DIED, "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS)}
+        parameters |= self._process.parameters()
+        try:
+            ((open_runs, closed),) = self._database.query(_BEAT, parameters)
+        except AllInUse:
+            # By long statements of the jobs, which must not make others take this process for dead.
+            with self._database.session() as connection:
+                ((open_runs, closed),) = connection.execute(_BEAT, parameters).fetchall()
         return set(open_runs), closed
 
     def leave(self) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import ConfigurationError, DatabaseError
+from catfeeder_cron.errors import ConfigurationError, DatabaseError, SchemaProblem
 from catfeeder_cron.history import last_runs, timestamp
+from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schedule import schedule_for
+
+log = get_logger(__name__)
 
 
 def jobs(settings: Settings) -> list[dict[str, Any]]:
@@ -33,6 +36,9 @@ def _describe(settings: Settings, job_id: str, last_run: datetime | None, last_o
 def _last_runs(settings: Settings) -> dict[str, tuple[datetime, str | None]]:
     try:
         with Database(settings.database) as database:
-            return last_runs(database)
-    except (DatabaseError, ConfigurationError):
+            return last_runs(database, list(settings.jobs))
+    except SchemaProblem:
+        return {}  # before `init-db` there is no ledger
+    except (DatabaseError, ConfigurationError) as error:
+        log.warning("last_runs_unknown", reason=str(error))
         return {}

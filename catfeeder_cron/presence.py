@@ -4,21 +4,27 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from threading import Lock
 
-from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NO_WORKER
+from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NOT_FREE
 
 
 @dataclass
 class Presence:
     """Instants are the process's wall clock. `seen` and `missed` tell of every contact with the database that worked or
-    did not.
+    did not. Safe to use from any thread.
     """
 
     alive_since: datetime
     _last_seen: datetime | None = None
     _outage: tuple[datetime, datetime] | None = None
     _in_outage: bool = False
-    _returned: bool = False
+    _returns: int = 0
     _lock: Lock = field(default_factory=Lock)
+
+    @property
+    def returns(self) -> int:
+        """How often the database was met for the first time, or again after an outage, a freeze or a clock put back."""
+        with self._lock:
+            return self._returns
 
     def seen(self, now: datetime) -> None:
         with self._lock:
@@ -26,31 +32,22 @@ class Presence:
             if self._in_outage:
                 self._in_outage = False
                 self._outage = (last_seen or self.alive_since, now)
-                self._returned = True
-            elif last_seen is None:
-                self._returned = True
-            elif now - last_seen > timedelta(seconds=DEAD_AFTER_SECONDS):
+            elif last_seen is None or now - last_seen > timedelta(seconds=DEAD_AFTER_SECONDS):
                 self.alive_since = now
-                self._returned = True
-
-    def take_return(self) -> bool:
-        """Return, once, that the first contact was made, or the first after an outage or a freeze of this process."""
-        with self._lock:
-            returned, self._returned = self._returned, False
-            return returned
+            elif now > last_seen - timedelta(seconds=1):
+                return
+            self._returns += 1
 
     def missed(self) -> None:
         with self._lock:
             self._in_outage = True
 
-    def reason(self, slot: datetime) -> str:
-        """Return why nothing ran at a slot that went by."""
+    def reasons(self, until: datetime) -> list[tuple[datetime, str]]:
+        """Return why nothing ran, in order, each reason with the instant until which (inclusive) it holds."""
         with self._lock:
-            if self._outage and self._outage[0] < slot <= self._outage[1]:
-                return NO_DATABASE
-            return NO_DAEMON if slot <= self.alive_since else NO_WORKER
-
-    def turning_points(self) -> list[datetime]:
-        """Return the instants at which the reason changes, in order."""
-        with self._lock:
-            return sorted([self.alive_since, *(self._outage or ())])
+            outage = (self._last_seen or self.alive_since, until) if self._in_outage else self._outage
+            return [
+                (self.alive_since, NO_DAEMON),
+                *([(outage[0], NOT_FREE), (outage[1], NO_DATABASE)] if outage else []),
+                (until, NOT_FREE),
+            ]

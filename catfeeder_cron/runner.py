@@ -43,7 +43,9 @@ def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> Job
 
 def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
     try:
+        context.checkpoint()
         job.run(context, settings)
+        context.require_in_time()
     except JobSkipped as skipped:
         return "skipped", str(skipped)
     except JobAborted as aborted:

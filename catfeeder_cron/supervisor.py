@@ -25,8 +25,8 @@ ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
 def _elapsed() -> float:
-    """Seconds on a clock that goes on while the machine is suspended, which the monotonic one does not."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Seconds on a clock that goes on while the machine is suspended, which Linux's monotonic one does not."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(eq=False)
@@ -40,9 +40,8 @@ class Run:
 class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`.
 
-    `prepare` is called before the first heartbeat, until it raises nothing; `on_return` after the first one, and after
-    each that follows an outage of the database or a freeze of this process; `on_stuck` once for each run that does
-    not end when it should.
+    `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
+    for each run that does not end when it should.
     """
 
     def __init__(
@@ -51,21 +50,23 @@ class Supervisor:
         presence: Presence,
         history_keep: timedelta,
         prepare: Callable[[], None],
-        on_return: Callable[[], None],
+        after_beat: Callable[[], None],
         on_stuck: Callable[[], None],
     ) -> None:
         self._ledger = ledger
         self._presence = presence
         self._history_keep = history_keep
         self._prepare = prepare
-        self._on_return = on_return
+        self._after_beat = after_beat
         self._on_stuck = on_stuck
         self._changed = threading.Condition()
         self._runs: list[Run] = []
+        self._claiming = 0
         self._unrecorded: list[tuple[int, JobReport]] = []
         self._strays: set[int] = set()
         self._stop_reason: JobInterrupted | None = None
-        self._closing = threading.Event()
+        self._closing = False
+        self._wake = threading.Event()
         self._beating = threading.Lock()
         self._recording = threading.Lock()
         self._last_beat = _NEVER
@@ -84,14 +85,38 @@ class Supervisor:
                 self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
                 self._thread.start()
 
-    def begin(self, run_id: int, job_id: str, context: JobContext) -> Run:
-        """Watch over a run that was claimed."""
-        run = Run(run_id, job_id, context)
-        context.confirm = self._confirm
+    def begin(self, job_id: str, context: JobContext, claim: Callable[[], int | None]) -> Run | None:
+        """Watch over the run that `claim` gets; None when it gets none.
+
+        Raises the reason for the stop once one was requested, and DatabaseUnavailable where the others may take this
+        process for dead and can't be told otherwise: they would close the run at once.
+        """
         with self._changed:
-            self._runs.append(run)
             if self._stop_reason:
-                context.stop.set(self._stop_reason)
+                raise self._stop_reason
+            self._claiming += 1
+        try:
+            self._confirm()
+            self._record()  # a run of the same job that has ended must not be in the way
+            run_id = claim()
+            if run_id is None:
+                return None
+            run = Run(run_id, job_id, context)
+            context.confirm = self._confirm
+            context.start_clock()
+            with self._changed:
+                self._runs.append(run)
+                if self._stop_reason:
+                    context.stop.set(self._stop_reason)
+        except DatabaseUnavailable:
+            self._presence.missed()
+            raise
+        finally:
+            with self._changed:
+                self._claiming -= 1
+                self._changed.notify_all()
+        if context.timeout.total_seconds() < HEARTBEAT_SECONDS:
+            self._wake.set()
         return run
 
     def end(self, run: Run, report: JobReport) -> None:
@@ -115,13 +140,14 @@ class Supervisor:
     def wait(self) -> None:
         """Return when no run is left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._runs)
+            self._changed.wait_for(lambda: not self._runs and not self._claiming)
 
     def beat(self) -> None:
         """Tell the others that this process lives; learn which of its runs they have closed. Raises DatabaseError."""
         with self._beating:
             with self._changed:
                 before = list(self._runs)
+                claiming = self._claiming
             begun = _elapsed()
             try:
                 if self._last_beat == _NEVER:
@@ -136,15 +162,15 @@ class Supervisor:
                 run.context.stop.set(JobAborted(TAKEN_FOR_DEAD))
         for description in closed:
             log.warning("dead_run_closed", run=description)
-        self._record()
-        self._close_strays(open_runs)
         self._presence.seen(datetime.now(UTC))
-        if self._presence.take_return():
-            self._on_return()
+        self._record()
+        self._close_strays(set() if claiming else open_runs)
+        self._after_beat()
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
-        self._closing.set()
+        self._closing = True
+        self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=HEARTBEAT_SECONDS)
         with self._changed:
@@ -158,25 +184,32 @@ class Supervisor:
                 log.warning("runs_not_recorded", reason=str(error))
 
     def _watch(self) -> None:
-        next_forget = _elapsed() + _FORGET_EVERY_SECONDS
+        next_beat = next_forget = _elapsed()
         complaint = ""
-        while not self._closing.is_set():
-            try:
-                self.beat()
-                if _elapsed() > next_forget:
-                    while self._ledger.forget(self._history_keep) and not self._closing.is_set():
-                        pass
-                    next_forget = _elapsed() + _FORGET_EVERY_SECONDS
-            except DatabaseUnavailable:
-                pass  # told by the database itself, once
-            except CatfeederCronError as error:
-                if str(error) != complaint:
-                    complaint = str(error)
-                    log.error("heartbeat_failed", reason=complaint)
-            except Exception:
-                log.exception("heartbeat_failed")
-            self._tell_stuck_runs()
-            self._closing.wait(HEARTBEAT_SECONDS)
+        while not self._closing:
+            if _elapsed() >= next_beat:
+                next_beat = _elapsed() + HEARTBEAT_SECONDS
+                try:
+                    self.beat()
+                    complaint = ""
+                    if _elapsed() >= next_forget:
+                        next_forget = _elapsed() + _FORGET_EVERY_SECONDS
+                        self._forget()
+                except DatabaseUnavailable:
+                    pass  # told by the database itself, once
+                except CatfeederCronError as error:
+                    if str(error) != complaint:
+                        complaint = str(error)
+                        log.error("heartbeat_failed", reason=complaint)
+                except Exception:
+                    log.exception("heartbeat_failed")
+            next_timeout = self._look_at_timeouts()
+            self._wake.wait(max(0.0, min(next_beat - _elapsed(), next_timeout)))
+            self._wake.clear()
+
+    def _forget(self) -> None:
+        while not self._closing and self._ledger.forget(self._history_keep):
+            pass
 
     def _confirm(self) -> None:
         """Beat before a batch when the others are about to take this process for dead, as after a freeze."""
@@ -187,9 +220,9 @@ class Supervisor:
         with self._recording:
             while self._unrecorded:
                 run_id, report = self._unrecorded[0]
-                closed_by_us = self._ledger.close(run_id, report)
+                closed_by_another = self._ledger.close(run_id, report)
                 self._unrecorded.pop(0)
-                if not closed_by_us:
+                if closed_by_another:
                     log.warning("run_was_closed_by_another", job=report.job, run_id=run_id, outcome=report.outcome)
 
     def _close_strays(self, open_runs: set[int]) -> None:
@@ -200,20 +233,25 @@ class Supervisor:
             self._ledger.close(run_id, _report("", ANSWER_LOST, {}, timedelta(0)))
         self._strays = strays
 
-    def _tell_stuck_runs(self) -> None:
+    def _look_at_timeouts(self) -> float:
+        """Ask runs to stop whose time is used up, tell of those that don't; return in how many seconds one is next."""
         with self._changed:
             runs = list(self._runs)
         for run in runs:
             overdue = run.context.overdue()
-            if overdue < _STUCK_AFTER:
-                continue
-            if run.stuck_told_at is None:
-                self._on_stuck()
-            if run.stuck_told_at is None or overdue - run.stuck_told_at >= _STUCK_TOLD_EVERY:
-                run.stuck_told_at = overdue
-                log.error(
-                    "job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds())
-                )
+            if overdue >= timedelta(0):
+                run.context.time_out()
+            if overdue >= _STUCK_AFTER:
+                self._tell_stuck(run, overdue)
+        ahead = [-run.context.overdue().total_seconds() for run in runs if not run.context.stop]
+        return max(0.0, min(ahead, default=float("inf")))
+
+    def _tell_stuck(self, run: Run, overdue: timedelta) -> None:
+        if run.stuck_told_at is None:
+            self._on_stuck()
+        if run.stuck_told_at is None or overdue - run.stuck_told_at >= _STUCK_TOLD_EVERY:
+            run.stuck_told_at = overdue
+            log.error("job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds()))
 
 
 def _aborted(run: Run, reason: str) -> JobReport:

@@ -14,25 +14,44 @@ def print_json(document: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under their headings: drawn on a terminal, aligned with spaces and free of any colour elsewhere."""
+    """Print rows under their headings: drawn on a terminal that is wide enough, elsewhere aligned with spaces."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if sys.stdout.isatty():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        console = Console()
+        fitting = _narrowed(widths, [columns, *rows], console.width - 3 * len(columns) - 1)
+        if fitting:
+            table = Table(*(Column(name, width=width) for name, width in zip(columns, fitting, strict=True)))
+            for row in rows:
+                table.add_row(*(Text(cell, overflow="fold") for cell in row))
+            console.print(table)
+            return
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _narrowed(widths: Sequence[int], rows: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """Narrow the widest columns until all fit, but none so far that a word must be broken; None if that can't be.
+
+    Words of more than 20 characters may be.
+    """
+    words = [[word for cell in column for word in cell.split()] for column in zip(*rows, strict=True)]
+    least = [min(20, max(map(len, column))) for column in words]
+    narrowed = list(widths)
+    while sum(narrowed) > room:
+        wide = [column for column, width in enumerate(narrowed) if width > least[column]]
+        if not wide:
+            return None
+        narrowed[max(wide, key=narrowed.__getitem__)] -= 1
+    return narrowed
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Yield what a job reports its progress to: a bar on standard error if that is a terminal."""
+    """Yield what a job reports its progress to: where standard error is a terminal, a bar from the first report on."""
     if not sys.stderr.isatty():
         yield no_progress
         return
@@ -41,6 +60,14 @@ def progress_bar(title: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def report(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        bar.start()
+
+    try:
+        yield report
+    finally:
+        bar.stop()

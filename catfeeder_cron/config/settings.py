@@ -1,6 +1,7 @@
 """The tables of config.toml with their keys, types and defaults. What they mean is said in config.toml."""
 
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
@@ -19,6 +20,7 @@ from catfeeder_cron.config.values import (
     URLPrefixes,
     Zone,
 )
+from catfeeder_cron.errors import UnknownJob
 
 _ONE_SECOND = timedelta(seconds=1)
 
@@ -123,6 +125,13 @@ class Settings(Table):
     actions: ActionsSettings
     metrics: MetricsSettings
     jobs: dict[str, JobSettings]
+
+    def require_job(self, job_id: str) -> JobSettings:
+        """Return the settings of a job. Raises UnknownJob, which names the nearest id."""
+        if job_id in self.jobs:
+            return self.jobs[job_id]
+        nearest = get_close_matches(job_id, self.jobs, n=1, cutoff=0)
+        raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest[0]}"')
 
 
 SECTIONS = {

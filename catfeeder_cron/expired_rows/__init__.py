@@ -55,7 +55,6 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
         try:
             if not pick.delete_if_few(sweep):
                 walk.delete(sweep)
-            sweep.tell_what_is_kept()
         except LockTimeout as error:
             raise LockTimeout(f"{sweep.leaf} is locked as a whole; the next run goes on from here: {error}") from None
         blocks_before += sweep.leaf.blocks
@@ -70,6 +69,9 @@ def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsS
         leaves = catalog.leaves(connection, oid, expiry)
         for leaf in leaves:
             catalog.require_privileges(connection, leaf, "SELECT", "UPDATE", "DELETE")
-        references = catalog.references(connection, [oid, *(leaf.oid for leaf in leaves)])
+        references = [catalog.references(connection, leaf) for leaf in leaves]
         (cutoff,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
-    return [Sweep(context, leaf, expiry, cutoff, references, settings.batch_size, settings.max_rows) for leaf in leaves]
+    return [
+        Sweep(context, leaf, expiry, cutoff, keeping, settings.batch_size, settings.max_rows)
+        for leaf, keeping in zip(leaves, references, strict=True)
+    ]

@@ -6,13 +6,16 @@ from typing import Any, LiteralString
 from psycopg import errors as pg
 from psycopg import sql
 
-from catfeeder_cron.database import Connection
-from catfeeder_cron.expired_rows.sweep import Sweep
+from catfeeder_cron.database import Connection, identifier, single
+from catfeeder_cron.expired_rows.sweep import MOST_NAMED, Kept, Sweep
 
 # Rows that are locked together while they are tried, and the wait for the rows that hang on one of them.
 _ROWS = 200
-_LOCK_TIMEOUT = "10ms"
+_LOCK_TIMEOUT = "1ms"
 
+# Told apart from a locked row, because it would have to be met for each of them: the table is locked as a whole.
+_LOCK_TABLE = "LOCK TABLE ONLY {leaf} IN ROW EXCLUSIVE MODE"
+# The order is that of the columns: bare names would mean the texts that are selected.
 _LOCK = """
     SELECT ctid::text, {expiry}::timestamptz::text FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
     ORDER BY {order} LIMIT %(limit)s FOR UPDATE SKIP LOCKED"""
@@ -39,9 +42,10 @@ def delete_next(
 ) -> Position | None:
     """Delete what can be deleted of the next few rows of a scope; return how far that went, None at its end."""
     limit = min(sweep.room(), _ROWS)
-    lock = sweep.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=sql.Identifier(sweep.expiry)))
+    lock = sweep.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=identifier(sweep.expiry)))
     values = sweep.parameters(limit=limit, expiry=after.expiry, place=after.place, **parameters)
     with sweep.batch(**planner) as connection:
+        connection.execute(sweep.statement(_LOCK_TABLE), sweep.parameters())
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
         rows = connection.execute(lock, values).fetchall()
         connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(_LOCK_TIMEOUT))
@@ -57,13 +61,16 @@ def _delete_or_halve(sweep: Sweep, connection: Connection, places: list[str]) ->
             return connection.execute(sweep.statement(_DELETE), sweep.parameters(places=places)).rowcount
     except (pg.IntegrityError, pg.LockNotAvailable) as error:
         if len(places) == 1:
-            _remember(sweep, connection, places[0], error.diag.constraint_name)
+            if isinstance(error, pg.IntegrityError):
+                _name(sweep, connection, places[0], error)
             return 0
     middle = len(places) // 2
     return sum(_delete_or_halve(sweep, connection, half) for half in (places[:middle], places[middle:]))
 
 
-def _remember(sweep: Sweep, connection: Connection, place: str, constraint: str | None) -> None:
-    row = connection.execute(sweep.statement(_NAME), {"place": place}).fetchone()
-    if constraint is not None and row is not None:
-        sweep.kept.setdefault(constraint, []).append(row[0])
+def _name(sweep: Sweep, connection: Connection, place: str, error: pg.IntegrityError) -> None:
+    constraint = error.diag.constraint_name or f"NOT NULL of {error.diag.table_name}.{error.diag.column_name}"
+    kept = sweep.kept.setdefault(constraint, Kept())
+    kept.rows += 1
+    if len(kept.ids) < MOST_NAMED:
+        kept.ids += single(connection, sweep.statement(_NAME), {"place": place})

@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 from psycopg import sql
 
 from catfeeder_cron.catalog import Leaf, Reference
-from catfeeder_cron.database import Connection, single
+from catfeeder_cron.database import Connection, identifier, single
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 
@@ -15,16 +15,25 @@ log = get_logger(__name__)
 
 # What a batch spends on waiting for somebody else's row lock, while it holds its own.
 LOCK_TIMEOUT = "50ms"
-_MOST_NAMED = 5
+MOST_NAMED = 5
 
 EXPIRED = "{expiry} < %(cutoff)s::timestamptz"
 
 _COUNT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}"
 
+_COUNT_KEPT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} AND EXISTS ({referring}) {unreferenced}"
 # to_jsonb, because a table without a column "id" is no reason to fail.
-_KEPT = """
-    SELECT count(*), (array_agg(to_jsonb(leaf) ->> 'id'))[:%(named)s] FROM ONLY {leaf} AS leaf
-    WHERE {scope} AND EXISTS ({referring}) {unreferenced}"""
+_NAME_KEPT = """
+    SELECT to_jsonb(leaf) ->> 'id' FROM ONLY {leaf} AS leaf WHERE {scope} AND EXISTS ({referring}) {unreferenced}
+    LIMIT %(most)s"""
+
+
+@dataclass
+class Kept:
+    """Rows that one constraint keeps: how many, and the ids of the first."""
+
+    rows: int = 0
+    ids: list[str | None] = field(default_factory=list)
 
 
 @dataclass
@@ -38,7 +47,7 @@ class Sweep:
     max_rows: int | None
     blocks_before: int = 0
     blocks_in_all: int = 0
-    kept: dict[str, list[str]] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     """Rows that turned out to be kept by a constraint that `references` does not show, by its name."""
 
     def room(self) -> int:
@@ -56,7 +65,7 @@ class Sweep:
 
     def statement(self, text: LiteralString, scope: LiteralString = EXPIRED, **parts: sql.Composable) -> sql.Composed:
         """Fill in the names of this leaf. Rows that a foreign key keeps are left out by {unreferenced}."""
-        names = {"leaf": self.leaf.identifier, "expiry": sql.Identifier(self.expiry)}
+        names = {"leaf": identifier(self.leaf.schema, self.leaf.name), "expiry": identifier(self.expiry)}
         unreferenced = sql.SQL("").join(
             sql.SQL(" AND NOT EXISTS ({})").format(self._referring(reference)) for reference in self.references
         )
@@ -77,37 +86,47 @@ class Sweep:
         with self.context.transaction() as connection:
             return self._count(connection, EXPIRED, {})
 
-    def count_remaining(self, scope: LiteralString = EXPIRED, **parameters: Any) -> None:
-        """Add what is still there of a scope that was gone through: what others hold or a constraint keeps."""
+    def count_remaining(self, scope: LiteralString = EXPIRED, **parameters: Any) -> int:
+        """Count what is still there of a scope that was gone through: what others hold or a constraint keeps."""
         with self.context.transaction() as connection:
-            self.context.counts["remaining"] += self._count(connection, scope, parameters)
+            rows = self._count(connection, scope, parameters)
+        self.context.counts["remaining"] += rows
+        return rows
 
     def tell_what_is_kept(self) -> None:
         """Count and name the expired rows that foreign keys keep."""
         references, self.references = self.references, []
         for reference in references:
-            statement = self.statement(_KEPT, referring=self._referring(reference))
+            referring = self._referring(reference)
+            count = self.statement(_COUNT_KEPT, referring=referring)
+            name = self.statement(_NAME_KEPT, referring=referring)
             with self.context.transaction() as connection:
-                rows, named = single(connection, statement, self.parameters(named=_MOST_NAMED))
+                (rows,) = single(connection, count, self.parameters())
+                ids = [row[0] for row in connection.execute(name, self.parameters(most=MOST_NAMED))] if rows else []
             self.references.append(reference)
+            self.context.counts["remaining"] += rows
             if rows:
-                self.context.counts["remaining"] += rows
-                self._warn(reference.constraint, rows, named)
-        for constraint, identities in self.kept.items():
-            self._warn(constraint, len(identities), identities[:_MOST_NAMED])
+                self._warn(reference.constraint, Kept(rows, ids))
+        for constraint, kept in self.kept.items():
+            self._warn(constraint, kept)
 
-    def _warn(self, constraint: str, rows: int, named: list[str]) -> None:
-        log.warning(
-            "expired_rows_kept", table=str(self.leaf), constraint=constraint, rows=rows, ids=", ".join(map(str, named))
-        )
+    def _warn(self, constraint: str, kept: Kept) -> None:
+        ids = ", ".join(map(str, kept.ids))
+        log.warning("expired_rows_kept", table=str(self.leaf), constraint=constraint, rows=kept.rows, ids=ids)
 
     def _count(self, connection: Connection, scope: LiteralString, parameters: dict[str, Any]) -> int:
         (rows,) = single(connection, self.statement(_COUNT, scope), self.parameters(**parameters))
         return int(rows)
 
     def _referring(self, reference: Reference) -> sql.Composed:
-        matches = sql.SQL(" AND ").join(
-            sql.SQL("{} = {}").format(sql.Identifier("referring", own), sql.Identifier("leaf", referenced))
+        conditions: list[sql.Composable] = [
+            sql.SQL("{} = {}").format(identifier("referring", own), identifier("leaf", referenced))
             for own, referenced in reference.columns
+        ]
+        if reference.of_itself:  # a row that refers to itself keeps nobody
+            conditions.append(sql.SQL("(referring.tableoid, referring.ctid) <> (leaf.tableoid, leaf.ctid)"))
+        return sql.SQL("SELECT FROM {} {} AS referring WHERE {}").format(
+            sql.SQL("" if reference.partitioned else "ONLY"),
+            identifier(reference.schema, reference.table),
+            sql.SQL(" AND ").join(conditions),
         )
-        return sql.SQL("SELECT FROM {} AS referring WHERE {}").format(reference.table, matches)

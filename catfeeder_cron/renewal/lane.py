@@ -50,6 +50,7 @@ class Lane:
     given_back: bool = False
     """Rows were claimed and not sent."""
     _lifespan_missed: bool = False
+    _failure: Exception | None = None
     _troubles: int = 0
     _auth: ClientAuth = "basic"
 
@@ -63,10 +64,9 @@ class Lane:
         finally:
             for _ in workers:
                 await room.put(None)
-            ended = await asyncio.gather(*workers, return_exceptions=True)
-        for each in ended:
-            if isinstance(each, BaseException):
-                raise each
+            await asyncio.gather(*workers)
+        if self._failure:
+            raise self._failure
         if self._auth != self.provider.client_auth:
             await self.outbox.in_thread(providers.learn, self.outbox.context.database, self.provider, self._auth)
         if self.answers and self.standing.failures and not self.halted:
@@ -88,13 +88,19 @@ class Lane:
 
     async def _work(self, room: "asyncio.Queue[Claim | None]") -> None:
         while (claim := await room.get()) is not None:
-            async with self.outbox.slots:
-                asked = await self._ask(claim) if self._may_send(claim) else None
-            if asked is None:
-                self.given_back = True
-                await self.outbox.put(Settlement(claim, self.counts))
-            else:
-                await self._take(claim, *asked)
+            try:
+                await self._serve(claim)
+            except Exception as error:  # noqa: BLE001 (raised by `renew`: until then somebody must empty the room)
+                self._failure, self.halted = error, f"{type(error).__name__} while it was asked"
+
+    async def _serve(self, claim: Claim) -> None:
+        async with self.outbox.slots:
+            asked = await self._ask(claim) if self._may_send(claim) else None
+        if asked is None:
+            self.given_back = True
+            await self.outbox.put(Settlement(claim, self.counts))
+        else:
+            await self._take(claim, *asked)
 
     async def _ask(self, claim: Claim) -> tuple[float, Answer]:
         """Ask, by the other method too where that may help, and once more where nobody knows what happened."""

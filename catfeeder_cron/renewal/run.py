@@ -135,6 +135,7 @@ class Run:
             await outbox.in_thread(self._judge, lane)
         for each in ended:
             if isinstance(each, BaseException):
+                journal.keep = True
                 raise each
 
     def _lane(self, due: Due, outbox: Outbox, session: "Session") -> Lane:

@@ -4,7 +4,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, single
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.claims import free_leases
@@ -19,7 +19,8 @@ _BATCH = 100
 
 def journal_folder(context: JobContext) -> Path:
     """Return where the journals of this database's table are: an answer is never replayed into another database."""
-    ((identity,),) = context.database.query("SELECT id::text FROM catfeeder_cron.oauth_identity LIMIT 1", {})
+    with context.database.transaction() as connection:
+        (identity,) = single(connection, "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1")
     table = f"{identity} {context.tables.schema_}.{context.tables.active_oauths}"
     return context.state_directory / "oauth" / sha256(table.encode()).hexdigest()[:16]
 

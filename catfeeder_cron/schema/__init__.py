@@ -10,6 +10,12 @@ from catfeeder_cron.errors import SchemaProblem
 # One number for all who create or upgrade the schema; the lock ends with its transaction.
 LOCK = "SELECT pg_advisory_xact_lock(7241386209)"
 
+# Reading the catalog's tables, because to_regclass would go by what the session has known since before it waited for
+# the lock.
+_EXISTS = """
+    SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                   WHERE n.nspname = 'catfeeder_cron' AND c.relname = 'schema_version')"""
+
 
 def _migrations() -> list[tuple[int, str, LiteralString]]:
     """(version, name, SQL) of every numbered file, in order."""
@@ -19,7 +25,7 @@ def _migrations() -> list[tuple[int, str, LiteralString]]:
 
 def installed_version(connection: Connection) -> int:
     """Return the version of the schema in this database, 0 where there is none."""
-    if single(connection, "SELECT to_regclass('catfeeder_cron.schema_version') IS NULL")[0]:
+    if not single(connection, _EXISTS)[0]:
         return 0
     version, readable = single(
         connection,

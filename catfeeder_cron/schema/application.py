@@ -36,16 +36,26 @@ _COLUMNS = {
 }
 
 
+# By the catalog's tables: to_regclass would go by what the session has known since before it waited for the lock.
+_TABLES = """
+    SELECT coalesce(array_agg(c.relname::text), '{}') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s"""
+_HAS_SCHEMA = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"
+
+
 def create_tables(database: Database, tables: DatabaseTables, *, dry_run: bool = False) -> Iterator[str]:
     """Create the tables that are missing, in one transaction, and yield a line for each; existing ones stay as is."""
     names = {"users": "Users", **tables.model_dump()}
     with database.transaction() as connection:
         if not dry_run:
             connection.execute(LOCK)
-            connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(tables.schema_)))
+            # IF NOT EXISTS would want the right to create schemas even where there is nothing to create.
+            if not single(connection, _HAS_SCHEMA, [tables.schema_])[0]:
+                connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(tables.schema_)))
+        (existing,) = single(connection, _TABLES, [tables.schema_])
         for key, columns in _COLUMNS.items():
             table = sql.Identifier(tables.schema_, names[key])
-            if single(connection, "SELECT to_regclass(%s) IS NULL", [table.as_string()])[0]:
+            if names[key] not in existing:
                 if not dry_run:
                     connection.execute(sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(columns)))
                 yield f"{told(dry_run)} table {table.as_string()}"

@@ -8,7 +8,7 @@ from psycopg import sql
 from catfeeder_cron import catalog
 from catfeeder_cron.catalog import Leaf
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, single
 from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.schema import told
 
@@ -16,6 +16,10 @@ _STATE = """
     SELECT i.indisvalid, EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = i.indexrelid)
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s AND c.relname = %s"""
+
+# A number for each table. Without parameters, because the answer to a statement that has some keeps its snapshot up to
+# the next statement, and CREATE INDEX CONCURRENTLY waits for every snapshot that is older than its own.
+_TRY_LOCK = "SELECT pg_try_advisory_xact_lock(7241386209 + {})"
 
 
 def create_indexes(
@@ -47,9 +51,19 @@ def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) ->
     if dry_run:
         yield f"{told(dry_run)} {described}"
         return
-    # A name of our own, the same in every process: IF NOT EXISTS and the removal of an invalid index go by it.
+    # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits for.
+    with database.transaction(idle_in_transaction_session_timeout=0) as connection:
+        if single(connection, sql.SQL(_TRY_LOCK).format(sql.Literal(leaf.oid)))[0]:
+            yield from _create_alone(database, leaf, column, described)
+        else:
+            yield f"{described}: left to the process that is creating it"
+
+
+def _create_alone(database: Database, leaf: Leaf, column: str, described: str) -> Iterator[str]:
+    # A name of our own, the same in every process, by which the removal of an invalid index goes. PostgreSQL cuts it
+    # off after 63 bytes, so what makes it unique comes first.
     marker = zlib.crc32(f"{leaf.schema}.{leaf.name}.{column}".encode())
-    index = f"catfeeder_cron_{leaf.name[:15]}_{column[:15]}_{marker:08x}"
+    index = f"catfeeder_cron_{marker:08x}_{leaf.name[:15]}_{column[:15]}"
     with database.session() as connection:
         connection.execute("SET statement_timeout = 0")
         connection.execute("SET lock_timeout = 0")
@@ -60,12 +74,13 @@ def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) ->
                 if being_built:
                     yield f"{described}: left to the session that is building it"
                     return
-                if not valid:
-                    drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
-                    connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
-            create = sql.SQL("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} ON {} ({})")
+                if valid:
+                    return
+                drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
+                connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
+            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({})")
             connection.execute(create.format(sql.Identifier(index), leaf.identifier, sql.Identifier(column)))
-            yield f"{told(dry_run)} {described}"
+            yield f"{told(dry_run=False)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.
             connection.execute("RESET statement_timeout")

@@ -168,12 +168,15 @@ threading.Thread(target=work).start()
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder: Path) -> None:
     use_it_after_the_interrupt = """
 try:
+    print("waiting", flush=True)
     sys.stdin.read()
 except KeyboardInterrupt:
     with psycopg.connect(server.conninfo) as connection:
         print(connection.execute("SELECT 42").fetchone()[0], flush=True)
 """
     with another_process(use_it_after_the_interrupt, folder) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate()
     assert (output, process.returncode) == ("42\n", 0)

@@ -1,5 +1,11 @@
--- The daemon keeps its own state in this schema and nowhere else.
-CREATE SCHEMA IF NOT EXISTS catfeeder_cron;
+-- The daemon keeps its own state in this schema and nowhere else. An administrator may have created it for a role that
+-- may not: to such a one even CREATE SCHEMA IF NOT EXISTS is forbidden.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'catfeeder_cron') THEN
+        CREATE SCHEMA catfeeder_cron;
+    END IF;
+END $$;
 
 GRANT USAGE ON SCHEMA catfeeder_cron TO PUBLIC;
 

@@ -9,13 +9,11 @@ CREATE TABLE catfeeder_cron.daemons (
     heartbeat_at timestamptz NOT NULL DEFAULT now()
 );
 
--- Every slot of a job up to `accounted_until` has its place in job_runs. Moving it on is what claims a slot; `previous` is
--- where it stood before that.
+-- Every slot of a job up to `accounted_until` has its place in job_runs. Moving it on is what claims a slot.
 CREATE TABLE catfeeder_cron.schedule (
     job text PRIMARY KEY,
     trigger text NOT NULL,
-    accounted_until timestamptz NOT NULL,
-    previous timestamptz
+    accounted_until timestamptz NOT NULL
 );
 
 -- A row for every run, and for every stretch of slots that did not run. No outcome: the run is under way.
@@ -43,7 +41,9 @@ CREATE UNIQUE INDEX job_runs_shared_slot ON catfeeder_cron.job_runs (job, slot, 
 -- No job runs twice at once.
 CREATE UNIQUE INDEX job_runs_under_way ON catfeeder_cron.job_runs (job) WHERE outcome IS NULL AND NOT shared;
 CREATE UNIQUE INDEX job_runs_shared_under_way ON catfeeder_cron.job_runs (job, daemon) WHERE outcome IS NULL AND shared;
-CREATE INDEX job_runs_history ON catfeeder_cron.job_runs (job, started_at DESC);
-CREATE INDEX job_runs_age ON catfeeder_cron.job_runs (started_at);
+CREATE INDEX job_runs_open ON catfeeder_cron.job_runs (daemon) WHERE outcome IS NULL;
+CREATE INDEX job_runs_missed ON catfeeder_cron.job_runs (job, last_slot) WHERE missed IS NOT NULL;
+CREATE INDEX job_runs_history ON catfeeder_cron.job_runs (job, run_id);
+CREATE INDEX job_runs_age ON catfeeder_cron.job_runs (finished_at);
 
 GRANT SELECT ON catfeeder_cron.daemons, catfeeder_cron.schedule, catfeeder_cron.job_runs TO PUBLIC;

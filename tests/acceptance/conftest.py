@@ -1,0 +1,47 @@
+"""What the acceptance tests have in common: the program, and databases for it."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from catfeeder_cron import embedded, schema
+from catfeeder_cron.config import DatabaseSettings
+from catfeeder_cron.database import Database
+from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.schema.application import create_tables
+from tests.acceptance.program import Program
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    program = Program(tmp_path)
+    yield program
+    for running in program.started:
+        running.kill()
+
+
+@pytest.fixture
+def admin(database_url: str) -> Iterator[psycopg.Connection]:
+    """The superuser in the test's database, in autocommit mode."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def app_tables(program: Program, database_url: str) -> None:
+    """A configuration for the test's database, and in there what `init-db --with-app-tables` creates."""
+    program.configure(database_url)
+    settings = DatabaseSettings.model_validate({"url": database_url})
+    with Database(settings) as database:
+        for _ in chain(schema.upgrade(database), create_tables(database, settings.tables)):
+            pass
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    """A server of the test's own, to stop and start or to set up in its own way."""
+    with embedded.temporary() as server:
+        yield server

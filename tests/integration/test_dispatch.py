@@ -1,0 +1,236 @@
+"""From slots to runs: what is due, what went by and why, each slot accounted for once whoever steps in when."""
+
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from catfeeder_cron import schema
+from catfeeder_cron.config import DatabaseSettings
+from catfeeder_cron.database import Database
+from catfeeder_cron.dispatch import Dispatch
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
+from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, Ledger, Process
+from catfeeder_cron.presence import Presence
+from catfeeder_cron.schedule import IntervalSchedule, Schedule
+from catfeeder_cron.triggers import ScheduleTrigger
+from tests.integration.daemons import SECOND, report, rows
+
+MINUTE = timedelta(minutes=1)
+SCHEDULE = IntervalSchedule(MINUTE, "job")
+# A slot of long ago, so that no clock of these tests gets ahead of the server's.
+START = SCHEDULE.next_after(datetime.now(UTC) - timedelta(days=1))
+
+
+class Daemon:
+    """One process's view of the job, with a clock that is set by hand."""
+
+    def __init__(self, database: Database, schedule: Schedule, jitter: timedelta, shared: bool) -> None:
+        self.now = START
+        self.presence = Presence(START)
+        self.ledger = Ledger(database, Process("daemon"))
+        trigger = ScheduleTrigger(schedule, "job", jitter)
+        self.dispatch = Dispatch("job", schedule, trigger, shared, self.ledger, self.presence, clock=lambda: self.now)
+        self.dispatch.accounted_until = START
+
+    def at(self, now: datetime) -> "Daemon":
+        self.now = now
+        return self
+
+    def claim(self) -> int | None:
+        return self.dispatch.claim("schedule")
+
+
+@pytest.fixture
+def hire(database: Database, admin: psycopg.Connection) -> Callable[..., Daemon]:
+    """Makes a daemon that knows the account of a job with a slot every minute to stand at START."""
+    schema.ensure(database)
+
+    def one(
+        database: Database = database,
+        schedule: Schedule = SCHEDULE,
+        jitter: timedelta = timedelta(0),
+        *,
+        shared: bool = False,
+    ) -> Daemon:
+        daemon = Daemon(database, schedule, jitter, shared)
+        daemon.presence.seen(START)
+        admin.execute(
+            "INSERT INTO catfeeder_cron.schedule VALUES ('job', %s, %s) ON CONFLICT DO NOTHING",
+            [schedule.describe(), START],
+        )
+        return daemon
+
+    return one
+
+
+def test_a_slot_is_due_from_its_instant_on_and_once(hire: Callable[..., Daemon], admin: psycopg.Connection) -> None:
+    daemon = hire()
+    assert daemon.at(START + MINUTE - timedelta(microseconds=1)).claim() is None
+    run_id = daemon.at(START + MINUTE).claim()
+    assert run_id
+    daemon.ledger.close(run_id, report())
+    assert daemon.at(START + MINUTE + 59 * SECOND).claim() is None
+    assert rows(admin, "slot") == [(START + MINUTE,)]
+
+
+def test_before_its_account_is_open_a_job_has_no_slot_that_is_due(hire: Callable[..., Daemon]) -> None:
+    daemon = hire()
+    daemon.dispatch.accounted_until = None
+    assert daemon.at(START + 10 * MINUTE).claim() is None
+
+
+def test_a_slot_with_jitter_is_due_from_its_delayed_instant_on_restart_or_not(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    jitter = 25 * SECOND
+    fire_time = ScheduleTrigger(SCHEDULE, "job", jitter).fire_time(START + 2 * MINUTE)
+    assert fire_time > START + 2 * MINUTE
+    daemon = hire(jitter=jitter)
+
+    # Between the slot and its delayed instant the slot before it is the one that is due, as after a restart.
+    run_id = daemon.at(fire_time - timedelta(microseconds=1)).claim()
+    assert run_id
+    daemon.ledger.close(run_id, report())
+    assert daemon.claim() is None
+    assert daemon.at(fire_time).claim()
+    assert rows(admin, "slot") == [(START + MINUTE,), (START + 2 * MINUTE,)]
+
+
+def test_the_latest_slot_runs_and_those_before_it_are_missed(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    assert daemon.at(START + 5 * MINUTE + SECOND).claim()
+    assert rows(admin, "slot, last_slot, missed, reason") == [
+        (START + MINUTE, START + 4 * MINUTE, 4, NOT_FREE),
+        (START + 5 * MINUTE, None, None, None),
+    ]
+
+
+def test_slots_are_told_apart_by_what_the_daemon_knows_of_their_time(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    presence = daemon.presence
+    presence.seen(START + 3.5 * MINUTE)  # nothing heard of itself for more than 30 s: frozen
+    presence.seen(START + 3.9 * MINUTE)
+    presence.missed()
+    presence.missed()
+    presence.seen(START + 6.5 * MINUTE)
+    assert daemon.at(START + 8 * MINUTE).claim()
+
+    assert rows(admin, "slot, missed, reason") == [
+        (START + MINUTE, 3, NO_DAEMON),
+        (START + 4 * MINUTE, 3, NO_DATABASE),
+        (START + 7 * MINUTE, 1, NOT_FREE),
+        (START + 8 * MINUTE, None, None),
+    ]
+
+
+def test_a_claim_that_is_itself_the_end_of_an_outage_knows_of_it(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    daemon.presence.missed()
+    assert daemon.at(START + 3 * MINUTE).claim()
+    assert rows(admin, "missed, reason", "missed IS NOT NULL") == [(2, NO_DATABASE)]
+    assert daemon.presence.returns == 2
+
+
+def test_a_daemon_that_starts_without_a_database_tells_its_absence_from_that_of_the_database(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    daemon.presence = daemon.dispatch.presence = Presence(START + 2.5 * MINUTE)
+    daemon.presence.missed()
+    daemon.presence.seen(START + 4.5 * MINUTE)
+    daemon.at(START + 4.5 * MINUTE).dispatch.pass_over()
+    assert rows(admin, "slot, missed, reason") == [
+        (START + MINUTE, 2, NO_DAEMON),
+        (START + 3 * MINUTE, 2, NO_DATABASE),
+    ]
+
+
+def test_what_is_passed_over_is_missed_to_the_last_slot_and_runs_no_more(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    daemon.at(START + 3 * MINUTE).dispatch.pass_over(STILL_RUNNING)
+    assert daemon.claim() is None
+    assert rows(admin, "slot, last_slot, missed, reason") == [(START + MINUTE, START + 3 * MINUTE, 3, STILL_RUNNING)]
+
+
+def test_a_clock_that_is_put_back_runs_no_slot_again(hire: Callable[..., Daemon], admin: psycopg.Connection) -> None:
+    daemon = hire()
+    run_id = daemon.at(START + 10 * MINUTE).claim()
+    assert run_id
+    daemon.ledger.close(run_id, report())
+    for minute in (5, 9, 10):
+        assert daemon.at(START + minute * MINUTE).claim() is None
+    assert daemon.at(START + 11 * MINUTE).claim()
+
+
+def test_a_clock_far_ahead_is_told_and_takes_nothing(hire: Callable[..., Daemon], admin: psycopg.Connection) -> None:
+    daemon = hire()
+    with pytest.raises(CatfeederCronError, match="clock is more than an hour ahead"):
+        daemon.at(datetime.now(UTC) + timedelta(hours=2)).claim()
+    assert rows(admin, "*") == []
+
+
+def test_without_a_database_a_claim_fails_and_the_presence_knows(hire: Callable[..., Daemon]) -> None:
+    nowhere = {"url": "postgresql://localhost:1/nowhere", "connect_timeout": 2}
+    with Database(DatabaseSettings.model_validate(nowhere)) as unreachable:
+        daemon = hire(unreachable)
+        with pytest.raises(DatabaseUnavailable):
+            daemon.at(START + MINUTE).claim()
+    assert daemon.presence.reasons(START + MINUTE)[-2:] == [(START + MINUTE, NO_DATABASE), (START + MINUTE, NOT_FREE)]
+
+
+def test_a_presence_counts_its_returns() -> None:
+    presence = Presence(START)
+    returns = []
+    for seconds in (0, 30, 61, 60.5, 0, None, 1):  # first; beating; frozen; beating; clock put back; outage; its end
+        if seconds is None:
+            presence.missed()
+        else:
+            presence.seen(START + seconds * SECOND)
+        returns.append(presence.returns)
+    assert returns == [1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whoever_steps_in_when_every_slot_is_accounted_for_exactly_once(
+    hire: Callable[..., Daemon], admin: psycopg.Connection, seed: int
+) -> None:
+    """Four daemons with clocks apart come and go at random, run for a while, die over their runs, pass over slots."""
+    chance = random.Random(seed)
+    daemons = [hire() for _ in range(4)]
+    skew = [timedelta(seconds=chance.uniform(-40, 40)) for _ in daemons]
+    running: list[tuple[int, Daemon]] = []
+    now = START
+    for _ in range(120):
+        now += chance.choice([0.2, 0.5, 1, 1, 3]) * MINUTE
+        number = chance.randrange(len(daemons))
+        daemon = daemons[number].at(now + skew[number])
+        if chance.random() < 0.2:
+            daemon.presence.missed() if chance.random() < 0.5 else daemon.presence.seen(daemon.now)
+        if chance.random() < 0.1:
+            daemon.dispatch.pass_over()
+        elif run_id := daemon.claim():
+            running.append((run_id, daemon))
+        if running and chance.random() < 0.5:
+            run_id, owner = running.pop()
+            owner.ledger.close(run_id, report(chance.choice(["succeeded", "aborted"])))
+
+    found = rows(admin, "slot, coalesce(missed, 1), coalesce(last_slot, slot), reason, missed IS NOT NULL")
+    expected, previous = START + MINUTE, None
+    for slot, number_of_slots, last, reason, missed in found:
+        assert slot == expected
+        assert last == slot + (number_of_slots - 1) * MINUTE
+        assert not missed or reason != previous, "one stretch for each reason"
+        expected, previous = last + MINUTE, reason if missed else None
+    account = admin.execute("SELECT accounted_until FROM catfeeder_cron.schedule").fetchone()
+    assert account == (expected - MINUTE,)

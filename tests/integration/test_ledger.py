@@ -1,0 +1,371 @@
+"""The ledger: a slot is claimed by one, what did not run is accounted for, the dead are cleared away."""
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from catfeeder_cron import schema
+from catfeeder_cron.database import Database
+from catfeeder_cron.ledger import DIED, NO_DAEMON, NO_DATABASE, STILL_RUNNING, Claim, Ledger, Missed, Process
+from catfeeder_cron.schedule import Slots
+from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows
+
+# Whole hours that have gone by, so that slots look like those of an hourly job.
+NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
+
+
+@pytest.fixture
+def open_ledger(open_database: Callable[..., Database], admin: psycopg.Connection) -> Callable[..., Ledger]:
+    """Opens the ledger for one more process; `daemon` is its identity."""
+    admin.execute(STARTED_LONG_AGO)
+    schema.ensure(open_database())
+
+    def open_one(daemon: UUID | None = None) -> Ledger:
+        return Ledger(open_database(pool_max_size=2), Process("daemon", daemon or uuid4()))
+
+    return open_one
+
+
+@pytest.fixture
+def ledger(open_ledger: Callable[..., Ledger], admin: psycopg.Connection) -> Ledger:
+    """One with a job whose account stands at noon."""
+    ledger = open_ledger()
+    ledger.register({"job": "every 1h"}, [])
+    set_account(admin, NOON)
+    return ledger
+
+
+def set_account(admin: psycopg.Connection, until: datetime) -> None:
+    admin.execute("UPDATE catfeeder_cron.schedule SET accounted_until = %s", [until])
+
+
+def hours(first: int, last: int, reason: str) -> Missed:
+    return Missed(Slots(NOON + first * HOUR, NOON + last * HOUR, last - first + 1), reason)
+
+
+def claim(ledger: Ledger, known: int, slot: int, *missed: Missed, shared: bool = False, run: bool = True) -> Claim:
+    return ledger.claim(
+        "job",
+        "every 1h",
+        NOON + known * HOUR,
+        NOON + slot * HOUR,
+        list(missed),
+        "schedule" if run else None,
+        shared=shared,
+    )
+
+
+def test_of_many_that_try_at_once_one_claims_the_slot_and_all_learn_where_the_account_stands(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    others = [open_ledger() for _ in range(6)]
+    together = threading.Barrier(len(others))
+    claims: list[Claim] = []
+
+    def try_it(each: Ledger) -> None:
+        together.wait()
+        answer = claim(each, 0, 1)
+        # Who was overtaken while it waited has not seen by whom.
+        claims.append(answer if answer.accounted_until > NOON else claim(each, 0, 1))
+
+    threads = [threading.Thread(target=try_it, args=[each]) for each in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len([each for each in claims if each.run_id]) == 1
+    assert {each.accounted_until for each in claims} == {NOON + HOUR}
+    assert rows(admin, "slot, outcome") == [(NOON + HOUR, None)]
+
+
+def test_a_claim_accounts_for_the_slots_before_it_a_stretch_for_each_reason(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    answer = claim(ledger, 0, 6, hours(1, 3, NO_DAEMON), hours(4, 5, NO_DATABASE))
+
+    assert answer.run_id
+    assert rows(admin, "slot, last_slot, missed, outcome, reason") == [
+        (NOON + HOUR, NOON + 3 * HOUR, 3, "skipped", NO_DAEMON),
+        (NOON + 4 * HOUR, NOON + 5 * HOUR, 2, "skipped", NO_DATABASE),
+        (NOON + 6 * HOUR, None, None, None, None),
+    ]
+
+
+def test_who_believes_the_account_to_stand_elsewhere_changes_nothing_and_learns_the_truth(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    answer = claim(ledger, -2, 3, hours(-1, 2, NO_DAEMON))
+
+    assert answer == Claim(NOON, None, too_early=False)
+    assert rows(admin, "*") == []
+
+
+def test_a_claim_repeated_because_its_answer_was_lost_adds_nothing(ledger: Ledger, admin: psycopg.Connection) -> None:
+    claim(ledger, 0, 2, hours(1, 1, NO_DAEMON))
+
+    assert claim(ledger, 0, 2, hours(1, 1, NO_DAEMON)) == Claim(NOON + 2 * HOUR, None, too_early=False)
+    assert len(rows(admin, "*")) == 2
+
+
+def test_a_slot_that_comes_while_the_job_runs_is_missed_and_a_row_grows_while_the_reason_stays(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    other = open_ledger()
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+
+    for hour, each in ((2, other), (3, ledger), (4, other)):
+        assert claim(each, hour - 1, hour) == Claim(NOON + hour * HOUR, None, too_early=False)
+    claim(ledger, 4, 7, hours(5, 6, NO_DAEMON))
+    claim(ledger, 7, 8)
+    ledger.close(run_id, report())
+    assert claim(other, 8, 9).run_id
+
+    assert rows(admin, "slot, missed, reason") == [
+        (NOON + HOUR, None, None),
+        (NOON + 2 * HOUR, 3, STILL_RUNNING),
+        (NOON + 5 * HOUR, 2, NO_DAEMON),
+        (NOON + 7 * HOUR, 2, STILL_RUNNING),
+        (NOON + 9 * HOUR, None, None),
+    ]
+
+
+def test_a_stretch_that_goes_on_for_the_same_reason_stays_one_row(ledger: Ledger, admin: psycopg.Connection) -> None:
+    claim(ledger, 0, 3, hours(1, 3, NO_DAEMON), run=False)
+    claim(ledger, 3, 6, hours(4, 5, NO_DAEMON))
+
+    assert rows(admin, "slot, last_slot, missed") == [
+        (NOON + HOUR, NOON + 5 * HOUR, 5),
+        (NOON + 6 * HOUR, None, None),
+    ]
+
+
+def test_a_shared_job_runs_once_on_each_daemon_and_each_tells_of_its_own_overlap(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    other = open_ledger()
+    assert claim(ledger, 0, 1, shared=True).run_id
+    other_run = claim(other, 0, 1, shared=True).run_id
+    assert other_run
+    assert claim(other, 0, 1, shared=True).run_id is None, "not twice on one daemon"
+    other.close(other_run, report())
+
+    assert claim(ledger, 1, 2, shared=True).run_id is None, "it is still running here"
+    assert claim(other, 1, 2, shared=True).run_id, "and has ended there"
+
+    assert rows(admin, "slot, missed, reason, outcome") == [
+        (NOON + HOUR, None, None, None),
+        (NOON + HOUR, None, None, "succeeded"),
+        (NOON + 2 * HOUR, 1, STILL_RUNNING, "skipped"),
+        (NOON + 2 * HOUR, None, None, None),
+    ]
+
+
+def test_a_shared_slot_claimed_again_after_a_lost_answer_does_not_lengthen_an_older_stretch(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    first = claim(ledger, 0, 1, shared=True).run_id
+    assert first
+    claim(ledger, 1, 2, shared=True)
+    ledger.close(first, report())
+    assert claim(ledger, 2, 3, shared=True).run_id
+
+    claim(ledger, 2, 3, shared=True)
+
+    assert rows(admin, "missed", "missed IS NOT NULL") == [(1,)]
+
+
+def test_a_manual_run_is_refused_while_the_job_runs_and_keeps_its_slot_from_running(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    run_id = ledger.claim_manual("job", shared=False)
+    assert run_id
+    assert ledger.claim_manual("job", shared=False) is None
+    assert claim(ledger, 0, 1).run_id is None
+    ledger.close(run_id, report())
+    assert claim(ledger, 1, 2).run_id
+
+    assert rows(admin, "trigger, reason") == [("schedule", STILL_RUNNING), ("schedule", None), ("manual", None)]
+
+
+def test_a_slot_more_than_an_hour_ahead_of_the_servers_clock_is_nobodys(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    now = datetime.now(UTC)
+    soon, late = now + 59 * timedelta(minutes=1), now + 61 * timedelta(minutes=1)
+
+    assert ledger.claim("job", "every 1h", NOON, late, [], "schedule") == Claim(NOON, None, too_early=True)
+    assert ledger.claim("job", "every 1h", NOON, soon, [], "schedule").run_id
+
+
+def test_an_account_opens_at_once_stays_as_it_is_and_starts_anew_with_another_trigger(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    before = datetime.now(UTC)
+    accounts = ledger.register({"job": "every 1h", "new": "every 1h"}, [])
+    assert accounts["job"] == NOON
+    assert accounts["new"] >= before
+
+    assert ledger.register({"job": "every 2h"}, [])["job"] >= before
+    set_account(admin, NOON)
+    assert ledger.register({"job": "every 2h"}, ["new"])["job"] == NOON, "the other trigger has become its own"
+    assert ledger.register({"new": "every 1h"}, [])["new"] > accounts["new"], "disabled and enabled again: a new one"
+
+
+def test_an_account_that_a_wrong_clock_has_left_in_the_future_is_put_back(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    set_account(admin, datetime.now(UTC) + timedelta(days=400))
+    assert ledger.register({"job": "every 1h"}, [])["job"] <= datetime.now(UTC)
+
+
+def set_heartbeat(admin: psycopg.Connection, daemon: UUID, seconds_ago: float) -> None:
+    admin.execute(
+        "UPDATE catfeeder_cron.daemons SET heartbeat_at = now() - %s * interval '1 s' WHERE daemon = %s",
+        [seconds_ago, daemon],
+    )
+
+
+@pytest.mark.parametrize(("seconds_ago", "outcome"), [(28, None), (31, "aborted")])
+def test_a_run_is_closed_when_its_daemon_has_been_silent_for_30_seconds_and_not_before(
+    ledger: Ledger,
+    open_ledger: Callable[..., Ledger],
+    admin: psycopg.Connection,
+    seconds_ago: float,
+    outcome: str | None,
+) -> None:
+    daemon = UUID(int=1)
+    other = open_ledger(daemon)
+    other.beat()
+    run_id = claim(other, 0, 1).run_id
+    assert other.beat() == ({run_id}, [])
+    set_heartbeat(admin, daemon, seconds_ago)
+
+    _, closed = ledger.beat()
+
+    assert rows(admin, "outcome") == [(outcome,)]
+    assert bool(closed) == bool(outcome)
+    if outcome:
+        assert rows(admin, "reason, finished_at IS NOT NULL") == [(DIED, True)]
+        assert "job (run " in closed[0]
+        assert other.beat() == (set(), []), "and it learns so, should it come back"
+
+
+def test_a_run_of_a_process_that_has_left_or_never_said_that_it_lives_is_closed(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    other = open_ledger()
+    other.beat()
+    claim(other, 0, 1)
+    other.leave()
+    ledger.beat()
+    assert rows(admin, "outcome") == [("aborted",)]
+
+
+def test_a_process_whose_jobs_hold_every_connection_says_that_it_lives_all_the_same(
+    ledger: Ledger, open_database: Callable[..., Database], admin: psycopg.Connection
+) -> None:
+    database = open_database(pool_max_size=1, connect_timeout=1)
+    busy = Ledger(database, Process("daemon"))
+    with database.transaction():
+        busy.beat()
+    assert len(admin.execute("SELECT * FROM catfeeder_cron.daemons").fetchall()) == 1
+
+
+def test_after_a_restart_of_the_server_everybody_has_30_seconds_to_come_back(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    daemon = UUID(int=1)
+    other = open_ledger(daemon)
+    other.beat()
+    claim(other, 0, 1)
+    set_heartbeat(admin, daemon, 3600)
+    for seconds, outcome in ((25, None), (35, "aborted")):
+        admin.execute(
+            "CREATE OR REPLACE FUNCTION fake.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql AS "
+            f"$$ SELECT now() - interval '{seconds} s' $$"
+        )
+        ledger.beat()
+        assert rows(admin, "outcome") == [(outcome,)]
+
+
+def test_a_daemon_that_was_silent_for_a_day_is_forgotten(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    for number, seconds in ((1, 86_300), (2, 86_500)):
+        open_ledger(UUID(int=number)).beat()
+        set_heartbeat(admin, UUID(int=number), seconds)
+    ledger.beat()
+    known = {row[0] for row in admin.execute("SELECT daemon FROM catfeeder_cron.daemons").fetchall()}
+    assert UUID(int=1) in known
+    assert UUID(int=2) not in known
+
+
+def test_a_close_repeated_because_its_answer_was_lost_is_no_news_but_one_by_another_is(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+    assert not ledger.close(run_id, report("failed", "no food"))
+    assert not ledger.close(run_id, report("failed", "no food"))
+    assert ledger.close(run_id, report("succeeded"))
+    assert rows(admin, "outcome, reason, error") == [("failed", "no food", "no food")]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "days", "kept"),
+    [
+        ("succeeded", 29, True),
+        ("succeeded", 31, False),
+        ("skipped", 31, False),
+        ("failed", 31, True),
+        ("failed", 89, True),
+        ("failed", 91, False),
+        ("aborted", 89, True),
+        ("timed_out", 89, True),
+        ("timed_out", 91, False),
+    ],
+)
+def test_runs_are_kept_for_a_while_and_failures_three_times_as_long(
+    ledger: Ledger, admin: psycopg.Connection, outcome: str, days: int, kept: bool
+) -> None:
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+    ledger.close(run_id, report(outcome))
+    admin.execute("UPDATE catfeeder_cron.job_runs SET finished_at = now() - %s * interval '1 day'", [days])
+    assert ledger.forget(timedelta(days=30)) == (0 if kept else 1)
+
+
+def test_a_run_that_is_under_way_is_never_forgotten_nor_a_stretch_that_still_grows(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    claim(ledger, 0, 1)
+    claim(ledger, 1, 2)
+    admin.execute("UPDATE catfeeder_cron.job_runs SET started_at = now() - interval '1 year'")
+    assert ledger.forget(timedelta(days=30)) == 0
+
+
+def test_the_heartbeat_does_not_read_the_history(ledger: Ledger, admin: psycopg.Connection) -> None:
+    admin.execute(
+        "INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, outcome, finished_at, host, pid, daemon) "
+        "SELECT 'job', now() - n * interval '1 s', 'schedule', 'succeeded', now(), 'h', 1, gen_random_uuid() "
+        "FROM generate_series(1, 20000) n"
+    )
+    admin.execute("ANALYZE catfeeder_cron.job_runs")
+    before = scanned(admin)
+    ledger.beat()
+    claim(ledger, 0, 1)
+    assert scanned(admin) == before
+
+
+def scanned(admin: psycopg.Connection) -> int:
+    """Return how often the history was read from its beginning to its end."""
+    admin.execute("SELECT pg_stat_force_next_flush(), pg_sleep(1.1)")
+    row = admin.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'job_runs'").fetchone()
+    assert row
+    return int(row[0])

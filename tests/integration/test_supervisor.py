@@ -1,0 +1,296 @@
+"""Runs under watch: kept alive, asked to stop, recorded whatever happens to the database."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from catfeeder_cron import embedded, schema
+from catfeeder_cron.config import DatabaseSettings
+from catfeeder_cron.database import Database
+from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.ledger import Ledger, Process
+from catfeeder_cron.presence import Presence
+from catfeeder_cron.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Run, Supervisor
+from tests.integration.daemons import STARTED_LONG_AGO, context, report, rows, wait_for
+
+
+class Office:
+    """A supervisor on a database, and what it called."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.ledger = Ledger(database, Process("daemon"))
+        self.presence = Presence(datetime.now(UTC))
+        self.beats = 0
+        self.stuck = 0
+        self.supervisor = Supervisor(
+            self.ledger, self.presence, timedelta(days=30), lambda: schema.ensure(database), self._beaten, self._stuck
+        )
+
+    def begin(self, job: str = "job", given: JobContext | None = None) -> Run:
+        run = self.supervisor.begin(
+            job, given or context(self.database), lambda: self.ledger.claim_manual(job, shared=False)
+        )
+        assert run
+        return run
+
+    def _beaten(self) -> None:
+        self.beats += 1
+
+    def _stuck(self) -> None:
+        self.stuck += 1
+
+
+@pytest.fixture
+def open_office(open_database: Callable[..., Database], admin: psycopg.Connection) -> Iterator[Callable[[], Office]]:
+    admin.execute(STARTED_LONG_AGO)
+    opened: list[Office] = []
+
+    def open_one() -> Office:
+        opened.append(Office(open_database()))
+        return opened[-1]
+
+    yield open_one
+    for office in opened:
+        office.supervisor.close("the test is over")
+
+
+@pytest.fixture
+def office(open_office: Callable[[], Office]) -> Office:
+    return open_office()
+
+
+def freeze(office: Office, admin: psycopg.Connection, seconds: float = 40) -> None:
+    """Make it look to itself and to the others as if it had been stopped for a while."""
+    office.supervisor._last_beat -= seconds
+    admin.execute("UPDATE catfeeder_cron.daemons SET heartbeat_at = heartbeat_at - %s * interval '1 s'", [seconds])
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the names of the events that the program itself has logged."""
+    return [record.getMessage().split()[0] for record in caplog.records if record.name.startswith("catfeeder_cron")]
+
+
+def test_a_run_is_recorded_when_it_ends(office: Office, admin: psycopg.Connection) -> None:
+    run = office.begin()
+    assert office.supervisor.running == ["job"]
+    office.supervisor.end(run, report("failed", "no food"))
+    assert office.supervisor.running == []
+    assert rows(admin, "outcome, reason") == [("failed", "no food")]
+
+
+def test_the_first_claim_makes_sure_that_the_others_know_this_process(
+    office: Office, open_office: Callable[[], Office], admin: psycopg.Connection
+) -> None:
+    office.begin()
+    open_office().supervisor.beat()
+    assert rows(admin, "outcome") == [(None,)]
+
+
+def test_a_frozen_process_learns_before_its_next_batch_that_its_run_was_closed(
+    office: Office,
+    open_office: Callable[[], Office],
+    admin: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = office.begin()
+    freeze(office, admin)
+    open_office().supervisor.beat()
+    assert rows(admin, "outcome") == [("aborted",)]
+
+    with pytest.raises(JobAborted, match=TAKEN_FOR_DEAD):
+        run.context.checkpoint()
+    office.supervisor.end(run, report("aborted", TAKEN_FOR_DEAD))
+    assert events(caplog) == ["dead_run_closed", "run_was_closed_by_another"]
+    assert rows(admin, "outcome, reason") == [("aborted", "its process died or lost the database")]
+
+
+def test_a_process_that_was_frozen_but_not_missed_goes_on(office: Office, admin: psycopg.Connection) -> None:
+    run = office.begin()
+    freeze(office, admin)
+    run.context.checkpoint()
+    assert office.beats == 2
+
+
+def test_a_process_that_was_frozen_claims_nothing_before_the_others_know_that_it_lives(
+    office: Office, open_office: Callable[[], Office], admin: psycopg.Connection
+) -> None:
+    office.supervisor.beat()
+    freeze(office, admin)
+    office.begin()
+    open_office().supervisor.beat()
+    assert rows(admin, "outcome") == [(None,)]
+
+
+def test_after_a_request_to_stop_running_jobs_end_and_none_begins(office: Office, admin: psycopg.Connection) -> None:
+    run = office.begin()
+    office.supervisor.request_stop(JobAborted("enough"))
+    with pytest.raises(JobAborted, match="enough"):
+        run.context.checkpoint()
+    with pytest.raises(JobAborted, match="enough"):
+        office.begin("another")
+    assert len(rows(admin, "*")) == 1
+
+
+def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Office) -> None:
+    claiming, go_on = threading.Event(), threading.Event()
+
+    def claim() -> int | None:
+        claiming.set()
+        go_on.wait(10)
+        return office.ledger.claim_manual("job", shared=False)
+
+    runs: list[Run | None] = []
+    begins = threading.Thread(
+        target=lambda: runs.append(office.supervisor.begin("job", context(office.database), claim))
+    )
+    begins.start()
+    claiming.wait(10)
+    office.supervisor.request_stop(JobAborted("enough"))
+    waits = threading.Thread(target=office.supervisor.wait)
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive()
+    go_on.set()
+    begins.join()
+    assert runs[0]
+    assert runs[0].context.stopping
+    office.supervisor.end(runs[0], report("aborted", "enough"))
+    waits.join(10)
+    assert not waits.is_alive()
+
+
+def test_a_run_claimed_without_an_answer_is_closed_at_the_second_look(
+    office: Office, admin: psycopg.Connection
+) -> None:
+    office.supervisor.beat()
+    office.ledger.claim_manual("job", shared=False)
+    office.supervisor.beat()
+    assert rows(admin, "outcome") == [(None,)]
+    office.supervisor.beat()
+    assert rows(admin, "outcome, reason") == [("aborted", ANSWER_LOST)]
+
+
+def test_a_run_that_waits_or_has_ended_is_no_stray(office: Office, admin: psycopg.Connection) -> None:
+    run = office.begin()
+    for _ in range(3):
+        office.supervisor.beat()
+    assert rows(admin, "outcome") == [(None,)]
+    office.supervisor.end(run, report())
+    office.supervisor.beat()
+    assert rows(admin, "outcome") == [("succeeded",)]
+
+
+def test_what_is_abandoned_is_recorded_and_the_daemon_leaves_the_list(
+    office: Office, admin: psycopg.Connection
+) -> None:
+    run = office.begin()
+    run.context.counts["deleted"] = 7
+    office.supervisor.close("still running 60 s after the stop")
+    assert rows(admin, "outcome, reason, counts") == [("aborted", "still running 60 s after the stop", {"deleted": 7})]
+    assert admin.execute("SELECT * FROM catfeeder_cron.daemons").fetchall() == []
+
+
+def test_the_stop_flag_is_set_when_the_time_is_up_not_only_at_the_next_heartbeat(office: Office) -> None:
+    office.supervisor.start()
+    wait_for(lambda: office.beats)
+    begun = time.monotonic()
+    run = office.begin(given=context(office.database, timeout=0.3))
+    assert run.context.stop.wait(5)
+    assert 0.2 < time.monotonic() - begun < 2
+    with pytest.raises(JobTimedOut):
+        run.context.checkpoint()
+
+
+def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = office.begin(given=context(office.database, timeout=1))
+    told = []
+    for overdue in (9, 11, 100, 305, 320, 620):
+        run.context._started = time.monotonic() - 1 - overdue
+        office.supervisor._look_at_timeouts()
+        told.append(events(caplog).count("job_stuck"))
+    assert told == [0, 1, 1, 1, 2, 3]
+    assert office.stuck == 1, "one more worker, not one for each report"
+    assert run.context.stop
+
+
+def test_old_runs_are_forgotten_soon_after_the_start(office: Office, admin: psycopg.Connection) -> None:
+    office.supervisor.end(office.begin(), report())
+    admin.execute("UPDATE catfeeder_cron.job_runs SET finished_at = now() - interval '31 days'")
+    office.supervisor.start()
+    wait_for(lambda: rows(admin, "*") == [])
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    with embedded.temporary() as server:
+        yield server
+
+
+def stop(server: EmbeddedServer) -> None:
+    assert server._run("pg_ctl", "stop", "-D", "data", "-m", "fast", "-w").returncode == 0
+
+
+def test_a_run_that_ends_while_the_database_is_away_is_recorded_when_it_is_back(
+    own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = DatabaseSettings.model_validate({"url": own_server.conninfo, "connect_timeout": 2})
+    with Database(settings) as database:
+        office = Office(database)
+        run = office.begin()
+        stop(own_server)
+        office.supervisor.end(run, report("failed", "no food"))
+        for _ in range(3):
+            with pytest.raises(DatabaseUnavailable):
+                office.supervisor.beat()
+        with pytest.raises(DatabaseUnavailable):
+            office.begin()
+        own_server._launch()
+        office.supervisor.beat()
+        with psycopg.connect(own_server.conninfo) as connection:
+            assert rows(connection, "outcome, reason") == [("failed", "no food")]
+        assert events(caplog) == [
+            "database_unreachable",
+            "run_not_recorded_yet",
+            "database_reachable_again",
+        ]
+        assert office.presence.returns == 2
+        office.supervisor.close()
+
+
+def test_a_run_that_went_on_while_the_database_was_restarted_is_still_its_processs(own_server: EmbeddedServer) -> None:
+    settings = DatabaseSettings.model_validate({"url": own_server.conninfo, "connect_timeout": 2})
+    with Database(settings) as database, Database(settings) as another:
+        office, other = Office(database), Office(another)
+        run = office.begin()
+        other.supervisor.beat()
+        stop(own_server)
+        own_server._launch()
+        with psycopg.connect(own_server.conninfo, autocommit=True) as connection:
+            connection.execute("UPDATE catfeeder_cron.daemons SET heartbeat_at = heartbeat_at - interval '10 min'")
+        other.supervisor._last_beat -= 40
+        wait_for(lambda: beats(other))
+        wait_for(lambda: beats(office))
+        run.context.checkpoint()
+        office.supervisor.end(run, report())
+        with psycopg.connect(own_server.conninfo) as connection:
+            assert rows(connection, "outcome") == [("succeeded",)]
+        for each in (office, other):
+            each.supervisor.close()
+
+
+def beats(office: Office) -> bool:
+    try:
+        office.supervisor.beat()
+    except DatabaseUnavailable:
+        return False
+    return True
