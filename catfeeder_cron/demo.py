@@ -1,5 +1,6 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
+import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,6 +8,7 @@ from tempfile import TemporaryDirectory
 from catfeeder_cron import daemon, embedded, logs, schema
 from catfeeder_cron.config import load
 from catfeeder_cron.database import Database
+from catfeeder_cron.demo_provider import TOKEN_LIFESPAN, LocalProvider, local_provider
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schema.application import create_tables
@@ -27,6 +29,9 @@ interval = "5s"
 [jobs.clean-verification]
 interval = "7s"
 
+[jobs.renew-oauth]
+interval = "10s"
+
 [jobs.test-current-date]
 enabled = true
 interval = "15s"
@@ -35,6 +40,7 @@ interval = "15s"
 # Half of the rows have expired, and more of them do so while the demo runs.
 _SAMPLES = """
     INSERT INTO "Users" (username) SELECT 'cat-' || n FROM generate_series(1, 200) AS n;
+    INSERT INTO "Services" (name) VALUES ('local');
     INSERT INTO "Connections" (token, user_id, expiration_date)
         SELECT md5(random()::text) || n, 1 + n % 200, now() + (n - 3000) * interval '0.1 second'
         FROM generate_series(1, 6000) AS n;
@@ -44,12 +50,30 @@ _SAMPLES = """
 """
 
 
+_PROVIDER = """
+    INSERT INTO "UserOauthConnection" (provider_name, client_id, client_secret, token_grabber_base_url)
+    VALUES ('local', 'catfeeder', 'demo', %s)"""
+
+# Some tokens are not the provider's: their users have to log in again.
+_LINKS = """
+    INSERT INTO "ActiveOauths" (token, token_expiration, token_lifespan, refresh_link, service_id, user_id)
+    SELECT 'old', now() + n * interval '1 second', %s, refresh_link, (SELECT id FROM "Services"), n
+    FROM unnest(%s::text[]) WITH ORDINALITY AS link(refresh_link, n)"""
+_LINKS_IN_ALL = 100
+_DEAD_LINKS = 3
+
+
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # otherwise the server would outlive us
-    with TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder, embedded.temporary() as server:
+    with (
+        TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder,
+        embedded.temporary() as server,
+        local_provider() as provider,
+    ):
+        os.environ["STATE_DIRECTORY"] = folder
         config = Path(folder, "config.toml")
         config.write_text(_CONFIG.format(conninfo=server.conninfo))
         jobs = built_in()
@@ -61,7 +85,16 @@ def run() -> None:
                 pass
             with database.transaction() as connection:
                 connection.execute(_SAMPLES)
-            for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
+                connection.execute(_PROVIDER, [provider.token_url])
+                connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
+            wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
+            for _ in create_indexes(database, settings.database.tables, wanted):
                 pass
-        log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
+        counts = {"connections": 6000, "verifications": 2000, "oauth_links": _LINKS_IN_ALL}
+        log.info("demo_ready", **counts, server=server.conninfo, stop="press Ctrl-C")
         daemon.run(settings)
+
+
+def _refresh_tokens(provider: LocalProvider) -> list[str]:
+    good = [provider.hand_out() for _ in range(_LINKS_IN_ALL - _DEAD_LINKS)]
+    return [*good[:20], *(f"consent-taken-back-{number}" for number in range(_DEAD_LINKS)), *good[20:]]

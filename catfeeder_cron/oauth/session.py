@@ -10,6 +10,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 
 import aiohttp
 import httpx
@@ -68,7 +69,11 @@ class Session:
         timeouts = {"connect": connect, "pool": connect, "read": None, "write": None}
         response = await self._transport.handle_async_request(
             httpx.Request(
-                "POST", request.url, headers=request.headers, content=request.content, extensions={"timeout": timeouts}
+                "POST",
+                _parsed(request.url),
+                headers=request.headers,
+                content=request.content,
+                extensions={"timeout": timeouts},
             )
         )
         body = bytearray()
@@ -81,6 +86,12 @@ class Session:
         finally:
             await response.aclose()
         return response.status_code, response.headers, bytes(body)
+
+
+@lru_cache(maxsize=256)
+def _parsed(url: str) -> httpx.URL:
+    """Parsing it is a quarter of what building a request costs."""
+    return httpx.URL(url)
 
 
 @asynccontextmanager

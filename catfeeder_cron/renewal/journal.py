@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
@@ -56,7 +56,7 @@ class Journal:
 
     def append(self, entry: Entry) -> None:
         """Write an answer down; it survives this process at once, and the machine after `sync`. Raises OSError."""
-        line = json.dumps(asdict(entry)).encode() + b"\n"
+        line = json.dumps(vars(entry)).encode() + b"\n"
         size = -(-len(line) // _BLOCK) * _BLOCK
         place = self._free[size].pop() if self._free[size] else self._end
         self._end = max(self._end, place + size)
