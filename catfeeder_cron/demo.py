@@ -2,17 +2,19 @@
 
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from catfeeder_cron import daemon, embedded, logs, schema
-from catfeeder_cron.config import load
+from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.demo_provider import TOKEN_LIFESPAN, LocalProvider, local_provider
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
+from catfeeder_cron.service import StopSignals
 
 log = get_logger(__name__)
 
@@ -66,33 +68,39 @@ _DEAD_LINKS = 3
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
     logs.configure("info", "console")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # otherwise the server would outlive us
-    with (
-        TemporaryDirectory(prefix="catfeeder-cron-demo-") as folder,
-        embedded.temporary() as server,
-        local_provider() as provider,
-    ):
-        os.environ["STATE_DIRECTORY"] = folder
-        config = Path(folder, "config.toml")
-        config.write_text(_CONFIG.format(conninfo=server.conninfo))
-        jobs = built_in()
-        settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
-        with Database(settings.database) as database:
-            for _ in schema.upgrade(database):
-                pass
-            for _ in create_tables(database, settings.database.tables):
-                pass
-            with database.transaction() as connection:
-                connection.execute(_SAMPLES)
-                connection.execute(_PROVIDER, [provider.token_url])
-                connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
-            wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
-            for _ in create_indexes(database, settings.database.tables, wanted):
-                pass
-        counts = {"connections": 6000, "verifications": 2000, "oauth_links": _LINKS_IN_ALL}
-        log.info("demo_ready", **counts, server=server.conninfo, stop="press Ctrl-C")
-        daemon.run(settings)
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
+    with ExitStack() as opened:
+        # A stop waits for the end of the set-up: what initdb has started would outlive it, and write on.
+        with StopSignals() as signals:
+            settings = _set_up(opened)
+        if not signals.requested.is_set():
+            daemon.run(settings)
+
+
+def _set_up(opened: ExitStack) -> Settings:
+    folder = opened.enter_context(TemporaryDirectory(prefix="catfeeder-cron-demo-"))
+    server = opened.enter_context(embedded.temporary())
+    provider = opened.enter_context(local_provider())
+    os.environ["STATE_DIRECTORY"] = folder
+    config = Path(folder, "config.toml")
+    config.write_text(_CONFIG.format(conninfo=server.conninfo))
+    jobs = built_in()
+    settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
+    with Database(settings.database) as database:
+        for _ in schema.upgrade(database):
+            pass
+        for _ in create_tables(database, settings.database.tables):
+            pass
+        with database.transaction() as connection:
+            connection.execute(_SAMPLES)
+            connection.execute(_PROVIDER, [provider.token_url])
+            connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
+        wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
+        for _ in create_indexes(database, settings.database.tables, wanted):
+            pass
+    counts = {"connections": 6000, "verifications": 2000, "oauth_links": _LINKS_IN_ALL}
+    log.info("demo_ready", **counts, server=server.conninfo, stop="press Ctrl-C")
+    return settings
 
 
 def _refresh_tokens(provider: LocalProvider) -> list[str]:

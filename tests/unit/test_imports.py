@@ -47,7 +47,7 @@ ARROWS = {
     "terminal": "job",
     "daemon": "crons background_tasks service ledger job database config schema",
     "demo_provider": "",
-    "demo": "demo_provider daemon embedded config database schema jobs",
+    "demo": "demo_provider daemon embedded service config database schema jobs",
     "cli": "demo daemon renewal crons overview history terminal service runner jobs job schema database config",
     "__main__": "cli",
     "__init__": "background_tasks crons",

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,7 +20,7 @@ from tests.integration.oauth.test_crashes import wait_until
 
 
 @pytest.fixture
-def config(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def config(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("STATE_DIRECTORY", str(world.state_directory))
     path = tmp_path / "config.toml"
     path.write_text(f'[database]\nurl = "{world.url}"\n')
