@@ -47,11 +47,9 @@ def configure(folder: Path) -> None:
 
 def fill(users: int) -> dict[str, object]:
     from django.contrib.auth.models import User
-    from django.core.management import call_command
     from django.utils import timezone
     from oauth2_provider.models import AccessToken, Application, RefreshToken
 
-    call_command("migrate", verbosity=0)
     User.objects.bulk_create(User(username=f"user{number}") for number in range(users))
     application = Application(
         name="Cat Feeder",
@@ -113,8 +111,10 @@ def urls() -> list[object]:
 
 def main() -> None:
     configure(Path(sys.argv[1]))
+    from django.core.management import call_command
     from django.db import transaction
 
+    call_command("migrate", verbosity=0)
     with transaction.atomic():
         filled = fill(int(sys.argv[2]))
     sys.modules[__name__].urlpatterns = urls()  # type: ignore[attr-defined]
