@@ -2,11 +2,13 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+UNIT := systemd/catfeeder-cron.service
 SOURCES := pyproject.toml README.md LICENSE $(shell find catfeeder_cron -type f -not -path '*/__pycache__/*')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test proof check format bench lock clean
+.PHONY: help run test proof test-systemd check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -23,10 +25,19 @@ test: $(VENV)/program ## run the tests (about three minutes)
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
 	$(BIN)/python -m pytest tests -m proof
 
-check: $(VENV)/program ## format, lint and types
+# BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
+test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
+	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance/systemd
+
+check: $(VENV)/program ## format, lint and types; the unit's exposure where systemd-analyze is there
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@mkdir -p build
+	@if ! command -v systemd-analyze >/dev/null; then echo "no systemd-analyze here: the unit's exposure was not checked"; \
+	elif systemd-analyze security --offline=true --threshold=11 --no-pager $(UNIT) >build/exposure 2>&1 \
+	  && ! grep '$(notdir $(UNIT)):[0-9]' build/exposure; then grep 'exposure level' build/exposure; \
+	else cat build/exposure; exit 1; fi
 
 format: $(VENV)/packages ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format .
@@ -34,6 +45,19 @@ format: $(VENV)/packages ## rewrite the sources as `make check` wants them
 
 bench: $(VENV)/program ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
+
+man: $(VENV)/program ## write the manual page, build/catfeeder-cron.1
+	@mkdir -p build
+	$(BIN)/python -m catfeeder_cron.manual > build/catfeeder-cron.1
+
+install: build/runtime.lock build/wheel ## install the program as a systemd service; DESTDIR is respected
+	systemd/install.sh install build/runtime.lock build/wheel/*.whl
+
+uninstall: ## remove it; configuration and state are kept
+	systemd/install.sh uninstall
+
+purge: ## remove it with its configuration and state
+	systemd/install.sh purge
 
 lock: ## resolve the dependencies anew into requirements.lock
 	python3 -m venv $(VENV)-lock
@@ -63,3 +87,12 @@ $(VENV)/packages: requirements.lock
 $(VENV)/program: $(VENV)/packages $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
+
+build/runtime.lock: requirements.lock .ci/runtime_requirements.py $(VENV)/program
+	@mkdir -p build
+	$(BIN)/python .ci/runtime_requirements.py catfeeder-cron requirements.lock > $@.new
+	@mv $@.new $@
+
+build/wheel: $(VENV)/packages $(SOURCES)
+	@rm -rf $@
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $@ .

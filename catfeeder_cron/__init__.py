@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from catfeeder_cron.background_tasks import BackgroundTasks
     from catfeeder_cron.crons import Crons
+    from catfeeder_cron.job import stopping
 
 __version__ = "0.1.0"
-__all__ = ["BackgroundTasks", "Crons", "__version__"]
+__all__ = ["BackgroundTasks", "Crons", "__version__", "stopping"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two classes on first use (PEP 562): the command line's `--help` needs neither."""
+    """Import these names on first use (PEP 562): the command line's `--help` needs none of them."""
     if name == "BackgroundTasks":
         from catfeeder_cron.background_tasks import BackgroundTasks
 
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from catfeeder_cron.crons import Crons
 
         return Crons
+    if name == "stopping":
+        from catfeeder_cron.job import stopping
+
+        return stopping
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,6 +76,9 @@ class BackgroundTasks:
     logger `apscheduler.executors.default`, and everything goes on. A run that is late takes place nevertheless,
     several that are due at once become one, and a task never overlaps itself, unless its options say otherwise.
 
+    The thread that keeps the schedule calls `on_turn` whenever it has looked for due tasks: at least every
+    `turn_every_seconds`, paused or not, however busy the workers are. It must neither block nor raise.
+
     The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` logs each
     task that is added, submitted to a worker, finished or failed, at level debug.
 
@@ -93,6 +96,8 @@ class BackgroundTasks:
         blocking: bool = False,
         max_workers: int = 10,
         timezone: str | tzinfo = "UTC",
+        on_turn: Callable[[], None] | None = None,
+        turn_every_seconds: float = _LONGEST_SLEEP_SECONDS,
     ) -> None:
         self._success = success
         self._error = error
@@ -105,6 +110,8 @@ class BackgroundTasks:
         self._worker = threading.local()  # has the attribute `ours` in the threads that run our tasks
         self._executor = self._new_executor()
         self._scheduler = (_ForegroundScheduler if blocking else _BackgroundScheduler)(
+            on_turn=on_turn,
+            longest_sleep=min(turn_every_seconds, _LONGEST_SLEEP_SECONDS),
             timezone=timezone,
             executors={"default": self._executor},
             job_defaults={
@@ -344,8 +351,10 @@ class BackgroundTasks:
 class _Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no types
     """What both kinds of scheduler do otherwise than APScheduler's."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, on_turn: Callable[[], None] | None, longest_sleep: float, **options: Any) -> None:
         self._turn = threading.RLock()
+        self._on_turn = on_turn
+        self._longest_sleep = longest_sleep
         super().__init__(**options)
 
     def _process_jobs(self) -> float:
@@ -356,7 +365,9 @@ class _Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no
         """
         with self._turn:
             until_next_run = super()._process_jobs()
-        return _LONGEST_SLEEP_SECONDS if until_next_run is None else min(until_next_run, _LONGEST_SLEEP_SECONDS)
+        if self._on_turn:
+            self._on_turn()
+        return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
 
     def halt(self) -> list[Job]:
         """Shut down without waiting for running jobs, and return the jobs that have a run ahead of them.

@@ -45,6 +45,9 @@ class Reference:
     """Pairs of (its column, the referenced column)."""
 
 
+INSTANTS = ("timestamp with time zone", "timestamp without time zone")
+TIMES = (*INSTANTS, "date")
+
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}
 
 _TABLE = """
@@ -56,6 +59,11 @@ _TABLE = """
             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %(schema)s AND c.relname = %(name)s"""
+
+_COLUMN_TYPES = """
+    SELECT attname, format_type(CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END, NULL)
+    FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
+    WHERE attrelid = %(oid)s AND attnum > 0 AND NOT attisdropped"""
 
 # Walks pg_inherits, so partitions of any depth and plain inheritance (TimescaleDB's chunks) come alike.
 _LEAVES = """
@@ -113,6 +121,11 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
     if column_type is None:
         raise SchemaProblem(f'table {described} has no column "{column}"; it has {", ".join(columns or ["none"])}')
     return oid, column_type
+
+
+def column_types(connection: Connection, oid: int) -> dict[str, str]:
+    """Return the type of every column of a table by its name; of a domain, its base."""
+    return dict(connection.execute(_COLUMN_TYPES, {"oid": oid}).fetchall())
 
 
 def leaves(connection: Connection, oid: int, column: str) -> list[Leaf]:

@@ -3,19 +3,28 @@
 import logging
 import os
 import sys
-from datetime import UTC, timedelta
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from catfeeder_cron import __version__
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobAborted, JobIsRunning, UnknownJob
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    ConfigurationError,
+    DatabaseError,
+    JobAborted,
+    JobIsRunning,
+    UnknownJob,
+)
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
-    from catfeeder_cron.history import PastRun
+    from catfeeder_cron.database import Database
     from catfeeder_cron.job import JobReport, Outcome
 
 FAILED = 84
@@ -37,7 +46,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
         sys.stdout.flush()
     except UnknownJob as error:
         status = _complain(error, WRONG_USAGE)
@@ -57,8 +66,11 @@ def main() -> NoReturn:
 
 
 def _complain(error: object, status: int) -> int:
+    from catfeeder_cron.journald import is_journal
+
+    priority = "<3>" if is_journal(sys.stderr) else ""
     for line in str(error).splitlines():
-        print(f"catfeeder-cron: {line}", file=sys.stderr)
+        print(f"{priority}catfeeder-cron: {line}", file=sys.stderr)
     return status
 
 
@@ -68,13 +80,20 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _duration(text: str) -> timedelta:
+def _duration(text: str | timedelta) -> timedelta:
+    """Read an option's text; its default is one already."""
     from catfeeder_cron.config import parse_duration
 
     try:
-        return parse_duration(text)
+        return parse_duration(int(text) if isinstance(text, str) and text.isdecimal() else text)
     except ValueError as error:
         raise typer.BadParameter(f'got "{text}", expected {error}') from error
+
+
+def _some_time(text: str) -> timedelta:
+    if not (duration := _duration(text)):
+        raise typer.BadParameter(f'got "{text}", expected longer than 0')
+    return duration
 
 
 @app.callback()
@@ -96,39 +115,37 @@ def options(
 
 @app.command()
 def start(context: typer.Context) -> None:
-    """Run the daemon in the foreground until SIGTERM or SIGINT."""
+    """Run the daemon in the foreground until SIGTERM or SIGINT; SIGHUP has it read the configuration again.
+
+    For example: catfeeder-cron --config /etc/catfeeder-cron/config.toml start
+    """
+    import signal
+
+    signal.signal(
+        signal.SIGHUP, signal.SIG_IGN
+    )  # until the daemon takes it over: a start reads the configuration anyway
     from catfeeder_cron import daemon, logs
 
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
-    daemon.run(settings)
+    daemon.run(settings, lambda: _load(context))
 
 
 @app.command("list")
 def list_jobs(context: typer.Context, as_json: Json = False) -> None:
-    """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended."""
-    from catfeeder_cron import overview, terminal
+    """Show every configured job: whether it is enabled, its trigger, its next run, its last run and how that ended.
+
+    For example: catfeeder-cron list
+    """
+    from catfeeder_cron import overview, tables, terminal
 
     settings = _load(context)
     _log_warnings(settings)
     jobs = overview.jobs(settings)
     if as_json:
         terminal.print_json(jobs)
-        return
-    terminal.print_table(
-        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME"),
-        [
-            (
-                job["job"],
-                "yes" if job["enabled"] else "no",
-                job["trigger"],
-                (job["next_run"] or "-")[:19].replace("T", " "),
-                (job["last_run"] or "-")[:19].replace("T", " "),
-                job["last_outcome"] or "-",
-            )
-            for job in jobs
-        ],
-    )
+    else:
+        tables.print_jobs(jobs)
 
 
 @app.command("run-once")
@@ -151,7 +168,7 @@ def run_once(
 
     For example: catfeeder-cron run-once clean-tokens --dry-run
     """
-    from catfeeder_cron import terminal
+    from catfeeder_cron import tables, terminal
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.service import StopSignals
 
@@ -169,9 +186,7 @@ def run_once(
             if as_json:
                 reports.append(report.as_json())
             else:
-                print(_in_words(report), flush=True)
-                for provider, counts in report.by_provider.items():
-                    print(f"  {provider}: {_counts_in_words(counts)}", flush=True)
+                print(tables.in_words(report), flush=True)
     if as_json:
         terminal.print_json(reports)
     return next(status for status in (FAILED, RUNNING_ELSEWHERE, 0) if status in statuses)
@@ -195,6 +210,91 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
 
 
 @app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show the daemons on this database, what each is running, and which jobs are paused or overdue.
+
+    For example: catfeeder-cron status
+    """
+    from catfeeder_cron import overview, tables, terminal
+
+    with _opened(context) as (settings, database):
+        found = overview.status(settings, database)
+    if as_json:
+        terminal.print_json(found)
+    else:
+        tables.print_status(found)
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+    duration: Annotated[
+        timedelta | None,
+        typer.Option("--for", parser=_some_time, metavar="DURATION", help='End by itself, after "2h" say.'),
+    ] = None,
+    because: Annotated[str | None, typer.Option(metavar="TEXT", help="The reason, for those who look.")] = None,
+) -> None:
+    """Let no daemon on this database start these jobs, until they are resumed. What is running goes on.
+
+    For example: catfeeder-cron pause clean-tokens --for 2h --because "table is being moved"
+    """
+    from catfeeder_cron import pauses
+
+    with _opened(context, jobs or []) as (_, database):
+        pauses.pause(database, jobs or [], duration, because)
+    print(f"paused: {', '.join(jobs or ['all jobs'])}")
+
+
+@app.command()
+def resume(
+    context: typer.Context,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+) -> None:
+    """End the pause of these jobs, or every pause. They go on with their next slot.
+
+    For example: catfeeder-cron resume clean-tokens
+    """
+    from catfeeder_cron import pauses
+
+    with _opened(context, jobs or []) as (_, database):
+        ended = pauses.resume(database, jobs or [])
+        still = [pause for pause in pauses.in_force(database) if pause.job == pauses.ALL_JOBS]
+    print(f"resumed: {', '.join('all jobs' if job == pauses.ALL_JOBS else job for job in ended) or 'nothing'}")
+    if others := [job for job in jobs or [] if job not in ended]:
+        print(f"not paused by name: {', '.join(others)}")
+    if still:
+        print("all jobs are paused still; `catfeeder-cron resume` ends that")
+
+
+@app.command()
+def check(context: typer.Context, as_json: Json = False) -> int:
+    """Look whether all that the enabled jobs need is there: each line ok, or a warning or an error with the remedy.
+
+    For example: catfeeder-cron check
+    """
+    from catfeeder_cron import terminal
+    from catfeeder_cron.checks import Finding
+    from catfeeder_cron.checks import check as findings_of
+    from catfeeder_cron.database import Database
+
+    _log_nothing()
+    try:
+        settings = _load(context)
+    except ConfigurationError as error:
+        findings = [Finding("error", "configuration", fault) for fault in error.faults]
+    else:
+        with Database(settings.database) as database:
+            findings = list(findings_of(settings, database))
+    if as_json:
+        terminal.print_json([finding.as_json() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level + ':':<8} {finding.subject}: {finding.message}")
+    return FAILED if any(finding.level == "error" for finding in findings) else 0
+
+
+@app.command()
 def history(
     context: typer.Context,
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of them by default.")] = None,
@@ -206,29 +306,15 @@ def history(
     For example: catfeeder-cron history clean-tokens --limit 5
     """
     from catfeeder_cron import history as past
-    from catfeeder_cron import schema, terminal
-    from catfeeder_cron.database import Database
+    from catfeeder_cron import tables, terminal
 
-    settings = _load(context)
-    if job is not None:
-        settings.require_job(job)
-    _log_nothing()
-    with Database(settings.database) as database:
-        schema.require(database)
+    with _opened(context, [job] if job else []) as (_, database):
         runs = past.past_runs(database, job, limit)
         durations = past.durations(database, job)
     if as_json:
         terminal.print_json([run.as_json() for run in runs])
-        return
-    terminal.print_table(
-        ("RUN", "JOB", "SLOT (UTC)", "TRIGGER", "OUTCOME", "STARTED (UTC)", "SECONDS", "DETAILS"),
-        [_in_cells(run) for run in runs],
-    )
-    for each in durations:
-        print(
-            f"{each.job}: {each.runs} succeeded, median {each.median.total_seconds():.2f} s, "
-            f"longest {each.longest.total_seconds():.2f} s"
-        )
+    else:
+        tables.print_history(runs, durations)
 
 
 @app.command()
@@ -241,7 +327,7 @@ def forecast(
 
     For example: catfeeder-cron forecast --days 7
     """
-    from catfeeder_cron import schema, terminal
+    from catfeeder_cron import schema, tables, terminal
     from catfeeder_cron.database import Database
     from catfeeder_cron.renewal.forecast import logins_needed
 
@@ -252,20 +338,8 @@ def forecast(
         links = logins_needed(database, settings.database.tables, settings.oauth, timedelta(days=days))
     if as_json:
         terminal.print_json([link.as_json() for link in links])
-        return
-    terminal.print_table(
-        ("OAUTH", "USER", "PROVIDER", "NEEDED", "REASON"),
-        [
-            (
-                str(link.oauth_id),
-                "-" if link.user_id is None else str(link.user_id),
-                link.provider or "-",
-                "now" if link.needed_now else f"{link.needed_at:%Y-%m-%d %H:%M:%S}",
-                link.reason,
-            )
-            for link in links
-        ],
-    )
+    else:
+        tables.print_forecast(links)
 
 
 @app.command("init-db")
@@ -275,7 +349,10 @@ def init_db(
     with_indexes: Annotated[bool, typer.Option(help="Create the indexes that the jobs want, where missing.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Create or upgrade the daemon's own schema, catfeeder_cron. Repeating it does no harm."""
+    """Create or upgrade the daemon's own schema, catfeeder_cron. Repeating it does no harm.
+
+    For example: catfeeder-cron init-db --with-indexes --dry-run
+    """
     from catfeeder_cron import schema
     from catfeeder_cron.database import Database
     from catfeeder_cron.jobs import built_in
@@ -316,6 +393,21 @@ def _load(context: typer.Context) -> "Settings":
     return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
 
 
+@contextmanager
+def _opened(context: typer.Context, jobs: Iterable[str] = ()) -> Iterator[tuple["Settings", "Database"]]:
+    """Yield the configuration, which must have these jobs, and its database, of which the daemon's schema is there."""
+    from catfeeder_cron import schema
+    from catfeeder_cron.database import Database
+
+    settings = _load(context)
+    for job in jobs:
+        settings.require_job(job)
+    _log_nothing()
+    with Database(settings.database) as database:
+        schema.require(database)
+        yield settings, database
+
+
 def _log_nothing() -> None:
     """A command that tells its own failure in one line logs nothing beside it."""
     from catfeeder_cron import logs
@@ -330,33 +422,6 @@ def _log_warnings(settings: "Settings") -> None:
     logs.configure("debug" if settings.logging.level == "debug" else "warning", "console")
     # The command tells of an outage itself, in the line of the job that met it.
     logging.getLogger("catfeeder_cron.database").setLevel(logging.CRITICAL)
-
-
-def _in_cells(run: "PastRun") -> tuple[str, ...]:
-    details = [f"{name.replace('_', ' ')} {number}" for name, number in run.counts.items()]
-    if run.missed and run.last_slot:
-        details.append(f"{run.missed} slots until {run.last_slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}")
-    return (
-        str(run.run_id),
-        run.job,
-        f"{run.slot.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if run.slot else "-",
-        run.trigger,
-        run.outcome or "running",
-        f"{run.started_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
-        f"{run.duration.total_seconds():.2f}" if run.duration else "-",
-        ", ".join([*([run.reason] if run.reason else []), *details]),
-    )
-
-
-def _in_words(report: "JobReport") -> str:
-    counts = _counts_in_words(report.counts)
-    told = [
-        report.outcome.replace("_", " "),
-        *([report.reason] if report.reason else []),
-        *([counts] if counts else []),
-    ]
-    return f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
-
-
-def _counts_in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
+    # What a job has to say by itself is told, too.
+    for name in ("catfeeder_cron.output", "catfeeder_cron.jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -2,17 +2,17 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 from catfeeder_cron import schema
 from catfeeder_cron.background_tasks import BackgroundTasks
-from catfeeder_cron.config import JobSettings, Settings, load
+from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings, load
+from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.dispatch import Dispatch
 from catfeeder_cron.errors import (
@@ -29,15 +29,17 @@ from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Process, Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.pings import Pings
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
-from catfeeder_cron.schedule import schedule_for
+from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor
 from catfeeder_cron.triggers import ScheduleTrigger
 
 log = get_logger(__name__)
 
 _TRY_AGAIN_SECONDS = 0.5
+_COMING_UP = timedelta(seconds=5)
 
 
 @final
@@ -47,6 +49,7 @@ class Crons:
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
     the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
+    `on_contact` is called once, when the database was first reached; `on_change` is told what Supervisor says.
     All methods may be called from any thread.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
@@ -63,6 +66,8 @@ class Crons:
         background_tasks: BackgroundTasks | None = None,
         oauth: OAuthClient | None = None,
         jobs: Mapping[str, Job[Any]] | None = None,
+        on_contact: Callable[[], None] = lambda: None,
+        on_change: Callable[[JobReport | None], None] = lambda _report: None,
     ) -> None:
         self._error = error
         self._success = success
@@ -72,6 +77,9 @@ class Crons:
         self._database = database
         self._tasks = background_tasks
         self._oauth = oauth
+        self._on_contact = on_contact
+        self._pings = Pings()
+        self._on_change = on_change
         self._owned: list[Database | BackgroundTasks] = []
         self._lock = threading.RLock()
         self._process = Process("run-once")
@@ -100,7 +108,7 @@ class Crons:
         """
         try:
             settings, tasks, ledger = self.settings, self._background_tasks(), self._open_ledger()
-            enabled = [job_id for job_id, job in settings.jobs.items() if job.enabled and job_id in self._jobs]
+            enabled = [job_id for job_id, job in settings.jobs.items() if job.enabled]
             self._dispatches = {job_id: self._dispatch(job_id, ledger) for job_id in enabled}
         except CatfeederCronError as error:
             log.error("jobs_not_scheduled", reason=str(error))
@@ -110,6 +118,36 @@ class Crons:
         self._supervise().start()
         started = tasks not in self._owned or tasks.safe_start() == 0
         return self._success if all(added) and started else self._error
+
+    def reload(self, settings: Settings) -> None:
+        """Go on with another configuration. Running jobs keep the settings that they began with.
+
+        A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
+        """
+        with self._lock:
+            before, self._config = self.settings, settings
+            gone = [job for job in self._dispatches if job not in settings.jobs or not settings.jobs[job].enabled]
+            for job_id in gone:
+                del self._dispatches[job_id]
+                self._take_off_schedule(job_id)
+            changed = [
+                job_id
+                for job_id, job in settings.jobs.items()
+                if job.enabled
+                and (
+                    job_id not in self._dispatches
+                    or _slots(before.jobs[job_id]) != _slots(job)
+                    or before.scheduler.timezone != settings.scheduler.timezone
+                )
+            ]
+            dispatches = {job_id: self._dispatch(job_id, self._open_ledger()) for job_id in changed}
+            self._dispatches |= dispatches
+            for job_id, dispatch in dispatches.items():
+                self._take_off_schedule(job_id)
+                self._put_on_schedule(self._background_tasks(), dispatch)
+        with suppress(DatabaseUnavailable):  # told by the database itself; made up for when it is back
+            # The others' slots are theirs to claim: one that comes up at this moment is not overdue.
+            self._open_accounts(dispatches, gone)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -160,14 +198,14 @@ class Crons:
             if time.monotonic() >= patience:
                 raise JobIsRunning(self._where_it_runs(job_id))
             self._stop_requested.wait(_TRY_AGAIN_SECONDS)
-        return self._execute(run)
+        return self._execute(run, job, settings)
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
-        if job_id in self._jobs:
-            return self._jobs[job_id], self.settings.jobs[job_id]
-        nearest = get_close_matches(job_id, self._jobs, n=1, cutoff=0)
-        raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest[0]}"')
+        settings = self.settings.require_job(job_id)
+        if isinstance(settings, CustomJobSettings):
+            return custom_job(job_id, settings), settings
+        return self._jobs[job_id], settings
 
     @property
     def settings(self) -> Settings:
@@ -182,6 +220,17 @@ class Crons:
     def running(self) -> list[str]:
         """The ids of the jobs that this object is running."""
         return self._supervisor.running if self._supervisor else []
+
+    @property
+    def stuck(self) -> list[str]:
+        """The ids of those of them that don't end though their time is up."""
+        return self._supervisor.stuck if self._supervisor else []
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules of the jobs that `inject_crons` has put on it."""
+        with self._lock:
+            return {job_id: dispatch.schedule for job_id, dispatch in self._dispatches.items()}
 
     def request_stop(self) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""
@@ -204,13 +253,16 @@ class Crons:
             if isinstance(resource, BackgroundTasks):
                 resource.safe_stop(wait=abandoned is None)
         if self._tasks is not None:
-            for task_id in (each for job_id in self._dispatches for each in (job_id, _catch_up_id(job_id))):
-                with suppress(UnknownJob):
-                    self._tasks.remove_task(task_id)
+            for job_id in self._dispatches:
+                self._take_off_schedule(job_id)
         if abandoned is None:
             self.wait()
         if self._supervisor:
+            for job_id in self._supervisor.running:
+                with suppress(UnknownJob):  # a reload has removed it
+                    self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
             self._supervisor.close(abandoned)
+        self._pings.close()
         for resource in self._owned:
             if isinstance(resource, Database):
                 resource.close()
@@ -233,17 +285,25 @@ class Crons:
             args=[job_id, "schedule"],
             trigger=dispatch.trigger,
             id=job_id,
-            name=self._jobs[job_id].summary,
+            name=self.find(job_id)[0].summary,
             replace_existing=True,
             # One runs, one finds out that it is still running; more would only pile up.
             max_instances=2,
         )
         return not isinstance(added, int)
 
+    def _take_off_schedule(self, job_id: str) -> None:
+        for task_id in (job_id, _catch_up_id(job_id)):
+            with suppress(UnknownJob):  # a date's only slot is over
+                self._background_tasks().remove_task(task_id)
+
     def _run_due(self, job_id: str, trigger: Trigger) -> None:
         """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
-        _, settings = self.find(job_id)
-        dispatch = self._dispatches[job_id]
+        with self._lock:
+            dispatch = self._dispatches.get(job_id)
+            if dispatch is None:
+                return  # a reload has taken it off the schedule
+            job, settings = self.find(job_id)
         begun = datetime.now(UTC)
         try:
             run = self._supervise().begin(
@@ -256,7 +316,7 @@ class Crons:
             return
         if run is None:
             return
-        report = self._execute(run)
+        report = self._execute(run, job, settings)
         interval = dispatch.interval(begun)
         if interval and report.duration > interval / 2:
             log.warning(
@@ -266,37 +326,43 @@ class Crons:
                 duration_seconds=round(report.duration.total_seconds(), 3),
                 interval_seconds=interval.total_seconds(),
             )
-        # What came up meanwhile and found no free worker.
+        # What came up meanwhile and found no free worker, unless a reload has opened another account.
         with suppress(DatabaseError):
-            dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
+            if self._dispatches.get(job_id) is dispatch:
+                dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
 
     def _after_beat(self) -> None:
         """Open the jobs' accounts at the first heartbeat and after each return; catch up on what is overdue."""
-        dispatches, returns = self._dispatches, self._presence.returns
+        with self._lock:
+            dispatches, returns = dict(self._dispatches), self._presence.returns
         if self._stop_requested.is_set():
             return
-        if returns == self._returns_seen and all(dispatch.accounted_until for dispatch in dispatches.values()):
-            return
+        if returns == self._returns_seen:
+            dispatches = {job_id: each for job_id, each in dispatches.items() if each.accounted_until is None}
         if dispatches:
-            triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in dispatches.items()}
-            disabled = [job_id for job_id, job in self.settings.jobs.items() if not job.enabled]
-            for job_id in triggers:
+            self._open_accounts(dispatches)
+            for job_id in dispatches:
                 if self._jobs[job_id].recover is not None:
                     self._background_tasks().safe_add_task(self._recover, args=[job_id], trigger="date")
-            for job_id, accounted_until in self._open_ledger().register(triggers, disabled).items():
-                dispatches[job_id].accounted_until = accounted_until
-                self._catch_up(dispatches[job_id])
         self._returns_seen = returns
 
     def _recover(self, job_id: str) -> None:
-        job, settings = self.find(job_id)
-        assert job.recover is not None
         try:
-            job.recover(self._context(job_id, settings, no_progress))
+            job, settings = self.find(job_id)
+            if job.recover is not None:
+                job.recover(self._context(job_id, settings, no_progress))
         except DatabaseUnavailable:
             pass  # told by the database itself; called again when it is back
         except CatfeederCronError as error:
             log.error("job_not_recovered", job=job_id, reason=str(error))
+
+    def _open_accounts(self, dispatches: dict[str, Dispatch], gone: Iterable[str] = ()) -> None:
+        """Learn how far the jobs' slots are accounted for, and catch up; close the accounts of those `gone`."""
+        triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in dispatches.items()}
+        disabled = [job_id for job_id, job in self.settings.jobs.items() if not job.enabled]
+        for job_id, accounted_until in self._open_ledger().register(triggers, [*disabled, *gone]).items():
+            dispatches[job_id].accounted_until = accounted_until
+            self._catch_up(dispatches[job_id])
 
     def _catch_up(self, dispatch: Dispatch) -> None:
         tasks, job_id = self._background_tasks(), dispatch.job_id
@@ -307,7 +373,11 @@ class Crons:
             self._put_on_schedule(tasks, dispatch)
         if dispatch.due() is None:
             return
-        if self.find(job_id)[1].catch_up:
+        with self._lock:
+            if self._dispatches.get(job_id) is not dispatch:
+                return
+            settings = self.settings.require_job(job_id)
+        if settings.catch_up:
             tasks.safe_add_task(
                 self._run_due,
                 args=[job_id, "catch_up"],
@@ -317,13 +387,20 @@ class Crons:
                 max_instances=2,
             )
         else:
-            dispatch.pass_over()
+            # Not what has just come up: another daemon is about to run it.
+            dispatch.pass_over(until=datetime.now(UTC) - _COMING_UP)
 
-    def _execute(self, run: Run) -> JobReport:
-        job, settings = self.find(run.job_id)
+    def _execute(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
+        self._pings.send(job.id, settings.ping_url, "start")
         report = run_job(job, run.context, settings, run.run_id)
         self._supervise().end(run, report)
+        succeeded = report.outcome in ("succeeded", "skipped")
+        self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report
+
+    def _prepare(self) -> None:
+        schema.ensure(self._open_database())
+        self._on_contact()
 
     def _context(self, job_id: str, settings: JobSettings, progress: Progress) -> JobContext:
         return JobContext(
@@ -332,7 +409,7 @@ class Crons:
             timeout=settings.timeout,
             progress=progress,
             schedule=schedule_for(job_id, settings, self.settings.scheduler.timezone),
-            oauth=self._open_oauth(),
+            oauth=self._oauth or OAuthClient(self.settings.oauth),
         )
 
     def _run_now(self, job_id: str) -> int:
@@ -357,12 +434,6 @@ class Crons:
                 self._owned.append(self._database)
             return self._database
 
-    def _open_oauth(self) -> OAuthClient:
-        with self._lock:
-            if self._oauth is None:
-                self._oauth = OAuthClient(self.settings.oauth)
-            return self._oauth
-
     def _open_ledger(self) -> Ledger:
         with self._lock:
             if self._ledger is None:
@@ -372,14 +443,14 @@ class Crons:
     def _supervise(self) -> Supervisor:
         with self._lock:
             if self._supervisor is None:
-                database = self._open_database()
                 self._supervisor = Supervisor(
                     self._open_ledger(),
                     self._presence,
                     self.settings.scheduler.history_keep,
-                    prepare=lambda: schema.ensure(database),
+                    prepare=self._prepare,
                     after_beat=self._after_beat,
                     on_stuck=self._replace_worker,
+                    on_change=self._on_change,
                 )
                 if self._stop_requested.is_set():
                     self._supervisor.request_stop(JobAborted("the process was asked to stop"))
@@ -402,3 +473,8 @@ class Crons:
 
 def _catch_up_id(job_id: str) -> str:
     return f"{job_id} (catching up)"
+
+
+def _slots(settings: JobSettings) -> tuple[object, ...]:
+    """What a job's slots follow from."""
+    return settings.interval, settings.cron, settings.date, settings.timezone, settings.jitter

@@ -2,64 +2,129 @@
 
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 from catfeeder_cron import __version__
 from catfeeder_cron.background_tasks import BackgroundTasks
+from catfeeder_cron.checks import check
+from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import Settings
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
-from catfeeder_cron.job import Job
+from catfeeder_cron.herald import Herald
+from catfeeder_cron.job import Job, JobReport
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.service import StopSignals
+from catfeeder_cron.reload import log_findings, reload
+from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 
 log = get_logger(__name__)
 
 _LEAVE_SECONDS = 5
+_TURN_EVERY = timedelta(seconds=60)
+_PATIENCE_SECONDS = 2
 
 
-def run(settings: Settings, jobs: Mapping[str, Job[Any]] | None = None) -> None:
+def run(
+    settings: Settings, read_again: Callable[[], Settings] | None = None, jobs: Mapping[str, Job[Any]] | None = None
+) -> None:
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
     The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
-    A stop lets running jobs end their batch; those that need longer than `shutdown_grace` are left behind.
-    Raises CatfeederCronError when a job can't be scheduled.
+    SIGHUP takes over what `read_again`, if there is one, returns. A stop lets running jobs end their batch; those
+    that need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
     """
-    with StopSignals() as signals, Database(settings.database) as database:
+    notifier = Notifier()
+    # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
+    turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY
+    with StopSignals() as signals, Database(settings.database) as database, ExitStack() as closing:
         tasks = BackgroundTasks(
-            blocking=True, max_workers=settings.scheduler.max_workers, timezone=settings.scheduler.timezone
+            blocking=True,
+            max_workers=settings.scheduler.max_workers,
+            timezone=settings.scheduler.timezone,
+            on_turn=lambda: herald.turned(),
+            turn_every_seconds=turn_every.total_seconds(),
         )
-        with Crons(config=settings, database=database, background_tasks=tasks, jobs=jobs) as crons:
+
+        # In a thread of its own: a callable that hangs while it is imported must not hold up the first heartbeat.
+        def begin_to_check() -> None:
+            def work() -> None:
+                log_findings(check(crons.settings, database), signals)
+
+            threading.Thread(target=work, name="check", daemon=True).start()
+
+        with Crons(
+            config=settings,
+            database=database,
+            background_tasks=tasks,
+            jobs=jobs,
+            on_contact=begin_to_check,
+            on_change=lambda report: herald.changed(report),
+        ) as crons:
+            condition = Condition(crons, database, turn_every)
+            count = None
+            if settings.metrics.listen:
+                count = closing.enter_context(_serve(settings.metrics.listen, crons, database, condition))
+            herald = Herald(notifier, condition, count)
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
+            if read_again:
+                closing.enter_context(ReloadSignal(lambda: herald.reload(lambda: reload(crons, read_again, signals))))
             log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-            _keep_the_schedule(tasks, crons, database, signals, settings.scheduler.shutdown_grace)
+            _keep_the_schedule(tasks, crons, database, herald, signals)
             log.info("daemon_stopped")
 
 
+@contextmanager
+def _serve(
+    address: str, crons: Crons, database: Database, condition: Condition
+) -> Iterator[Callable[[JobReport], None]]:
+    """Serve metrics and health; yield what counts a report. An address that can't be had is no reason not to run."""
+    from catfeeder_cron.endpoints import Endpoints
+    from catfeeder_cron.metrics import Metrics
+
+    metrics = Metrics(crons, database, condition)
+    endpoints = Endpoints(address, {"/metrics": metrics.page, "/health": metrics.health, "/ready": metrics.ready})
+    try:
+        endpoints.open()
+        log.info("metrics_served", listen=address, port=endpoints.port)
+    except OSError as error:
+        log.error("metrics_not_served", listen=address, reason=error.strerror or str(error))
+    try:
+        yield metrics.count
+    finally:
+        endpoints.close()
+
+
 def _keep_the_schedule(
-    tasks: BackgroundTasks, crons: Crons, database: Database, signals: StopSignals, grace: timedelta
+    tasks: BackgroundTasks, crons: Crons, database: Database, herald: Herald, signals: StopSignals
 ) -> None:
     """Block until a stop was asked for and no job is running any more."""
     over = threading.Event()
 
     def stop() -> None:
+        grace = crons.settings.scheduler.shutdown_grace
         log.info("daemon_stopping", running=crons.running, shutdown_grace_seconds=grace.total_seconds())
+        herald.stopping()
         crons.request_stop()
         # The signal may have come before the scheduler was started: then it is stopped as soon as it is.
         while not tasks.running and not over.wait(0.01):
             pass
         tasks.safe_stop(wait=False)
-        if not over.wait(grace.total_seconds()):
-            log.error("shutdown_grace_is_over", abandoned=crons.running)
-            # In a thread: the database may be what the jobs hang on.
-            leave = threading.Thread(target=_leave, args=(crons, database, grace), name="leave", daemon=True)
-            leave.start()
-            leave.join(_LEAVE_SECONDS)
-            os._exit(0)
+        until = time.monotonic() + grace.total_seconds()
+        while not over.wait(max(0, min(_PATIENCE_SECONDS, until - time.monotonic()))):
+            herald.still_stopping()
+            if time.monotonic() >= until:
+                log.error("shutdown_grace_is_over", abandoned=crons.running)
+                # In a thread: the database may be what the jobs hang on.
+                leave = threading.Thread(target=_leave, args=(crons, database, grace), name="leave", daemon=True)
+                leave.start()
+                leave.join(_LEAVE_SECONDS)
+                os._exit(0)
 
     signals.on_request(stop)
     if not signals.requested.is_set():

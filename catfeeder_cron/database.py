@@ -7,7 +7,7 @@ and no session-level lock is taken, so a transaction pooler such as PgBouncer ma
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, LiteralString, Self
@@ -58,6 +58,7 @@ class Database:
         self._conninfo: str | None = None
         self._reachable = False  # as far as is known
         self._outage = False  # as far as was told
+        self._trouble = ""
         self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -67,6 +68,19 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def trouble(self) -> str:
+        """Why the server could not be reached when it was last needed, in one line; empty where it could be."""
+        return self._trouble
+
+    @property
+    def pool_use(self) -> dict[str, int]:
+        """How many connections are `in_use` and `idle`, and how many requests are `waiting` for one."""
+        with self._lock:
+            stats = self._pool.get_stats() if self._pool else {}
+        size, idle = stats.get("pool_size", 0), stats.get("pool_available", 0)
+        return {"in_use": max(0, size - idle), "idle": idle, "waiting": stats.get("requests_waiting", 0)}
 
     @property
     def statement_timeout(self) -> timedelta:
@@ -86,7 +100,8 @@ class Database:
             try:
                 yield connection
             except BaseException:
-                if not connection.closed:
+                # One that fails must not hide why it was needed; the pool gives up such a connection.
+                with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")
                 raise
             if connection.execute("COMMIT").statusmessage == "ROLLBACK":
@@ -145,12 +160,14 @@ class Database:
         except AllInUse:
             raise
         except DatabaseUnavailable as error:
+            self._trouble = str(error)
             if self._is_news(outage=True):
                 log.error("database_unreachable", reason=str(error))
             raise
 
     def _answered(self) -> None:
         """Log the end of an outage, once."""
+        self._trouble = ""
         if self._is_news(outage=False):
             log.info("database_reachable_again")
 
@@ -220,6 +237,11 @@ class Database:
         with self._lock:
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
+                if not conninfo and self._settings.url_file:
+                    raise DatabaseUnavailable(
+                        f"{self._settings.url_file} was missing or empty when the service was started: put the "
+                        "database's URL into it, for root alone (mode 0600), and restart the service"
+                    )
                 if conninfo.startswith(EMBEDDED):
                     from catfeeder_cron import embedded
 

@@ -27,6 +27,14 @@ _DURATIONS = """
     WHERE outcome = 'succeeded' AND (%(job)s::text IS NULL OR job = %(job)s) GROUP BY job ORDER BY job"""
 
 
+# Each of the two is one step into an index, whatever the history's length.
+_ACCOUNTS = """
+    SELECT job, s.accounted_until,
+           (SELECT r.finished_at FROM catfeeder_cron.job_runs r
+            WHERE r.job = wanted.job AND r.outcome = 'succeeded' ORDER BY r.started_at DESC LIMIT 1)
+    FROM unnest(%(jobs)s::text[]) AS wanted(job) LEFT JOIN catfeeder_cron.schedule s USING (job)"""
+
+
 @dataclass(frozen=True)
 class PastRun:
     """A run, finished or under way, or a stretch of `missed` slots that did not run."""
@@ -72,6 +80,14 @@ class PastRun:
 
 
 @dataclass(frozen=True)
+class Account:
+    """Until when all slots of a job are accounted for, and the end of its last run that succeeded."""
+
+    accounted_until: datetime | None
+    last_success: datetime | None
+
+
+@dataclass(frozen=True)
 class Durations:
     """How long the succeeded runs of a job took, as far back as the history goes."""
 
@@ -89,6 +105,12 @@ def past_runs(database: Database, job: str | None, limit: int) -> list[PastRun]:
 
 def durations(database: Database, job: str | None) -> list[Durations]:
     return [Durations(*row) for row in database.query(_DURATIONS, {"job": job})]
+
+
+def accounts(database: Database, jobs: list[str], timeout: timedelta) -> dict[str, Account]:
+    """Return the account of every job in `jobs`, all daemons' runs included."""
+    with database.transaction(timeout=timeout) as connection:
+        return {job: Account(*rest) for job, *rest in connection.execute(_ACCOUNTS, {"jobs": jobs})}
 
 
 def last_runs(database: Database, jobs: list[str]) -> dict[str, tuple[datetime, str | None]]:

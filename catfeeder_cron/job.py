@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +23,23 @@ S = TypeVar("S", bound=JobSettings)
 
 
 @dataclass(frozen=True)
+class TableUse:
+    """What a job needs of a table of Cat Feeder's; `table` is its key in [database.tables]."""
+
+    table: str
+    privileges: tuple[str, ...]
+    columns: tuple[str, ...]
+    times: tuple[str, ...] = ()
+    """Columns that must hold times, beside those."""
+    numbers: tuple[str, ...] = ()
+    """Columns that must hold numbers, beside those."""
+    by_leaf: bool = False
+    """The job works on each partition itself, so it needs the privileges there and not on the whole."""
+    optional: bool = False
+    """Without the table the job has nothing to do, which is no fault."""
+
+
+@dataclass(frozen=True)
 class Job(Generic[S]):
     """A kind of work with its settings. `run` returns when all is done, and raises when it is not."""
 
@@ -31,6 +49,7 @@ class Job(Generic[S]):
     run: Callable[["JobContext", S], None]
     shared: bool = False
     """Its rows are shared out by leases, so every daemon works on each of its slots."""
+    tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[tuple[str, str], ...] = ()
     """What makes the job cheap: pairs of (a key of [database.tables], a column)."""
     recover: Callable[["JobContext"], None] | None = None
@@ -83,18 +102,34 @@ class JobContext:
     state_directory: Path = field(default_factory=state_directory)
     """Where the job may keep what must survive the process; it need not exist."""
     counts: Counter[str] = field(default_factory=Counter)
+    stop_was_seen: bool = False
+    """Whether the run has been answered that it should end."""
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
-    """The counts once more, for each OAuth provider."""
+    """The same, for a job that works with OAuth providers, by their names."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def stopping(self) -> bool:
         """Whether the run should end: look between batches and requests."""
-        return bool(self.stop) or self._remaining() <= timedelta(0)
+        self.stop_was_seen = self.stop_was_seen or bool(self.stop) or self._remaining() <= timedelta(0)
+        return self.stop_was_seen
+
+    @contextmanager
+    def as_current(self) -> Iterator[None]:
+        """Let code that is not handed this context ask `stopping()` for it."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
 
     def checkpoint(self) -> None:
         """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
         self.confirm()
+        self.raise_if_over()
+
+    def raise_if_over(self) -> None:
+        """Do as `checkpoint`, without making sure that the run still belongs to this process."""
         self.stop.raise_if_set()
         self.require_in_time()
 
@@ -135,6 +170,15 @@ class JobContext:
 
     def _timed_out(self) -> JobTimedOut:
         return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
+
+
+_current: ContextVar[JobContext | None] = ContextVar("current_job", default=None)
+
+
+def stopping() -> bool:
+    """Whether the job that this code runs in should end: its time is up, or the process stops. False outside a job."""
+    context = _current.get()
+    return context is not None and context.stopping
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Claim:
 
 # One row of `schedule` serves as the lock: who moves it from where everybody thinks it stands has claimed the slot, and
 # accounts for those before it in the same breath, so that no death in between leaves any of them out.
-# A job that is still running makes the slot a missed one. A stretch grows while the reason stays the same.
+# A job that is paused, or still running, makes the slot a missed one. A stretch grows while the reason stays the same.
 # A clock far ahead must not take slots from the others: their time has not come.
 _CLAIM = """
     WITH advanced AS (
@@ -81,9 +81,13 @@ _CLAIM = """
         SELECT FROM account
         WHERE %(trigger)s::text IS NOT NULL AND accounted_until >= %(slot)s
           AND (%(shared)s OR EXISTS (SELECT FROM advanced))),
+    paused AS (
+        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
+        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
     claimed AS (
         INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, host, pid, daemon)
         SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s FROM ours
+        WHERE NOT EXISTS (SELECT FROM paused)
         ON CONFLICT DO NOTHING
         RETURNING run_id),
     stretch AS (
@@ -92,8 +96,9 @@ _CLAIM = """
              AS gap(first, last, missed, reason)
         WHERE EXISTS (SELECT FROM advanced)
         UNION ALL
-        SELECT %(slot)s, %(slot)s, 1, %(still_running)s, %(shared)s FROM ours
-        WHERE NOT EXISTS (SELECT FROM claimed)
+        SELECT %(slot)s, %(slot)s, 1, coalesce(paused.reason, %(still_running)s), %(shared)s AND paused.reason IS NULL
+        FROM ours LEFT JOIN paused ON true
+        WHERE NOT EXISTS (SELECT FROM claimed) AND (paused.reason IS NULL OR EXISTS (SELECT FROM advanced))
           AND NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
                           WHERE job = %(job)s AND slot = %(slot)s AND daemon = %(daemon)s)),
     grown AS (

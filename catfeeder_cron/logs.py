@@ -2,8 +2,9 @@
 
 An event goes through standard logging with its fields beside it. Where the command line called
 `configure`, one handler on the root logger turns every record, APScheduler's and psycopg's too, into
-the same kind of entry on standard error. Where nobody did (a program that embeds our classes), that
-program's own handlers get a readable text, and nothing is ever written to standard output.
+the same kind of entry, on standard error or in systemd's journal. Where nobody did (a program that
+embeds our classes), that program's own handlers get a readable text, and nothing is ever written to
+standard output.
 
 structlog is imported on first use: it costs more than all of `--help`.
 """
@@ -60,6 +61,11 @@ def get_logger(name: str) -> "BoundLogger":
     )
 
 
+def one_line(text: str) -> str:
+    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows."""
+    return _without_secrets(" ".join(text.split()))[:500]
+
+
 def context(**fields: object) -> AbstractContextManager[None]:
     """Add `fields` to every entry that this thread (or asyncio task) logs inside the `with` block."""
     from structlog.contextvars import bound_contextvars
@@ -70,19 +76,19 @@ def context(**fields: object) -> AbstractContextManager[None]:
 def configure(level: str, format: Format = "auto", stream: TextIO | None = None) -> None:
     """Send the entries of this whole process to `stream` (default: standard error), one handler in all.
 
-    `level` is a standard level's name in any case. "auto" is "console" on a terminal and "json"
-    otherwise. May be called again to change either. A stream that is closed or breaks loses entries
-    and raises nothing.
+    `level` is a standard level's name in any case. "auto" is "journald" where systemd has connected the
+    stream to its journal, "console" on a terminal and "json" otherwise. May be called again to change
+    either. A stream that is closed or breaks loses entries and raises nothing.
     """
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
+    handler = _handler(format, stream)
     handler.set_name(_HANDLER)
-    handler.setFormatter(_formatter(format, terminal=_is_terminal(stream)))
     logging.raiseExceptions = False
 
     root = logging.getLogger()
     for old in [old for old in root.handlers if old.get_name() == _HANDLER]:
         root.removeHandler(old)
+        old.close()
     root.addHandler(handler)
     root.setLevel(level.upper())
     debugging = root.level <= logging.DEBUG
@@ -92,13 +98,33 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
         logging.getLogger(name).setLevel(quiet_level)
 
 
+def _handler(format: Format, stream: TextIO) -> logging.Handler:
+    from catfeeder_cron.journald import JournalHandler, is_journal
+
+    if format == "journald" or (format == "auto" and is_journal(stream)):
+        return JournalHandler(_fields, stream)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_formatter(format, terminal=_is_terminal(stream)))
+    return handler
+
+
+def _fields(record: logging.LogRecord) -> "EventDict":
+    """Return what a formatter would render."""
+    from structlog.processors import ExceptionRenderer
+
+    fields: EventDict = {"event": record.getMessage(), "_record": record, "exc_info": record.exc_info}
+    for process in (_entry, ExceptionRenderer(), _redact):
+        fields = process(None, "", fields)
+    return fields
+
+
 def _formatter(format: Format, *, terminal: bool) -> logging.Formatter:
     from structlog.dev import ConsoleRenderer, plain_traceback
     from structlog.processors import ExceptionRenderer, JSONRenderer
     from structlog.stdlib import ProcessorFormatter
 
     renderer: Processor
-    if format in ("json", "journald") or (format == "auto" and not terminal):
+    if format == "json" or (format == "auto" and not terminal):
         renderer = JSONRenderer()
     else:
         colors = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -116,7 +142,16 @@ def _to_standard_logging(_logger: Any, _method: str, event_dict: "EventDict") ->
     exc_info = event_dict.pop("exc_info", None)
     fields = (f"{key}={value}" for key, value in event_dict.items() if key != "event")
     text = " ".join((str(event_dict["event"]), *fields))
-    return (text,), {"exc_info": exc_info, "extra": {"event_dict": event_dict}}
+    extra = {"event_dict": event_dict}
+    return (text,), {"exc_info": exc_info, "extra": extra, "stacklevel": _levels_to_the_caller()}
+
+
+def _levels_to_the_caller() -> int:
+    """Return how many of structlog's frames stand between standard logging and the line that logs."""
+    frame, levels = sys._getframe(2), 0  # noqa: SLF001 - as logging itself does
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "structlog":
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":

@@ -1,27 +1,94 @@
-"""What `list` shows of the configured jobs."""
+"""What `list` and `status` show: the configured jobs, and the daemons that run them."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from catfeeder_cron import pauses
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import ConfigurationError, DatabaseError, SchemaProblem
 from catfeeder_cron.history import last_runs, timestamp
+from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.pauses import ALL_JOBS, Pause
 from catfeeder_cron.schedule import schedule_for
 
 log = get_logger(__name__)
 
+# A slot that nobody has taken this long after it came up is overdue.
+_OVERDUE_AFTER = timedelta(seconds=60)
+
+_DAEMONS = """
+    SELECT d.daemon::text, d.kind, d.host, d.pid, d.version, d.started_at, d.heartbeat_at,
+           d.heartbeat_at > now() - %(dead_after)s AS alive,
+           coalesce((SELECT jsonb_agg(jsonb_build_object(
+                                'job', r.job, 'run_id', r.run_id,
+                                'seconds', round(extract(epoch FROM now() - r.started_at)::numeric, 1))
+                            ORDER BY r.run_id)
+                     FROM catfeeder_cron.job_runs r WHERE r.daemon = d.daemon AND r.outcome IS NULL), '[]') AS running
+    FROM catfeeder_cron.daemons d WHERE d.kind = 'daemon' OR d.heartbeat_at > now() - %(dead_after)s
+    ORDER BY d.host, d.started_at"""
+_ACCOUNTS = "SELECT job, trigger, accounted_until FROM catfeeder_cron.schedule"
+
 
 def jobs(settings: Settings) -> list[dict[str, Any]]:
-    """Return a JSON object for every configured job. Without a database or a ledger, the last runs are unknown."""
-    last_runs = _last_runs(settings)
-    return [_describe(settings, job_id, *last_runs.get(job_id, (None, None))) for job_id in settings.jobs]
+    """Return a JSON object for every configured job. Without a database or a ledger, what it knows is left out."""
+    runs, paused = _past(settings)
+    return [_described(job_id, settings, runs, paused) for job_id in settings.jobs]
 
 
-def _describe(settings: Settings, job_id: str, last_run: datetime | None, last_outcome: str | None) -> dict[str, Any]:
+def status(settings: Settings, database: Database) -> dict[str, Any]:
+    """Return a JSON object with the daemons on this database, and every job's pause, last run and delay."""
+    rows = database.query(_DAEMONS, {"dead_after": timedelta(seconds=DEAD_AFTER_SECONDS)})
+    daemons = [
+        {
+            "daemon": daemon,
+            "kind": kind,
+            "host": host,
+            "pid": pid,
+            "version": version,
+            "started_at": timestamp(started_at),
+            "heartbeat_at": timestamp(heartbeat_at),
+            "alive": alive,
+            "running": running,
+        }
+        for daemon, kind, host, pid, version, started_at, heartbeat_at, alive, running in rows
+    ]
+    runs, paused = last_runs(database, list(settings.jobs)), pauses.in_force(database)
+    accounts = {job: (trigger, accounted_until) for job, trigger, accounted_until in database.query(_ACCOUNTS, {})}
+    described = []
+    for job_id, job in settings.jobs.items():
+        schedule = schedule_for(job_id, job, settings.scheduler.timezone)
+        trigger, accounted_until = accounts.get(job_id, (None, None))
+        due = datetime.now(UTC) - job.jitter - _OVERDUE_AFTER
+        overdue = job.enabled and trigger == schedule.describe() and schedule.between(accounted_until, due)
+        described.append(
+            {
+                **_described(job_id, settings, runs, paused),
+                "overdue_since": timestamp(overdue.first) if overdue else None,
+            }
+        )
+    return {"daemons": daemons, "jobs": described}
+
+
+def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], list[Pause]]:
+    try:
+        with Database(settings.database) as database:
+            return last_runs(database, list(settings.jobs)), pauses.in_force(database)
+    except SchemaProblem:
+        pass  # before `init-db` there is no ledger
+    except (DatabaseError, ConfigurationError) as error:
+        log.warning("last_runs_unknown", reason=str(error))
+    return {}, []
+
+
+def _described(
+    job_id: str, settings: Settings, runs: dict[str, tuple[datetime, str | None]], paused: list[Pause]
+) -> dict[str, Any]:
     job = settings.jobs[job_id]
     schedule = schedule_for(job_id, job, settings.scheduler.timezone)
+    last_run, last_outcome = runs.get(job_id, (None, None))
+    pause = _pause_of(job_id, paused)
     return {
         "job": job_id,
         "enabled": job.enabled,
@@ -29,16 +96,13 @@ def _describe(settings: Settings, job_id: str, last_run: datetime | None, last_o
         "next_run": timestamp(schedule.next_after(datetime.now(UTC))) if job.enabled else None,
         "last_run": timestamp(last_run),
         "last_outcome": last_outcome if last_outcome or last_run is None else "running",
-        "paused": False,
+        "paused": pause is not None,
+        "paused_until": timestamp(pause.until) if pause else None,
+        "paused_because": pause.because if pause else None,
     }
 
 
-def _last_runs(settings: Settings) -> dict[str, tuple[datetime, str | None]]:
-    try:
-        with Database(settings.database) as database:
-            return last_runs(database, list(settings.jobs))
-    except SchemaProblem:
-        return {}  # before `init-db` there is no ledger
-    except (DatabaseError, ConfigurationError) as error:
-        log.warning("last_runs_unknown", reason=str(error))
-        return {}
+def _pause_of(job_id: str, paused: list[Pause]) -> Pause | None:
+    """The job's own pause, else that of all jobs."""
+    by_job = {pause.job: pause for pause in paused}
+    return by_job.get(job_id) or by_job.get(ALL_JOBS)

@@ -56,6 +56,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         return "failed", str(error)
     except Exception as error:
         log.exception("job_raised")
+        # Its text may hold anything, and everybody may read the history.
         return "failed", f"{type(error).__name__}: see the log for the traceback"
     return "succeeded", None
 

@@ -41,7 +41,8 @@ class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`.
 
     `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
-    for each run that does not end when it should.
+    for each run that does not end when it should. `on_change` is called with the report of every run that ends, and
+    with None when one begins and after every heartbeat; it must neither block nor raise.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Supervisor:
         prepare: Callable[[], None],
         after_beat: Callable[[], None],
         on_stuck: Callable[[], None],
+        on_change: Callable[[JobReport | None], None] = lambda _report: None,
     ) -> None:
         self._ledger = ledger
         self._presence = presence
@@ -59,6 +61,7 @@ class Supervisor:
         self._prepare = prepare
         self._after_beat = after_beat
         self._on_stuck = on_stuck
+        self._on_change = on_change
         self._changed = threading.Condition()
         self._runs: list[Run] = []
         self._claiming = 0
@@ -77,6 +80,12 @@ class Supervisor:
         """The ids of the jobs that are running."""
         with self._changed:
             return sorted(run.job_id for run in self._runs)
+
+    @property
+    def stuck(self) -> list[str]:
+        """The ids of the jobs that run on long after they should have ended."""
+        with self._changed:
+            return sorted(run.job_id for run in self._runs if run.context.overdue() >= _STUCK_AFTER)
 
     def start(self) -> None:
         """Begin the heartbeats, the first of them at once. Idempotent."""
@@ -117,6 +126,7 @@ class Supervisor:
                 self._changed.notify_all()
         if context.timeout.total_seconds() < HEARTBEAT_SECONDS:
             self._wake.set()
+        self._on_change(None)
         return run
 
     def end(self, run: Run, report: JobReport) -> None:
@@ -125,6 +135,7 @@ class Supervisor:
             self._runs.remove(run)
             self._unrecorded.append((run.run_id, report))
             self._changed.notify_all()
+        self._on_change(report)
         try:
             self._record()
         except DatabaseError as error:
@@ -204,6 +215,7 @@ class Supervisor:
                 except Exception:
                     log.exception("heartbeat_failed")
             next_timeout = self._look_at_timeouts()
+            self._on_change(None)
             self._wake.wait(max(0.0, min(next_beat - _elapsed(), next_timeout)))
             self._wake.clear()
 

@@ -15,6 +15,7 @@ from catfeeder_cron.config.settings import (
     Settings,
     WebhookSettings,
 )
+from catfeeder_cron.config.sources import holds_secret
 from catfeeder_cron.config.state import state_directory
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Settings",
     "WebhookSettings",
     "format_duration",
+    "holds_secret",
     "load",
     "parse_duration",
     "state_directory",

@@ -1,5 +1,6 @@
 """Which database is meant: the environment's, else the credential's, else the one of url_file or url."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,9 @@ CREDENTIAL = "database-url"
 def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], faults: Faults) -> DatabaseSettings:
     """Return the settings with the conninfo that holds, and with paths relative to `file` made absolute.
 
-    An empty conninfo leaves everything to libpq's own variables. A url_file that is overridden is not opened:
-    the service may not read it.
+    An empty conninfo leaves everything to libpq's own variables, unless there is a url_file: then the service was
+    started before that file was there, and Database says so. A url_file that is overridden is not opened: the service
+    may not read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
     try:
@@ -27,7 +29,7 @@ def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], 
     except ConfigurationError as error:
         faults.extend(error)
         return database
-    if not conninfo and url_file is not None:
+    if not conninfo and url_file is not None and not _was_absent_at_start(url_file, environ):
         try:
             conninfo = _from_file(url_file)
         except ConfigurationError as error:
@@ -57,6 +59,12 @@ def _from_credential(environ: Mapping[str, str]) -> str:
         return ""
     except (OSError, UnicodeDecodeError):
         raise ConfigurationError(f"{credential}: it can't be read, expected the database's URL") from None
+
+
+def _was_absent_at_start(url_file: Path, environ: Mapping[str, str]) -> bool:
+    """Whether this is the service, and its unit put an empty credential in the place of a file that was not there."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    return bool(directory) and Path(directory or "", CREDENTIAL).exists() and not os.access(url_file, os.R_OK)
 
 
 def _from_file(url_file: Path) -> str:

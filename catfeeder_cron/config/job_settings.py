@@ -112,7 +112,6 @@ RESERVED: Mapping[str, type[JobSettings]] = MappingProxyType(
         "renew-oauth": JobSettings,
         "test-hello-world": JobSettings,
         "test-current-date": JobSettings,
-        "reset-food-counters": JobSettings,
     }
 )
 """The ids that no custom job may have, each with the settings that hold where no job brings its own."""

@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from catfeeder_cron.errors import ConfigurationError
 
 VARIABLE = "CATFEEDER_CRON_CONFIG"
 PLACES = (Path("config.toml"), Path("/etc/catfeeder-cron/config.toml"))
+
+# A password in a URL or in libpq's pairs, or the address of a check, on a line that is no comment.
+_SECRET = re.compile(r"^[^#\n]*(://[^\s/?#:@]*:[^\s/]+@|password\s*=|ping_url\s*=)", re.MULTILINE)
 
 
 def find(path: Path | None, environ: Mapping[str, str], places: Iterable[Path] = PLACES) -> Path:
@@ -55,6 +59,11 @@ def parse(path: Path) -> dict[str, Any]:
         fault = "not TOML that can be read: a number with too many digits"
     # Without its cause, which holds the whole text of the file.
     raise ConfigurationError(f"{path}: {fault}") from None
+
+
+def holds_secret(path: Path) -> bool:
+    """Whether a password or the like stands in the file itself. Raises ConfigurationError where it can't be read."""
+    return _SECRET.search(read_guarded(path)) is not None
 
 
 def read_guarded(path: Path) -> str:

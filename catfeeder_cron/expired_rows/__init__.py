@@ -22,8 +22,6 @@ from catfeeder_cron.expired_rows import pick, walk
 from catfeeder_cron.expired_rows.sweep import Sweep
 from catfeeder_cron.job import JobContext
 
-_EXPIRY_TYPES = ("timestamp with time zone", "timestamp without time zone", "date")
-
 
 class ExpiredRowsSettings(JobSettings):
     """What the clean-up jobs have in common."""
@@ -64,7 +62,7 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
 def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[Sweep]:
     with context.transaction() as connection:
         oid, column_type = catalog.find_table(connection, context.tables.schema_, name, expiry)
-        if column_type not in _EXPIRY_TYPES:
+        if column_type not in catalog.TIMES:
             raise SchemaProblem(f'column "{expiry}" of table "{name}" is {column_type}, not a time')
         leaves = catalog.leaves(connection, oid, expiry)
         for leaf in leaves:

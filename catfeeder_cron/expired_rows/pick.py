@@ -9,7 +9,7 @@ from catfeeder_cron.expired_rows.sweep import EXPIRED, Sweep
 # Share of expired rows up to which picking beats the walk, and the most that are counted to find out.
 _FEW = 0.015
 _MOST_COUNTED = 100_000
-# Rows of a batch: each may lie on a page of its own, which takes up to twenty times as long as its neighbour's would.
+# Rows of a batch. Most lie on a page of their own, which makes a row twenty times as dear as it is in the walk.
 _MOST_ROWS = 2000
 
 _COUNT_SOME = "SELECT count(*) FROM (SELECT FROM ONLY {leaf} AS leaf WHERE {scope} LIMIT %(limit)s) AS first_ones"

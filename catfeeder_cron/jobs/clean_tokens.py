@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from catfeeder_cron.config import Duration
 from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
-from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.job import Job, JobContext, TableUse
 
 
 class CleanTokens(ExpiredRowsSettings):
@@ -20,5 +20,6 @@ JOB = Job(
     summary="delete expired session tokens",
     settings=CleanTokens,
     run=run,
+    tables=(TableUse("connections", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration_date",), by_leaf=True),),
     wanted_indexes=(("connections", "expiration_date"),),
 )

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from catfeeder_cron.config import Duration, JobSettings
-from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.job import Job, JobContext, TableUse
 
 
 class RenewOAuth(JobSettings):
@@ -28,6 +28,21 @@ JOB = Job(
     settings=RenewOAuth,
     run=run,
     shared=True,
+    tables=(
+        TableUse(
+            "active_oauths",
+            ("SELECT", "UPDATE"),
+            ("id", "token", "refresh_link", "service_id", "user_id"),
+            times=("token_expiration",),
+            numbers=("token_lifespan",),
+        ),
+        TableUse("services", ("SELECT",), ("id", "name")),
+        TableUse(
+            "user_oauth_connection",
+            ("SELECT",),
+            ("id", "provider_name", "client_id", "client_secret", "token_grabber_base_url"),
+        ),
+    ),
     wanted_indexes=(("active_oauths", "token_expiration"),),
     recover=recover,
 )

@@ -23,13 +23,18 @@ def _migrations() -> list[tuple[int, str, LiteralString]]:
     return [(int(file.name[:4]), file.name, file.read_text("utf-8")) for file in folder]
 
 
+def known_version() -> int:
+    """Return the version that this program was written for."""
+    return _migrations()[-1][0]
+
+
 def installed_version(connection: Connection) -> int:
     """Return the version of the schema in this database, 0 where there is none."""
     if not single(connection, _EXISTS)[0]:
         return 0
-    version, readable = single(
+    (readable,) = single(
         connection,
-        "SELECT 0, has_schema_privilege('catfeeder_cron', 'USAGE') "
+        "SELECT has_schema_privilege('catfeeder_cron', 'USAGE') "
         "AND has_table_privilege('catfeeder_cron.schema_version', 'SELECT')",
     )
     if not readable:
@@ -48,7 +53,7 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
         if not dry_run:
             connection.execute(LOCK)
         installed = installed_version(connection)
-        _refuse_unknown(installed)
+        refuse_unknown(installed)
         for version, name, statements in _migrations():
             if version > installed:
                 if not dry_run:
@@ -58,10 +63,13 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
 
 
 def require(database: Database) -> None:
-    """Raise SchemaProblem unless the schema is there, for those who only read it."""
+    """Raise SchemaProblem unless the schema is there and one that this program knows, for those who don't create it."""
     with database.transaction() as connection:
-        if installed_version(connection) == 0:
-            raise SchemaProblem("the schema catfeeder_cron is missing: run `catfeeder-cron init-db`")
+        installed = installed_version(connection)
+    refuse_unknown(installed)
+    if installed < known_version():
+        state = "is missing" if installed == 0 else f"has version {installed}, older than this program"
+        raise SchemaProblem(f"the schema catfeeder_cron {state}: run `catfeeder-cron init-db`")
 
 
 def told(dry_run: bool) -> str:
@@ -76,8 +84,8 @@ def ensure(database: Database) -> None:
     """
     with database.transaction() as connection:
         installed = installed_version(connection)
-    _refuse_unknown(installed)
-    if installed >= _known_version():
+    refuse_unknown(installed)
+    if installed >= known_version():
         return
     try:
         for _ in upgrade(database):
@@ -90,12 +98,9 @@ def ensure(database: Database) -> None:
         ) from error
 
 
-def _known_version() -> int:
-    return _migrations()[-1][0]
-
-
-def _refuse_unknown(installed: int) -> None:
-    known = _known_version()
+def refuse_unknown(installed: int) -> None:
+    """Raise SchemaProblem for a schema that is too new for this program: more than one version ahead."""
+    known = known_version()
     if installed > known + 1:
         raise SchemaProblem(
             f"the schema catfeeder_cron has version {installed}, this program knows {known} and works with {known + 1} "

@@ -138,6 +138,32 @@ def test_rows_whose_deletion_would_break_a_constraint_further_on_are_found(
         assert numbers(admin)[:5] == [2, 3, 4, 7, 45]
 
 
+@pytest.mark.parametrize("batch_size", [20, 5000])
+def test_rows_of_one_expiry_are_gone_through_one_by_one_without_missing_any(
+    admin: psycopg.Connection, clean: Clean, way: str, batch_size: int
+) -> None:
+    admin.execute(CHAIN)
+    admin.execute(EXPIRED, [500])
+    admin.execute("UPDATE \"Connections\" SET expiration_date = '-infinity'")
+    admin.execute("INSERT INTO b VALUES (1, 3), (2, 333); INSERT INTO c VALUES (1), (2)")
+
+    assert clean(batch_size=batch_size).counts == {"deleted": 498, "remaining": 2}
+
+
+def test_rows_whose_followers_are_locked_are_left_without_waiting(
+    admin: psycopg.Connection, connect: Callable[..., psycopg.Connection], clean: Clean, way: str
+) -> None:
+    admin.execute('CREATE TABLE b (a bigint REFERENCES "Connections" ON DELETE CASCADE); CREATE INDEX ON b (a)')
+    admin.execute(EXPIRED, [300])
+    admin.execute("INSERT INTO b SELECT generate_series(1, 300)")
+    connect(autocommit=False).execute("SELECT FROM b WHERE a IN (1, 7, 200) FOR UPDATE")
+    begun = time.perf_counter()
+
+    assert clean().counts == {"deleted": 297, "remaining": 3}
+
+    assert time.perf_counter() - begun < 1
+
+
 def test_an_expired_row_goes_after_the_expired_row_of_its_own_table_that_refers_to_it(
     admin: psycopg.Connection, clean: Clean, way: str
 ) -> None:

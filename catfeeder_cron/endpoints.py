@@ -1,0 +1,117 @@
+"""A few read-only pages over HTTP, for Prometheus and for those who ask whether the daemon is well.
+
+It sleeps in the kernel between requests: the servers that libraries bring look twice a second whether they should stop.
+"""
+
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+from urllib.parse import urlsplit
+
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+_CLIENT_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Page:
+    """The answer to a request."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class Endpoints:
+    """Serves `pages` (by their paths) on `address`, "host:port", from `open` to `close`."""
+
+    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
+        self._address = address
+        self._pages = pages
+        self._server: _Server | None = None
+
+    def open(self) -> None:
+        """Listen. Raises OSError where that can't be done."""
+        host, _, port = self._address.rpartition(":")
+        family, _, _, _, name = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        self._server = _Server(family, name, self._pages)
+        threading.Thread(target=self._server.run, name="endpoints", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also where the system chose it."""
+        assert self._server is not None, "it is not open"
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stop listening; requests under way are not waited for. Idempotent."""
+        server, self._server = self._server, None
+        if server:
+            server.end()
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    # Not http.server's: that asks the DNS for the name of its address.
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 16
+
+    def __init__(self, family: int, name: Any, pages: Mapping[str, Callable[[], Page]]) -> None:
+        self.address_family = family
+        self.pages = pages
+        self._ending = threading.Event()
+        super().__init__(name, _Handler)
+
+    def run(self) -> None:
+        while not self._ending.is_set():
+            self.handle_request()
+        self.server_close()
+
+    def end(self) -> None:
+        self._ending.set()
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes `run`
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.debug("request_broken_off", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = _CLIENT_TIMEOUT_SECONDS
+    server_version = "catfeeder-cron"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _Server)
+        page = self.server.pages.get(urlsplit(self.path).path)
+        if page is None:
+            self._answer(Page(404, "text/plain", f"there is {', '.join(self.server.pages)}\n".encode()))
+            return
+        try:
+            answer = page()
+        except Exception:
+            log.exception("page_failed", path=self.path)
+            answer = Page(500, "text/plain", b"it failed; the log says why\n")
+        self._answer(answer)
+
+    do_HEAD = do_GET  # noqa: N815 - the names are http.server's
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("request", text=format % args)
+
+    def _answer(self, page: Page) -> None:
+        self.send_response(page.status)
+        self.send_header("Content-Type", page.content_type)
+        self.send_header("Content-Length", str(len(page.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page.body)

@@ -1,0 +1,72 @@
+"""Passes on what happens in the daemon to those outside: systemd, and the metrics where there are any."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+from catfeeder_cron.condition import Condition
+from catfeeder_cron.job import JobReport
+from catfeeder_cron.service import Notifier
+
+# Said anew every two seconds while jobs end, so that no stop is cut short by TimeoutStopSec= and a dead one is.
+_PATIENCE = timedelta(seconds=10)
+
+
+class Herald:
+    """All methods may be called from any thread; none raises by itself."""
+
+    def __init__(
+        self, notifier: Notifier, condition: Condition, count: Callable[[JobReport], None] | None = None
+    ) -> None:
+        self._notifier = notifier
+        self._condition = condition
+        self._count = count
+        self._started = False
+        self._told = ""
+
+    def turned(self) -> None:
+        """The schedule's loop has turned, which is what being alive means. The first time, the start is over."""
+        self._condition.turned()
+        self._notifier.alive()
+        if self._started:
+            self._tell()
+        else:
+            self._started = True
+            self._ready(self._condition.in_words())
+
+    def changed(self, report: JobReport | None) -> None:
+        """A run began or ended (then with its report), or the database was tried."""
+        if report and self._count:
+            self._count(report)
+        self._tell()
+
+    def reload(self, read_again: Callable[[], str | None]) -> None:
+        """Have the configuration read again; `read_again` returns why that was refused, if it was."""
+        self._notifier.reloading()
+        refused = None
+        try:
+            refused = read_again()
+        finally:  # systemd waits for this, whatever happened
+            words = self._condition.in_words()
+            self._ready(f"reload refused, the old configuration stays: {refused}; {words}" if refused else words)
+
+    def stopping(self) -> None:
+        """Nothing new begins; jobs that are running end."""
+        self._condition.stopping()
+        self._told = self._condition.in_words()
+        self._notifier.stopping(self._told)
+        self.still_stopping()
+
+    def still_stopping(self) -> None:
+        """Running jobs are still ending, as they may."""
+        self._notifier.extend_timeout(_PATIENCE)
+        self._notifier.alive()
+
+    def _ready(self, words: str) -> None:
+        self._told = self._condition.in_words()  # what stands until something else happens
+        self._notifier.ready(words)
+
+    def _tell(self) -> None:
+        words = self._condition.in_words()
+        if words != self._told:
+            self._told = words
+            self._notifier.status(words)

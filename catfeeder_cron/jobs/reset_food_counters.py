@@ -1,0 +1,78 @@
+"""Start a new feeding period: set "Pet".food_eaten to 0 once food_reset has passed."""
+
+from datetime import timedelta
+from typing import LiteralString
+
+from psycopg import sql
+from pydantic import Field
+
+from catfeeder_cron.catalog import INSTANTS, find_table
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.database import single
+from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.job import Job, JobContext, TableUse
+
+
+class ResetFoodCounters(JobSettings):
+    enabled: bool = False
+    interval: Duration | None = timedelta(seconds=3600)
+    batch_size: int = Field(default=1000, ge=1)
+    """Rows that one transaction resets at most."""
+
+
+# A period is a number of seconds, so a change of clocks is no part of it. The cutoff is that of the whole run: a row
+# with a short period does not come up twice. MATERIALIZED: the rows are picked and locked once, whatever the plan.
+_DUE = """food_reset <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
+_PERIOD = "(coalesce(time_reset_hours, 0) * interval '1 hour' + coalesce(time_reset_minutes, 0) * interval '1 minute')"
+
+_RESET = """
+    WITH due AS MATERIALIZED (
+        SELECT id, {period} AS period FROM {pet} WHERE {due} ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    UPDATE {pet} AS pet
+    SET food_eaten = 0, food_reset = pet.food_reset + due.period * (
+            floor(extract(epoch FROM now() - pet.food_reset) / extract(epoch FROM due.period)) + 1)
+    FROM due WHERE pet.id = due.id"""
+
+_COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
+
+
+def run(context: JobContext, settings: ResetFoodCounters) -> None:
+    """Reset the due rows in batches. Rows that somebody has locked wait for the next run; a period of 0 is none."""
+    with context.transaction() as connection:
+        _, column_type = find_table(connection, context.tables.schema_, context.tables.pet, "food_reset")
+        if column_type not in INSTANTS:
+            raise SchemaProblem(f'column "food_reset" of table "{context.tables.pet}" is {column_type}, not an instant')
+        (cutoff,) = single(connection, "SELECT now()::text")
+        if context.dry_run:
+            (context.counts["would_reset"],) = single(connection, _statement(_COUNT, context), {"cutoff": cutoff})
+            return
+    context.counts["reset"] = 0
+    reset = settings.batch_size
+    while reset == settings.batch_size:
+        with context.transaction() as connection:
+            parameters = {"cutoff": cutoff, "limit": settings.batch_size}
+            reset = connection.execute(_statement(_RESET, context), parameters).rowcount
+        context.counts["reset"] += reset
+
+
+def _statement(text: LiteralString, context: JobContext) -> sql.Composed:
+    period = sql.SQL(_PERIOD)
+    pet = sql.Identifier(context.tables.schema_, context.tables.pet)
+    return sql.SQL(text).format(pet=pet, period=period, due=sql.SQL(_DUE).format(period=period))
+
+
+JOB = Job(
+    id="reset-food-counters",
+    summary="start a new feeding period for pets whose food_reset has passed",
+    settings=ResetFoodCounters,
+    run=run,
+    tables=(
+        TableUse(
+            "pet",
+            ("SELECT", "UPDATE"),
+            ("id",),
+            times=("food_reset",),
+            numbers=("food_eaten", "time_reset_hours", "time_reset_minutes"),
+        ),
+    ),
+)

@@ -1,0 +1,177 @@
+"""Log entries for systemd's journal in its own protocol, so that each field can be asked for: `journalctl JOB=...`.
+
+The protocol is that of https://systemd.io/JOURNAL_NATIVE_PROTOCOL: one datagram to the journal's socket for each entry,
+or one that holds nothing but the descriptor of a sealed file where the entry is too large. Where the journal does not
+take it, the entry goes to standard error, whose lines systemd reads with a priority before each.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import stat
+import struct
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import TextIO
+
+SOCKET = "/run/systemd/journal/socket"
+
+_IDENTIFIER = "catfeeder-cron"
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_DEBUG = 7
+
+# A journal that is stopped is waited for once; then it is tried again this often, without waiting.
+_SEND_TIMEOUT_SECONDS = 1.0
+_TRY_AGAIN_SECONDS = 5.0
+_TOO_LARGE = (errno.EMSGSIZE, errno.ENOBUFS)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+# What the journal or systemd itself means something else by.
+_RESERVED = re.compile(
+    r"MESSAGE|MESSAGE_ID|PRIORITY|ERRNO|UNIT|USER_UNIT|JOB_ID|JOB_TYPE|JOB_RESULT|(CODE|SYSLOG|OBJECT)_.*"
+)
+_LONGEST_NAME = 64
+_NAMES = {"duration_seconds": "DURATION"}
+_FIRST = ("job", "run_id")
+# Said by the journal itself, or in the message.
+_NOT_FIELDS = {"timestamp", "level", "event", "exception"}
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether systemd has connected `stream` to its journal."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class JournalHandler(logging.Handler):
+    """Sends records to the journal, with the fields that `fields_of` says: plain values by name.
+
+    A log call takes one second at most however the journal is. `stream` is what takes its place.
+    """
+
+    def __init__(
+        self, fields_of: Callable[[logging.LogRecord], Mapping[str, object]], stream: TextIO, address: str = SOCKET
+    ) -> None:
+        super().__init__()
+        self._fields_of = fields_of
+        self._stream = stream
+        self._address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._try_again_at: float | None = None
+        self._torn = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            fields = self._fields_of(record)
+            message, priority = _message(fields), _priority(record.levelno)
+            if not self._deliver(b"".join(_encoded(record, fields, message, priority))):
+                self._fall_back(message, priority)
+        except Exception:  # noqa: BLE001 - what a log call is about must go on
+            self.handleError(record)
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+    def _deliver(self, data: bytes) -> bool:
+        if self._try_again_at and time.monotonic() < self._try_again_at:
+            return False
+        self._socket.settimeout(0 if self._try_again_at else _SEND_TIMEOUT_SECONDS)
+        try:
+            self._send(data)
+        except OSError:
+            self._try_again_at = time.monotonic() + _TRY_AGAIN_SECONDS
+            return False
+        self._try_again_at = None
+        return True
+
+    def _send(self, data: bytes) -> None:
+        # By its path each time: a journal that was restarted has another socket there.
+        try:
+            self._socket.sendto(data, self._address)
+        except OSError as error:
+            if error.errno not in _TOO_LARGE:
+                raise
+            with os.fdopen(os.memfd_create(_IDENTIFIER, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb") as file:
+                file.write(data)
+                file.flush()
+                fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [file.fileno()]))
+                self._socket.sendmsg([], [rights], 0, self._address)
+
+    def _fall_back(self, message: str, priority: int) -> None:
+        text = "".join(f"<{priority}>{line}\n" for line in message.splitlines() or [""])
+        descriptor = _socket_of(self._stream)
+        if descriptor is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        # The journal is at the other end of this one too, so here as well nothing may wait for it.
+        data = ("\n" * self._torn + text).encode("utf-8", "backslashreplace")
+        with socket.socket(fileno=os.dup(descriptor)) as stream, suppress(BlockingIOError):
+            self._torn = stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) < len(data)
+
+
+def _socket_of(stream: TextIO) -> int | None:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return None
+    return descriptor if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
+
+
+def _priority(level: int) -> int:
+    return next((priority for lowest, priority in _PRIORITIES if level >= lowest), _DEBUG)
+
+
+def _message(fields: Mapping[str, object]) -> str:
+    """Return what `journalctl` shows: the event with its fields, and the traceback below."""
+    names = sorted(fields.keys() - _NOT_FIELDS - {"logger"}, key=[*_FIRST, *fields].index)
+    told = [f"{name}={_quoted(fields[name])}" for name in names]
+    message = " ".join([str(fields["event"]), *told])
+    return f"{message}\n{fields['exception']}" if "exception" in fields else message
+
+
+def _encoded(record: logging.LogRecord, fields: Mapping[str, object], message: str, priority: int) -> Iterator[bytes]:
+    yield _assignment("MESSAGE", message)
+    yield _assignment("PRIORITY", str(priority))
+    yield _assignment("SYSLOG_IDENTIFIER", _IDENTIFIER)
+    yield _assignment("CODE_FILE", record.pathname)
+    yield _assignment("CODE_LINE", str(record.lineno))
+    yield _assignment("CODE_FUNC", record.funcName or "")
+    if hasattr(record, "event_dict"):  # one of ours; another library's event is a whole sentence
+        yield _assignment("EVENT", str(fields["event"]))
+    for name, value in fields.items():
+        if name not in _NOT_FIELDS:
+            yield _assignment(_name(name), _text(value))
+
+
+def _name(name: str) -> str:
+    """Return a name that the journal takes: upper-case letters, digits and underscores, a letter first."""
+    cleaned = re.sub("[^A-Z0-9_]", "_", _NAMES.get(name, name).upper()).lstrip("_0123456789") or "FIELD"
+    return (f"FIELD_{cleaned}" if _RESERVED.fullmatch(cleaned) else cleaned)[:_LONGEST_NAME]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _quoted(value: object) -> str:
+    text = _text(value)
+    return json.dumps(text, ensure_ascii=False) if isinstance(value, str) and re.search(r'[\s"=]|^$', text) else text
+
+
+def _assignment(name: str, value: str) -> bytes:
+    data = value.encode("utf-8", "backslashreplace")
+    if b"\n" in data:
+        return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
+    return name.encode() + b"=" + data + b"\n"

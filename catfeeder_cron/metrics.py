@@ -1,0 +1,130 @@
+"""What Prometheus is told: of runs when they end, of everything else when it asks.
+
+prometheus_client costs 85 ms and some megabytes, so this module is imported only where [metrics] listen asks for it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import get_args
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from catfeeder_cron import __version__
+from catfeeder_cron.condition import Condition
+from catfeeder_cron.crons import Crons
+from catfeeder_cron.database import Database
+from catfeeder_cron.endpoints import Page
+from catfeeder_cron.job import JobReport, Outcome
+from catfeeder_cron.standing import StandingReader
+
+_PREFIX = "catfeeder_cron_"
+_DURATIONS_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600)
+_ACTION_RESULTS = ("done", "retried", "given_up")
+
+
+class Metrics:
+    """All methods may be called from any thread."""
+
+    def __init__(self, crons: Crons, database: Database, condition: Condition) -> None:
+        self._crons = crons
+        self._database = database
+        self._condition = condition
+        self._standing = StandingReader(database, lambda: list(crons.schedules))
+        self._registry = CollectorRegistry()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._runs = self._counter("job_runs", "Runs of this daemon that ended.", "job", "outcome")
+        self._removed = self._counter("rows_removed", "Expired rows that were deleted.", "job")
+        self._renewed = self._counter("tokens_renewed", "OAuth tokens that were renewed.", "provider")
+        self._needing_login = self._counter(
+            "tokens_needing_login", "OAuth tokens whose user has to log in again.", "provider"
+        )
+        self._actions = self._counter("actions", "Actions that were carried out or tried.", "result")
+        self._durations = Histogram(
+            f"{_PREFIX}job_duration_seconds",
+            "How long runs took.",
+            ["job"],
+            buckets=_DURATIONS_SECONDS,
+            registry=self._registry,
+        )
+        self._registry.register(_WhenAsked(self._gauges))
+
+    def count(self, report: JobReport) -> None:
+        """Take note of a run that ended."""
+        self._runs.labels(report.job, report.outcome).inc()
+        self._durations.labels(report.job).observe(report.duration.total_seconds())
+        if "deleted" in report.counts:
+            self._removed.labels(report.job).inc(report.counts["deleted"])
+        if report.job == "check-actions":
+            for result in _ACTION_RESULTS:
+                self._actions.labels(result).inc(report.counts.get(result, 0))
+        for provider, counts in report.by_provider.items():
+            self._renewed.labels(provider).inc(counts.get("renewed", 0))
+            self._needing_login.labels(provider).inc(counts.get("needs_reauth", 0))
+
+    def page(self) -> Page:
+        """/metrics"""
+        # A series that is there from the start, at 0, is what makes the first failure an increase.
+        for job in self._crons.schedules:
+            self._durations.labels(job)
+            for outcome in get_args(Outcome):
+                self._runs.labels(job, outcome)
+        text = prometheus_client.generate_latest(self._registry)
+        return Page(200, prometheus_client.CONTENT_TYPE_LATEST, text)
+
+    def health(self) -> Page:
+        """/health: whether the process is alive; if not, restart it."""
+        return _verdict(self._condition.unhealthy())
+
+    def ready(self) -> Page:
+        """/ready: whether jobs run as they should."""
+        return _verdict(self._condition.not_ready(self._standing.now()))
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, help, labels, registry=self._registry)
+
+    def _gauges(self) -> Iterator[GaugeMetricFamily]:
+        now = datetime.now(UTC)
+        standing, schedules = self._standing.now(), self._crons.schedules
+        running, stuck = self._crons.running, self._crons.stuck
+        successes = {job: account.last_success for job, account in standing.accounts.items()}
+        following = {job: schedule.next_after(now) for job, schedule in schedules.items()}
+        yield _gauge("build_info", "The program's version.", "version", {__version__: 1})
+        yield _gauge("database_up", "Whether the database answers.", None, {"": int(standing.reachable)})
+        pool = self._database.pool_use
+        waiting = pool.pop("waiting")
+        yield _gauge("pool_connections", "The connections of the pool.", "state", pool)
+        yield _gauge("pool_requests_waiting", "Requests that wait for a connection.", None, {"": waiting})
+        yield _gauge("job_running", "Whether this daemon is running it.", "job", {j: j in running for j in schedules})
+        yield _gauge("job_stuck", "Whether a run goes on after its timeout.", "job", {j: j in stuck for j in schedules})
+        yield _gauge(
+            "job_last_success_timestamp_seconds", "Its last success, by any daemon.", "job", _timestamps(successes)
+        )
+        yield _gauge("job_next_slot_timestamp_seconds", "When it is due next.", "job", _timestamps(following))
+
+
+class _WhenAsked(Collector):
+    def __init__(self, families: Callable[[], Iterator[GaugeMetricFamily]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        return self._families()
+
+
+def _gauge(name: str, help: str, label: str | None, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(_PREFIX + name, help, labels=[label] if label else [])
+    for key, value in values.items():
+        family.add_metric([key] if label else [], value)
+    return family
+
+
+def _timestamps(instants: dict[str, datetime | None]) -> dict[str, float]:
+    return {job: instant.timestamp() for job, instant in instants.items() if instant}
+
+
+def _verdict(reasons: list[str]) -> Page:
+    body = json.dumps({"status": "failing" if reasons else "ok", "reasons": reasons}, ensure_ascii=False)
+    return Page(503 if reasons else 200, "application/json", f"{body}\n".encode())

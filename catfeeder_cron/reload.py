@@ -1,0 +1,67 @@
+"""Take over the configuration as it is now, in a daemon that runs on."""
+
+from collections.abc import Callable, Iterable
+
+from catfeeder_cron import logs
+from catfeeder_cron.checks import Finding, check_callables
+from catfeeder_cron.config import Settings
+from catfeeder_cron.crons import Crons
+from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.output import standard_error
+from catfeeder_cron.service import StopSignals
+
+log = get_logger(__name__)
+
+
+def reload(crons: Crons, read_again: Callable[[], Settings], signals: StopSignals) -> str | None:
+    """Go on with what `read_again` returns; a faulty one is refused with all its faults, and the old one stays.
+
+    Returns the first of the faults of one that was refused.
+    """
+    before = crons.settings
+    try:
+        settings = read_again()
+    except ConfigurationError as error:
+        for fault in error.faults:
+            log.error("reload_refused", fault=fault)
+        return error.faults[0]
+    try:
+        crons.reload(settings)
+    except CatfeederCronError as error:
+        log.error("reload_incomplete", reason=str(error))
+    logs.configure(settings.logging.level, settings.logging.format, standard_error())
+    log.info("reloaded", config=str(settings.path), jobs=sum(job.enabled for job in settings.jobs.values()))
+    for key in _settled_at_start(before, settings):
+        log.warning("restart_needed", key=key)
+    if _callables(before) != _callables(settings):
+        log_findings(check_callables(settings), signals)
+    return None
+
+
+def log_findings(findings: Iterable[Finding], signals: StopSignals) -> None:
+    """Log what a check finds, each finding at its own level."""
+    for finding in findings:
+        if signals.requested.is_set():  # what is being closed now would be found missing
+            return
+        level = {"ok": log.debug, "warning": log.warning, "error": log.error}[finding.level]
+        level("check_finding", subject=finding.subject, message=finding.message)
+
+
+def _settled_at_start(before: Settings, after: Settings) -> list[str]:
+    """Return the changed keys that a running process can't take over."""
+    keys = {
+        "database": (before.database, after.database, {"tables"}),
+        "scheduler": (before.scheduler, after.scheduler, {"timezone", "shutdown_grace"}),
+        "metrics": (before.metrics, after.metrics, set[str]()),
+    }
+    return [
+        f"{section}.{field.alias or name}"
+        for section, (old, new, applied) in keys.items()
+        for name, field in type(new).model_fields.items()
+        if name not in applied and getattr(old, name) != getattr(new, name)
+    ]
+
+
+def _callables(settings: Settings) -> list[object]:
+    return [settings.actions.handlers, *(getattr(job, "call", None) for job in settings.jobs.values())]

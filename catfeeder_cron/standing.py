@@ -1,0 +1,63 @@
+"""What the ledger says of the jobs right now, for those who ask often and can't wait."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from catfeeder_cron.database import Database
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, StatementTimeout
+from catfeeder_cron.history import Account, accounts
+
+_FRESH_SECONDS = 2
+_PATIENCE_SECONDS = 2
+_QUERY_TIMEOUT = timedelta(seconds=2)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`trouble` says why the ledger could not be read."""
+
+    reachable: bool
+    trouble: str | None = None
+    accounts: dict[str, Account] = field(default_factory=dict)
+
+
+_NO_ANSWER = Standing(reachable=False, trouble=f"the database has not answered for {_PATIENCE_SECONDS} s")
+
+
+class StandingReader:
+    """Asks the ledger when it is asked, in one thread and at most every two seconds, however many wait for it.
+
+    A database that hangs holds up that thread alone.
+    """
+
+    def __init__(self, database: Database, jobs: Callable[[], list[str]]) -> None:
+        self._database = database
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._answered = threading.Event()
+        self._answered.set()
+        self._standing = _NO_ANSWER
+        self._read_at = float("-inf")
+
+    def now(self) -> Standing:
+        """Return what it said at most two seconds ago, within two seconds."""
+        with self._lock:
+            if self._answered.is_set() and time.monotonic() - self._read_at > _FRESH_SECONDS:
+                self._answered.clear()
+                threading.Thread(target=self._read, name="standing", daemon=True).start()
+            answered = self._answered
+        return self._standing if answered.wait(_PATIENCE_SECONDS) else _NO_ANSWER
+
+    def _read(self) -> None:
+        try:
+            self._standing = Standing(True, None, accounts(self._database, self._jobs(), _QUERY_TIMEOUT))
+        except (DatabaseUnavailable, StatementTimeout) as error:
+            self._standing = Standing(False, str(error))
+        except CatfeederCronError as error:
+            self._standing = Standing(True, str(error))
+        finally:
+            self._read_at = time.monotonic()
+            self._answered.set()

@@ -1,0 +1,352 @@
+"""`check`: every line of what the enabled jobs rely on, and what helps where it is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+
+from catfeeder_cron import schema
+from catfeeder_cron.checks import Finding, check
+from catfeeder_cron.checks.providers import check_providers
+from catfeeder_cron.config import DatabaseTables, load
+from catfeeder_cron.database import Database
+from catfeeder_cron.jobs import built_in
+from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.schema.indexes import create_indexes
+
+Findings = Callable[..., list[Finding]]
+
+
+@pytest.fixture
+def findings(database_url: str, tmp_path: Path) -> Findings:
+    """Gives what `check` finds with these jobs and as this user."""
+
+    def find(jobs: str = "", url: str = database_url, mode: int = 0o600, environ: dict[str, str] | None = None) -> Any:
+        path = tmp_path / "config.toml"
+        path.write_text(f"[database]\nurl = '{url}'\n{jobs}\n")
+        path.chmod(mode)
+        settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ=environ or {})
+        with Database(settings.database) as database:
+            return list(check(settings, database))
+
+    return find
+
+
+@pytest.fixture
+def complete(database: Database) -> None:
+    """All that `init-db --with-app-tables --with-indexes` creates."""
+    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
+    for step in (
+        schema.upgrade(database),
+        create_tables(database, DatabaseTables()),
+        create_indexes(database, DatabaseTables(), wanted),
+    ):
+        list(step)
+
+
+def worst(findings: list[Finding], subject: str) -> Finding:
+    """The gravest finding about the subject."""
+    of_it = [finding for finding in findings if finding.subject == subject]
+    assert of_it, findings
+    return max(of_it, key=lambda finding: ("ok", "warning", "error").index(finding.level))
+
+
+RESET = "[jobs.reset-food-counters]\nenabled = true"
+
+
+def test_where_all_is_there_every_line_is_ok(findings: Findings, complete: None) -> None:
+    found = findings(RESET)
+
+    assert {finding.level for finding in found} == {"ok"}, found
+    assert {"configuration", "database", "clock", "schema", "clean-tokens", "clean-verification"} <= {
+        finding.subject for finding in found
+    }
+
+
+def test_an_empty_database_is_told_job_by_job(findings: Findings) -> None:
+    found = findings(RESET)
+
+    assert worst(found, "schema") == Finding(
+        "warning", "schema", "catfeeder_cron is missing; `start` sees to it, or `catfeeder-cron init-db`"
+    )
+    for job, table in (("clean-tokens", "Connections"), ("reset-food-counters", "Pet")):
+        assert worst(found, job).level == "error"
+        assert f'there is no table "public"."{table}"' in worst(found, job).message
+        assert "init-db --with-app-tables" in worst(found, job).message
+
+
+def test_a_disabled_job_needs_nothing(findings: Findings) -> None:
+    assert "clean-tokens" not in {finding.subject for finding in findings("[jobs.clean-tokens]\nenabled = false")}
+
+
+@pytest.mark.parametrize(
+    ("change", "job", "message"),
+    [
+        (
+            'ALTER TABLE "Pet" DROP time_reset_hours',
+            "reset-food-counters",
+            'table "public"."Pet" has no column time_reset_hours; correct [database.tables], or add what is missing',
+        ),
+        (
+            'ALTER TABLE "Pet" ALTER food_eaten DROP DEFAULT, ALTER food_eaten TYPE text',
+            "reset-food-counters",
+            'column "food_eaten" of table "public"."Pet" is text, not a number; correct [database.tables], or the '
+            "column's type",
+        ),
+        (
+            'ALTER TABLE "Connections" ALTER expiration_date TYPE text',
+            "clean-tokens",
+            'column "expiration_date" of table "public"."Connections" is text, not a time; correct [database.tables], '
+            "or the column's type",
+        ),
+    ],
+)
+def test_missing_columns_and_wrong_types_are_errors(
+    findings: Findings, complete: None, admin: psycopg.Connection, change: LiteralString, job: str, message: str
+) -> None:
+    admin.execute(change)
+
+    assert worst(findings(RESET), job) == Finding("error", job, message)
+
+
+def test_a_domain_over_a_time_is_a_time(findings: Findings, complete: None, admin: psycopg.Connection) -> None:
+    admin.execute("CREATE DOMAIN instant AS timestamptz")
+    admin.execute('ALTER TABLE "Pet" ALTER food_reset TYPE instant')
+
+    assert worst(findings(RESET), "reset-food-counters").level == "ok"
+
+
+def test_a_missing_index_is_a_warning_with_its_statement_which_helps(
+    findings: Findings, complete: None, admin: psycopg.Connection
+) -> None:
+    admin.execute('ALTER TABLE "Connections" RENAME expiration_date TO old')
+    admin.execute('ALTER TABLE "Connections" ADD expiration_date timestamptz')
+
+    found = worst(findings(), "clean-tokens")
+
+    assert found.level == "warning"
+    assert "init-db --with-indexes" in found.message
+    admin.execute(found.message[found.message.index("CREATE INDEX") :].encode())
+    assert worst(findings(), "clean-tokens").level == "ok"
+
+
+GRANTS = (
+    'GRANT SELECT, UPDATE, DELETE ON "Connections", "Verification" TO {role}',
+    'GRANT SELECT, UPDATE ON "Pet" TO {role}',
+    "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO {role}",
+)
+
+
+def test_a_role_with_the_readmes_grants_lacks_nothing(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    for grant in GRANTS:
+        admin.execute(grant.format(role=name).encode())
+
+    found = findings(RESET, url)
+
+    assert {finding.level for finding in found} == {"ok"}, found
+
+
+def test_a_role_with_too_little_is_told_what_it_lacks_and_the_grants_help(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    admin.execute(f'GRANT SELECT ON "Connections", "Verification" TO {name}'.encode())
+    admin.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA catfeeder_cron TO {name}".encode())
+
+    found = findings(RESET, url)
+
+    for job, lacking in (
+        ("clean-tokens", 'lacks UPDATE, DELETE on "public"."Connections"'),
+        ("clean-verification", 'lacks UPDATE, DELETE on "public"."Verification"'),
+        ("reset-food-counters", 'lacks SELECT, UPDATE on "public"."Pet"'),
+        ("schema", "lacks DELETE, UPDATE on tables of the schema catfeeder_cron"),
+    ):
+        told = worst(found, job)
+        assert told.level == "error"
+        assert f'role "{name}" {lacking}' in told.message
+        admin.execute(told.message[told.message.index("GRANT") :].encode())
+    assert {finding.level for finding in findings(RESET, url)} == {"ok"}
+
+
+def test_a_schema_that_the_role_may_not_use_is_told(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    for grant in GRANTS:
+        admin.execute(grant.format(role=name).encode())
+    admin.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+
+    told = worst(findings(RESET, url), "clean-tokens")
+
+    assert told.level == "error"
+    assert f'GRANT USAGE ON SCHEMA "public" TO "{name}"' in told.message
+
+
+def test_rows_that_a_policy_hides_are_a_warning(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    for grant in GRANTS:
+        admin.execute(grant.format(role=name).encode())
+    admin.execute('ALTER TABLE "Pet" ENABLE ROW LEVEL SECURITY')
+
+    told = worst(findings(RESET, url), "reset-food-counters")
+
+    assert told.level == "warning"
+    assert "row-level security" in told.message
+
+
+def test_a_partitioned_table_is_looked_at_where_its_job_works(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    for grant in GRANTS:
+        admin.execute(grant.format(role=name).encode())
+    admin.execute('DROP TABLE "Connections"')
+    admin.execute('CREATE TABLE "Connections" (expiration_date timestamptz) PARTITION BY RANGE (expiration_date)')
+    admin.execute('CREATE TABLE part PARTITION OF "Connections" DEFAULT')
+    admin.execute(f'GRANT SELECT, UPDATE, DELETE ON "Connections" TO {name}'.encode())
+
+    assert (
+        f'role "{name}" lacks SELECT, UPDATE, DELETE on "public"."part"'
+        in worst(findings("", url), "clean-tokens").message
+    )
+
+
+def test_an_old_schema_is_an_error_for_a_role_that_can_not_upgrade_it(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    name, url = role()
+    for grant in GRANTS:
+        admin.execute(grant.format(role=name).encode())
+    admin.execute("DELETE FROM catfeeder_cron.schema_version WHERE version > 2")
+
+    assert worst(findings("", url), "schema").level == "error"
+    assert worst(findings(), "schema").level == "warning"
+    for found in (findings(), findings("", url)):
+        assert "init-db" in worst(found, "schema").message
+
+
+def test_a_schema_from_the_future_is_an_error(findings: Findings, complete: None, admin: psycopg.Connection) -> None:
+    admin.execute("INSERT INTO catfeeder_cron.schema_version (version) VALUES (1000)")
+
+    assert worst(findings(), "schema").level == "error"
+    assert "install a newer catfeeder-cron" in worst(findings(), "schema").message
+
+
+def test_no_database_is_one_error_and_the_rest_is_told_still(findings: Findings) -> None:
+    found = findings("[jobs.report]\ncall = 'nowhere:main'\ninterval = 60", "postgresql://127.0.0.1:1/none")
+
+    assert [finding.subject for finding in found if finding.level == "error"] == ["report", "database"]
+
+
+@pytest.mark.parametrize(("enabled", "level"), [("true", "error"), ("false", "warning")])
+def test_a_callable_that_can_not_be_imported_is_told(findings: Findings, enabled: str, level: str) -> None:
+    found = worst(findings(f"[jobs.report]\ncall = 'nowhere:main'\ninterval = 60\nenabled = {enabled}"), "report")
+
+    assert found.level == level
+    assert found.message == (
+        "\"nowhere:main\" can't be imported: ModuleNotFoundError: No module named 'nowhere'; "
+        "install its package where catfeeder-cron is installed"
+    )
+
+
+def test_the_handler_of_an_action_is_imported_too(findings: Findings) -> None:
+    assert worst(findings("[actions.feed]\ncall = 'nowhere:feed'"), "actions.feed").level == "error"
+    assert worst(findings("[actions.feed]\ncall = 'json:dumps'"), "actions.feed").level == "ok"
+
+
+def test_what_a_callable_prints_at_import_does_not_get_among_the_results(
+    findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talkative.py").write_text("print('hello')\ndef main(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert worst(findings("[jobs.report]\ncall = 'talkative:main'\ninterval = 60"), "report").level == "ok"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("secret", "mode", "level"),
+    [
+        ("[jobs.clean-tokens]\nping_url = 'https://example.org/secret'", 0o644, "warning"),
+        ("[jobs.clean-tokens]\nping_url = 'https://example.org/secret'", 0o600, "ok"),
+        ("# ping_url = 'https://example.org/secret'", 0o644, "ok"),
+        ("", 0o644, "ok"),
+    ],
+)
+def test_a_configuration_that_holds_secrets_is_for_its_owner_alone(
+    findings: Findings, secret: str, mode: int, level: str
+) -> None:
+    found = worst(findings(secret, mode=mode), "configuration")
+
+    assert found.level == level
+    assert "example.org" not in found.message
+
+
+def test_so_is_one_with_a_password_and_the_file_that_holds_the_url(
+    findings: Findings, database_url: str, tmp_path: Path
+) -> None:
+    assert worst(findings(url="postgresql://cat:meow@127.0.0.1:1/x", mode=0o640), "configuration").level == "warning"
+
+    url_file = tmp_path / "url"
+    url_file.write_text(database_url)
+    config = tmp_path / "other.toml"
+    config.write_text('[database]\nurl_file = "url"\n')
+    for mode, level in ((0o600, "ok"), (0o644, "warning")):
+        url_file.chmod(mode)
+        settings = load(config, environ={})
+        with Database(settings.database) as database:
+            found = worst(list(check(settings, database)), "database.url_file")
+        assert found.level == level
+    assert f"chmod 600 {url_file}" in found.message
+
+
+def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
+    database_url: str, database: Database, complete: None, admin: psycopg.Connection, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[database]\nurl = "{database_url}"\n[oauth.providers.inside]\nallow_http = true\n[oauth.providers.typo]'
+    )
+    for name, client, endpoint in (
+        ("safe", "me", "https://example.org/token?secret=1"),
+        ("local", "me", "http://127.0.0.1:80/token"),
+        ("inside", "me", "http://intranet/token"),
+        ("open", "me", "http://example.org/token?secret=1"),
+        ("nowhere", "me", None),
+        ("odd", "me", "https://[bad/token"),
+        ("unused", "", None),
+    ):
+        admin.execute(
+            'INSERT INTO "UserOauthConnection" (provider_name, client_id, token_grabber_base_url) VALUES (%s, %s, %s)',
+            [name, client, endpoint],
+        )
+
+    found = list(check_providers(database, load(path, environ={})))
+
+    assert {finding.subject: finding.level for finding in found} == {
+        "provider safe": "ok",
+        "provider local": "ok",
+        "provider inside": "ok",
+        "provider open": "error",
+        "provider nowhere": "error",
+        "provider odd": "error",
+        "provider unused": "warning",
+        "provider typo": "warning",
+    }
+    assert not any("secret" in finding.message for finding in found)
+
+
+def test_providers_that_can_not_be_read_are_an_error(database: Database, database_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[database]\nurl = "{database_url}"\n')
+
+    (found,) = check_providers(database, load(path, environ={}))
+
+    assert found.level == "error"

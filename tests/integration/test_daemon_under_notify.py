@@ -1,0 +1,157 @@
+"""The daemon as the service manager hears it: a real process, and a socket in systemd's place."""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from catfeeder_cron import schema
+from catfeeder_cron.config import DatabaseSettings, DatabaseTables
+from catfeeder_cron.database import Database
+from catfeeder_cron.schema.application import create_tables
+
+SOON = 20
+
+
+class Manager:
+    """What systemd would have heard so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = folder / "notify"
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.address))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def wait_for(self, beginning: str, *, anew: bool = False) -> str:
+        """Return an assignment that begins so; with `anew` the next one."""
+        for assignment in () if anew else self.heard:
+            if assignment.startswith(beginning):
+                return assignment
+        until = time.monotonic() + SOON
+        while (left := until - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            for assignment in self._receive():
+                if assignment.startswith(beginning):
+                    return assignment
+        pytest.fail(f"never heard {beginning}, but {self.heard}")
+
+    def _receive(self) -> list[str]:
+        try:
+            assignments = self._socket.recv(65536).decode().split("\n")
+        except TimeoutError:
+            return []
+        self.heard += assignments
+        return assignments
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    manager = Manager(tmp_path)
+    yield manager
+    manager.close()
+
+
+@contextmanager
+def daemon(manager: Manager, folder: Path, config: str, **environ: str) -> Iterator["subprocess.Popen[str]"]:
+    (folder / "config.toml").write_text(config)
+    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(folder / "config.toml"), "start"]
+    environment = {**os.environ, "NOTIFY_SOCKET": str(manager.address), **environ}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(connection: "psycopg.Connection", query: LiteralString, answer: object) -> None:
+    until = time.monotonic() + SOON
+    while connection.execute(query).fetchone() != (answer,):
+        assert time.monotonic() < until, query
+        time.sleep(0.05)
+
+
+def config(url: str, more: str = "") -> str:
+    return f'[database]\nurl = "{url}"\nconnect_timeout = 1\n{more}'
+
+
+def test_it_is_ready_without_a_database_says_so_and_says_when_that_is_over(
+    manager: Manager, tmp_path: Path, database_url: str
+) -> None:
+    away = "postgresql://cat:hunter2@127.0.0.1:9/x"
+    with daemon(manager, tmp_path, config(away)) as process:
+        manager.wait_for("READY=1")
+        status = manager.wait_for("STATUS=DATABASE UNREACHABLE: ")
+        assert "hunter2" not in status
+        assert "next " in status
+        process.terminate()
+        manager.wait_for("STOPPING=1")
+        assert process.wait(SOON) == 0
+
+    manager.heard.clear()
+    with daemon(manager, tmp_path, config(database_url)):
+        manager.wait_for("READY=1")
+        assert manager.wait_for("STATUS=idle; next ").endswith("(2 scheduled)")
+
+
+def test_the_watchdog_is_fed_while_the_loop_turns_though_no_job_is_due_and_not_when_the_process_stands_still(
+    manager: Manager, tmp_path: Path, database_url: str
+) -> None:
+    with daemon(manager, tmp_path, config(database_url), WATCHDOG_USEC="1500000") as process:
+        manager.wait_for("READY=1")
+        fed = []
+        for _ in range(4):
+            manager.wait_for("WATCHDOG=1", anew=True)
+            fed.append(time.monotonic())
+        assert max(later - earlier for earlier, later in itertools.pairwise(fed)) < 1.5
+        process.terminate()
+        assert process.wait(SOON) == 0
+
+
+def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_for(
+    manager: Manager, tmp_path: Path, database_url: str
+) -> None:
+    settings = DatabaseSettings(url=SecretStr(database_url))
+    with Database(settings) as database:
+        list(schema.upgrade(database))
+        list(create_tables(database, DatabaseTables()))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN PERFORM pg_sleep(5); RETURN NULL; END$$"
+        )
+        connection.execute(
+            'CREATE TRIGGER slowly AFTER DELETE ON "Connections" FOR EACH STATEMENT EXECUTE FUNCTION slowly()'
+        )
+        connection.execute("INSERT INTO \"Users\" (username) VALUES ('cat')")
+        connection.execute(
+            'INSERT INTO "Connections" (token, user_id, expiration_date)'
+            " SELECT n::text, 1, now() - interval '1 day' FROM generate_series(1, 10) n"
+        )
+        jobs = '[jobs.clean-tokens]\ninterval = "1s"\n'
+        with daemon(manager, tmp_path, config(database_url, jobs)) as process:
+            manager.wait_for("STATUS=running clean-tokens")
+            wait_until(connection, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'", 1)
+            process.send_signal(signal.SIGTERM)
+            manager.wait_for("STOPPING=1")
+            for _ in range(2):
+                assert manager.wait_for("EXTEND_TIMEOUT_USEC=", anew=True) == "EXTEND_TIMEOUT_USEC=10000000"
+            assert process.wait(SOON) == 0
+        assert "STATUS=stopping; waiting for clean-tokens" in manager.heard
+        (outcome, counts), *_ = connection.execute(
+            "SELECT outcome, counts FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' ORDER BY run_id"
+        ).fetchall()
+        assert (outcome, counts["deleted"]) in [("succeeded", 10), ("aborted", 10)]
