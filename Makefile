@@ -22,8 +22,8 @@ test: $(VENV)/program ## run the tests (about three minutes)
 	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-proof: $(VENV)/program ## prove with real processes that no slot runs twice and none is lost (about ten minutes)
-	$(BIN)/python -m pytest tests/proofs -m proof
+proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
+	$(BIN)/python -m pytest tests -m proof
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
