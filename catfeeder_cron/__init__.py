@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from catfeeder_cron.background_tasks import BackgroundTasks
     from catfeeder_cron.crons import Crons
+    from catfeeder_cron.errors import HopelessAction, PostponedAction
     from catfeeder_cron.job import stopping
 
 __version__ = "0.1.0"
-__all__ = ["BackgroundTasks", "Crons", "__version__", "stopping"]
+__all__ = ["BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from catfeeder_cron.job import stopping
 
         return stopping
+    if name in ("HopelessAction", "PostponedAction"):
+        from catfeeder_cron import errors
+
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

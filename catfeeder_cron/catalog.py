@@ -1,11 +1,21 @@
 """What PostgreSQL's catalog says of a web server's table: its leaves, a column's type, indexes and privileges."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, single
 from catfeeder_cron.errors import SchemaProblem
+
+
+class WantedIndex(NamedTuple):
+    """What makes a job cheap: an index on `column` of the table that `table` names in [database.tables]."""
+
+    table: str
+    column: str
+    state: str | None = None
+    """Only the rows whose column "state" is this one are of interest."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,13 @@ _LEAVES = """
            EXISTS (SELECT FROM pg_index i
                    JOIN pg_class ic ON ic.oid = i.indexrelid JOIN pg_am am ON am.oid = ic.relam
                    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
-                   WHERE i.indrelid = c.oid AND a.attname = %(column)s AND am.amname = 'btree'
-                     AND i.indisvalid AND i.indisready AND i.indpred IS NULL)
+                   LEFT JOIN pg_attribute b ON b.attrelid = c.oid AND b.attnum = i.indkey[1]
+                   WHERE i.indrelid = c.oid AND am.amname = 'btree' AND i.indisvalid AND i.indisready
+                     AND CASE WHEN %(state)s::text IS NULL THEN a.attname = %(column)s AND i.indpred IS NULL
+                              WHEN i.indpred IS NULL THEN a.attname = 'state' AND b.attname = %(column)s
+                              ELSE a.attname = %(column)s
+                                   AND pg_get_expr(i.indpred, i.indrelid) LIKE '(state = ''' || %(state)s || '''%%'
+                         END)
     FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace,
          LATERAL (SELECT pg_relation_size(c.oid) / current_setting('block_size')::int AS blocks) size
     WHERE c.relkind = 'r'
@@ -128,9 +143,13 @@ def column_types(connection: Connection, oid: int) -> dict[str, str]:
     return dict(connection.execute(_COLUMN_TYPES, {"oid": oid}).fetchall())
 
 
-def leaves(connection: Connection, oid: int, column: str) -> list[Leaf]:
-    """Return the tables that hold the rows of table `oid`, itself included where it does."""
-    return [Leaf(*row) for row in connection.execute(_LEAVES, {"oid": oid, "column": column})]
+def leaves(connection: Connection, oid: int, column: str, state: str | None = None) -> list[Leaf]:
+    """Return the tables that hold the rows of table `oid`, itself included where it does.
+
+    With `state` they are looked at for an index on `column` that leads to the rows of that state alone.
+    """
+    parameters = {"oid": oid, "column": column, "state": state}
+    return [Leaf(*row) for row in connection.execute(_LEAVES, parameters)]
 
 
 def references(connection: Connection, leaf: Leaf) -> list[Reference]:

@@ -143,7 +143,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     _log_warnings(settings)
     jobs = overview.jobs(settings)
     if as_json:
-        terminal.print_json(jobs)
+        terminal.print_json([{key: job[key] for key in overview.LISTED} for job in jobs])
     else:
         tables.print_jobs(jobs)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -35,6 +36,7 @@ from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor
 from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.waker import Waker
 
 log = get_logger(__name__)
 
@@ -88,6 +90,8 @@ class Crons:
         self._supervisor: Supervisor | None = None
         self._dispatches: dict[str, Dispatch] = {}
         self._returns_seen = 0
+        self._wakers: dict[str, Waker] = {}
+        self._skipped: dict[str, str | None] = {}
         self._stop_requested = threading.Event()
 
     def __init_subclass__(cls) -> None:
@@ -116,6 +120,7 @@ class Crons:
         ledger.become_daemon()
         added = [self._put_on_schedule(tasks, dispatch) for dispatch in self._dispatches.values()]
         self._supervise().start()
+        self._listen()
         started = tasks not in self._owned or tasks.safe_start() == 0
         return self._success if all(added) and started else self._error
 
@@ -249,6 +254,7 @@ class Crons:
         With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
         """
         self.request_stop()
+        self._close_wakers()
         for resource in self._owned:
             if isinstance(resource, BackgroundTasks):
                 resource.safe_stop(wait=abandoned is None)
@@ -293,7 +299,7 @@ class Crons:
         return not isinstance(added, int)
 
     def _take_off_schedule(self, job_id: str) -> None:
-        for task_id in (job_id, _catch_up_id(job_id)):
+        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id)):
             with suppress(UnknownJob):  # a date's only slot is over
                 self._background_tasks().remove_task(task_id)
 
@@ -330,6 +336,43 @@ class Crons:
         with suppress(DatabaseError):
             if self._dispatches.get(job_id) is dispatch:
                 dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
+
+    def _listen(self) -> None:
+        """Have jobs run as soon as there is something to do for them."""
+        for job_id in self._dispatches:
+            wake = self.find(job_id)[0].wake
+            if wake is not None and job_id not in self._wakers:
+                due_in, run = partial(self._due_in, job_id), partial(self._wake, job_id)
+                self._wakers[job_id] = Waker(job_id, self._open_database(), wake.channel, due_in, run)
+                self._wakers[job_id].start()
+
+    def _close_wakers(self) -> None:
+        for waker in self._wakers.values():
+            waker.close()
+
+    def _due_in(self, job_id: str) -> float | None:
+        job, settings = self.find(job_id)
+        return job.wake.due_in(self._context(job_id, settings, no_progress)) if job.wake else None
+
+    def _wake(self, job_id: str) -> None:
+        if not self._stop_requested.is_set():
+            self._background_tasks().safe_add_task(
+                self._run_woken, args=[job_id], trigger="date", id=_woken_id(job_id), replace_existing=True
+            )
+
+    def _run_woken(self, job_id: str) -> None:
+        """Run a job between its slots, unless it is running here, or paused."""
+        job, settings = self.find(job_id)
+        ledger, context = self._open_ledger(), self._context(job_id, settings, no_progress)
+        try:
+            run = self._supervise().begin(job_id, context, lambda: ledger.claim_woken(job_id, shared=job.shared))
+        except (DatabaseUnavailable, JobInterrupted):
+            return  # told already; the waker looks again
+        except CatfeederCronError as error:
+            log.error("slot_not_claimed", job=job_id, reason=str(error))
+            return
+        if run is not None:
+            self._execute(run, job, settings)
 
     def _after_beat(self) -> None:
         """Open the jobs' accounts at the first heartbeat and after each return; catch up on what is overdue."""
@@ -392,8 +435,11 @@ class Crons:
 
     def _execute(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
         self._pings.send(job.id, settings.ping_url, "start")
-        report = run_job(job, run.context, settings, run.run_id)
+        report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
+        self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
         self._supervise().end(run, report)
+        if job.id in self._wakers:
+            self._wakers[job.id].ran(fruitful=any(report.counts.values()))
         succeeded = report.outcome in ("succeeded", "skipped")
         self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report
@@ -407,6 +453,7 @@ class Crons:
             database=self._open_database(),
             tables=self.settings.database.tables,
             timeout=settings.timeout,
+            actions=self.settings.actions,
             progress=progress,
             schedule=schedule_for(job_id, settings, self.settings.scheduler.timezone),
             oauth=self._oauth or OAuthClient(self.settings.oauth),
@@ -478,3 +525,7 @@ def _catch_up_id(job_id: str) -> str:
 def _slots(settings: JobSettings) -> tuple[object, ...]:
     """What a job's slots follow from."""
     return settings.interval, settings.cron, settings.date, settings.timezone, settings.jitter
+
+
+def _woken_id(job_id: str) -> str:
+    return f"{job_id} (woken)"

@@ -2,15 +2,14 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
 from copy import deepcopy
 from datetime import timedelta
-from importlib import import_module
 from threading import current_thread, main_thread
 from typing import Any
 
+from catfeeder_cron.callables import find_callable
 from catfeeder_cron.config import CustomJobSettings
-from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, JobSkipped
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobSkipped
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import one_line
 from catfeeder_cron.output import captured_output
@@ -26,23 +25,6 @@ def custom_job(job_id: str, settings: CustomJobSettings) -> Job[CustomJobSetting
     if settings.sql is not None:
         return Job(job_id, "a statement of SQL", CustomJobSettings, _run_sql)
     return Job(job_id, f"call {settings.call}", CustomJobSettings, _run_callable)
-
-
-def find_callable(reference: str) -> Callable[..., Any]:
-    """Import "package.module:function". Raises ConfigurationError where that can't be done, in one line."""
-    module_name, _, path = reference.partition(":")
-    try:
-        found: Any = import_module(module_name)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a script without a guard ends in SystemExit
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise ConfigurationError(f'"{reference}" can\'t be imported: {reason}') from error
-    if not callable(found):
-        raise ConfigurationError(f'"{reference}" is {type(found).__name__}, expected something callable')
-    return found  # type: ignore[no-any-return]
 
 
 class _RollBack(Exception):

@@ -140,6 +140,11 @@ class Database:
         with _translated(), psycopg.connect(self._address(), autocommit=True, prepare_threshold=None) as connection:
             yield connection
 
+    def notifications(self, connection: Connection) -> list[str]:
+        """Return the payloads of the notifications that have arrived at a session. Raises DatabaseUnavailable."""
+        with _translated():
+            return [notification.payload for notification in connection.notifies(timeout=0)]
+
     def probe(self) -> None:
         """Connect once, without the pool, which would never say why it can't. Raises DatabaseUnavailable."""
         with self.session():

@@ -2,9 +2,13 @@
 
 import os
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
 
 from catfeeder_cron import daemon, embedded, logs, schema
 from catfeeder_cron.config import Settings, load
@@ -33,6 +37,9 @@ interval = "7s"
 
 [jobs.renew-oauth]
 interval = "10s"
+
+[actions.webhook]
+allowed = ["{webhooks}"]
 
 [jobs.test-current-date]
 enabled = true
@@ -64,6 +71,32 @@ _LINKS = """
 _LINKS_IN_ALL = 100
 _DEAD_LINKS = 3
 
+_ACTION = """
+    INSERT INTO "Actions" (user_id, name, kind, payload, due_at, repeat_every)
+    VALUES (1, 'breakfast', 'webhook', jsonb_build_object('url', %s::text, 'body', '{"portions": 2}'::jsonb),
+            now() + interval '3 seconds', interval '20 seconds')"""
+
+
+class _Feeder(BaseHTTPRequestHandler):
+    """A cat feeder that is told to serve."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        log.info("feeder_was_told", path=self.path, body=body, idempotency=self.headers["Idempotency-Key"])
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def _feeder() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Feeder) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/feeders/"
+        server.shutdown()
+
 
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
@@ -82,8 +115,9 @@ def _set_up(opened: ExitStack) -> Settings:
     server = opened.enter_context(embedded.temporary())
     provider = opened.enter_context(local_provider())
     os.environ["STATE_DIRECTORY"] = folder
+    feeder = opened.enter_context(_feeder())
     config = Path(folder, "config.toml")
-    config.write_text(_CONFIG.format(conninfo=server.conninfo))
+    config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
     jobs = built_in()
     settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
     with Database(settings.database) as database:
@@ -95,6 +129,7 @@ def _set_up(opened: ExitStack) -> Settings:
             connection.execute(_SAMPLES)
             connection.execute(_PROVIDER, [provider.token_url])
             connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
+            connection.execute(_ACTION, [f"{feeder}kitchen"])
         wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
         for _ in create_indexes(database, settings.database.tables, wanted):
             pass

@@ -11,6 +11,8 @@ CatfeederCronError
 │   ├── ConstraintViolation   a constraint keeps the change from being made
 │   └── SchemaProblem         a table, a column or a privilege is missing
 ├── RenewalError              no OAuth token could be renewed, for a reason of ours
+├── HopelessAction            trying this action again would not help
+├── PostponedAction           this attempt of an action failed, and when the next one may be is known
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
     ├── JobAborted            the process is stopping
@@ -73,6 +75,18 @@ class SchemaProblem(DatabaseError):
 
 class RenewalError(CatfeederCronError):
     """There were OAuth tokens to renew and none could be, because of how we are set up."""
+
+
+class HopelessAction(CatfeederCronError):
+    """An action can't be done, now or later. A handler raises it to have the action failed at once."""
+
+
+class PostponedAction(CatfeederCronError):
+    """An attempt failed; the next one may not be made sooner than `after_seconds` from now."""
+
+    def __init__(self, reason: str, after_seconds: float = 0) -> None:
+        self.after_seconds = after_seconds
+        super().__init__(reason)
 
 
 class JobInterrupted(CatfeederCronError):

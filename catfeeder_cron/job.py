@@ -11,7 +11,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, state_directory
+from catfeeder_cron.catalog import WantedIndex
+from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
@@ -40,6 +41,16 @@ class TableUse:
 
 
 @dataclass(frozen=True)
+class Wake:
+    """What has a job run between its slots, so that these are no more than its safety net."""
+
+    channel: str
+    """The PostgreSQL channel on which news are told."""
+    due_in: Callable[["JobContext"], float | None]
+    """In how many seconds there is something to do; None while nothing is in sight."""
+
+
+@dataclass(frozen=True)
 class Job(Generic[S]):
     """A kind of work with its settings. `run` returns when all is done, and raises when it is not."""
 
@@ -50,8 +61,8 @@ class Job(Generic[S]):
     shared: bool = False
     """Its rows are shared out by leases, so every daemon works on each of its slots."""
     tables: tuple[TableUse, ...] = ()
-    wanted_indexes: tuple[tuple[str, str], ...] = ()
-    """What makes the job cheap: pairs of (a key of [database.tables], a column)."""
+    wanted_indexes: tuple[WantedIndex, ...] = ()
+    wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
     """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
 
@@ -102,6 +113,7 @@ class JobContext:
     state_directory: Path = field(default_factory=state_directory)
     """Where the job may keep what must survive the process; it need not exist."""
     counts: Counter[str] = field(default_factory=Counter)
+    actions: ActionsSettings = field(default_factory=ActionsSettings)
     stop_was_seen: bool = False
     """Whether the run has been answered that it should end."""
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)

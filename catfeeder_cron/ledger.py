@@ -123,6 +123,15 @@ _CLAIM_MANUAL = """
     ON CONFLICT DO NOTHING
     RETURNING run_id"""
 
+# Of a run between the slots. A pause holds it as it holds those of the schedule.
+_CLAIM_WOKEN = """
+    INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
+    SELECT %(job)s, 'schedule', %(shared)s, %(host)s, %(pid)s, %(daemon)s
+    WHERE NOT EXISTS (SELECT FROM catfeeder_cron.pauses
+                      WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()))
+    ON CONFLICT DO NOTHING
+    RETURNING run_id"""
+
 _UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs WHERE job = %(job)s AND outcome IS NULL AND NOT shared"""
 
@@ -236,6 +245,11 @@ class Ledger:
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already."""
         rows = self._database.query(_CLAIM_MANUAL, self._process.parameters() | {"job": job, "shared": shared})
+        return rows[0][0] if rows else None
+
+    def claim_woken(self, job: str, *, shared: bool) -> int | None:
+        """Claim a run between the slots; None when the job is paused, or running already."""
+        rows = self._database.query(_CLAIM_WOKEN, self._process.parameters() | {"job": job, "shared": shared})
         return rows[0][0] if rows else None
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:

@@ -13,10 +13,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -49,16 +50,30 @@ _SECRET_TEXTS = (
 
 def get_logger(name: str) -> "BoundLogger":
     """Return the logger for the module `name`: `log.info("job_finished", deleted=12)`."""
-    from structlog.contextvars import merge_contextvars
-    from structlog.stdlib import BoundLogger, filter_by_level
+    return cast("BoundLogger", _LazyLogger(name))
 
-    # The processors are this logger's own: a host program's structlog.configure() is neither needed
-    # nor changed.
-    return BoundLogger(
-        logging.getLogger(name),
-        processors=[filter_by_level, merge_contextvars, _redact, _to_standard_logging],
-        context={},
-    )
+
+class _LazyLogger:
+    """Becomes structlog's logger at its first use: a command that logs nothing does without importing it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._bound, attribute)
+
+    @cached_property
+    def _bound(self) -> "BoundLogger":
+        from structlog.contextvars import merge_contextvars
+        from structlog.stdlib import BoundLogger, filter_by_level
+
+        # The processors are this logger's own: a host program's structlog.configure() is neither needed
+        # nor changed.
+        return BoundLogger(
+            logging.getLogger(self._name),
+            processors=[filter_by_level, merge_contextvars, _redact, _to_standard_logging],
+            context={},
+        )
 
 
 def one_line(text: str) -> str:
@@ -104,8 +119,23 @@ def _handler(format: Format, stream: TextIO) -> logging.Handler:
     if format == "journald" or (format == "auto" and is_journal(stream)):
         return JournalHandler(_fields, stream)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_formatter(format, terminal=_is_terminal(stream)))
+    handler.setFormatter(_LazyFormatter(lambda: _formatter(format, terminal=_is_terminal(stream))))
     return handler
+
+
+class _LazyFormatter(logging.Formatter):
+    """Is made at the first record, for the same reason as _LazyLogger."""
+
+    def __init__(self, make: Callable[[], logging.Formatter]) -> None:
+        super().__init__()
+        self._make = make
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._made.format(record)
+
+    @cached_property
+    def _made(self) -> logging.Formatter:
+        return self._make()
 
 
 def _fields(record: logging.LogRecord) -> "EventDict":

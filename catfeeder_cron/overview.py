@@ -15,6 +15,9 @@ from catfeeder_cron.schedule import schedule_for
 
 log = get_logger(__name__)
 
+LISTED = ("job", "enabled", "trigger", "next_run", "last_run", "last_outcome", "paused")
+"""What `list --json` tells of a job; `status --json` tells the rest too."""
+
 # A slot that nobody has taken this long after it came up is overdue.
 _OVERDUE_AFTER = timedelta(seconds=60)
 

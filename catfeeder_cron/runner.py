@@ -13,10 +13,18 @@ from catfeeder_cron.logs import get_logger
 log = get_logger(__name__)
 
 
-def run_job(job: Job[Any], context: JobContext, settings: JobSettings, run_id: int | None = None) -> JobReport:
+def run_job(
+    job: Job[Any],
+    context: JobContext,
+    settings: JobSettings,
+    run_id: int | None = None,
+    *,
+    known_reason: str | None = None,
+) -> JobReport:
     """Run `job` in this thread and return what is to be told of it; never raises an Exception.
 
     What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
+    That it was skipped for `known_reason`, as the run before it, is no news.
     """
     started_at, begun = datetime.now(UTC), time.monotonic()
     with logs.context(job=job.id, **({} if run_id is None else {"run_id": run_id})):
@@ -32,7 +40,7 @@ def run_job(job: Job[Any], context: JobContext, settings: JobSettings, run_id: i
             dry_run=context.dry_run,
             by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
         )
-        _tell(report)
+        _tell(report, known_reason)
     return report
 
 
@@ -61,7 +69,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
     return "succeeded", None
 
 
-def _tell(report: JobReport) -> None:
+def _tell(report: JobReport, known_reason: str | None) -> None:
     """Log the one canonical event of a run. A run that found nothing to do is no news."""
     fields = {
         "outcome": report.outcome,
@@ -74,7 +82,7 @@ def _tell(report: JobReport) -> None:
         log.error("job_finished", **fields)
     elif report.outcome == "aborted":
         log.warning("job_finished", **fields)
-    elif any(report.counts.values()) or report.reason:
+    elif any(report.counts.values()) or (report.reason and report.reason != known_reason):
         log.info("job_finished", **fields)
     else:
         log.debug("job_finished", **fields)

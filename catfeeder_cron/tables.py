@@ -11,22 +11,22 @@ from catfeeder_cron.terminal import print_table
 
 
 def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:
-    """Print what overview.jobs found."""
-    print_table(
-        ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME", "NOTES"),
-        [
-            (
-                job["job"],
-                "yes" if job["enabled"] else "no",
-                job["trigger"],
-                _second(job["next_run"]),
-                _second(job["last_run"]),
-                job["last_outcome"] or "-",
-                _notes(job),
-            )
-            for job in jobs
-        ],
-    )
+    """Print what overview.jobs found. Notes have a column where there are any: a terminal has little room."""
+    columns = ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME", "NOTES")
+    rows = [
+        (
+            job["job"],
+            "yes" if job["enabled"] else "no",
+            job["trigger"],
+            _second(job["next_run"]),
+            _second(job["last_run"]),
+            job["last_outcome"] or "-",
+            _notes(job),
+        )
+        for job in jobs
+    ]
+    shown = len(columns) if any(row[-1] for row in rows) else len(columns) - 1
+    print_table(columns[:shown], [row[:shown] for row in rows])
 
 
 def print_status(found: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from catfeeder_cron import schema
+from catfeeder_cron.callables import find_callable
 from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.checks.providers import check_providers
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
-from catfeeder_cron.custom_jobs import find_callable
 from catfeeder_cron.database import Connection, Database, single
 from catfeeder_cron.errors import ConfigurationError, DatabaseError
 from catfeeder_cron.jobs import built_in

@@ -85,18 +85,20 @@ def _require(connection: Connection, settings: Settings, use: TableUse) -> list[
 
 def _indexes(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:
     tables = settings.database.tables
-    for key, column in job.wanted_indexes:
+    for key, column, state in job.wanted_indexes:
         with database.transaction() as connection:
             oid, _ = catalog.find_table(connection, tables.schema_, getattr(tables, key), column)
-            leaves = catalog.leaves(connection, oid, column)
+            leaves = catalog.leaves(connection, oid, column, state)
+        where = f" WHERE state = '{state}'" if state else ""
         for leaf in leaves:
             name = leaf.identifier.as_string()
             if leaf.indexed:
-                yield Finding("ok", job.id, f"{name} has an index on {column}")
+                yield Finding("ok", job.id, f"{name} has an index on {column}{where}")
             else:
                 yield Finding(
                     "warning",
                     job.id,
-                    f"{name} has no index on {column}, so every run reads the whole table; `catfeeder-cron init-db "
-                    f'--with-indexes`, or CREATE INDEX CONCURRENTLY ON {name} ("{column}")',
+                    f"{name} has no index on {column}{where}, so every run reads the whole table; "
+                    f'`catfeeder-cron init-db --with-indexes`, or CREATE INDEX CONCURRENTLY ON {name} ("{column}")'
+                    f"{where}",
                 )

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import Duration
 from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
 from catfeeder_cron.job import Job, JobContext, TableUse
@@ -21,5 +22,5 @@ JOB = Job(
     settings=CleanTokens,
     run=run,
     tables=(TableUse("connections", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration_date",), by_leaf=True),),
-    wanted_indexes=(("connections", "expiration_date"),),
+    wanted_indexes=(WantedIndex("connections", "expiration_date"),),
 )

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import Duration
 from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
 from catfeeder_cron.job import Job, JobContext, TableUse
@@ -21,5 +22,5 @@ JOB = Job(
     settings=CleanVerification,
     run=run,
     tables=(TableUse("verification", ("SELECT", "UPDATE", "DELETE"), (), times=("expiration",), by_leaf=True),),
-    wanted_indexes=(("verification", "expiration"),),
+    wanted_indexes=(WantedIndex("verification", "expiration"),),
 )

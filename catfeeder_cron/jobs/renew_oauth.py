@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.job import Job, JobContext, TableUse
 
@@ -43,6 +44,6 @@ JOB = Job(
             ("id", "provider_name", "client_id", "client_secret", "token_grabber_base_url"),
         ),
     ),
-    wanted_indexes=(("active_oauths", "token_expiration"),),
+    wanted_indexes=(WantedIndex("active_oauths", "token_expiration"),),
     recover=recover,
 )

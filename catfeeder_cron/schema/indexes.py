@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from psycopg import sql
 
 from catfeeder_cron import catalog
-from catfeeder_cron.catalog import Leaf
+from catfeeder_cron.catalog import Leaf, WantedIndex
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database, single
 from catfeeder_cron.errors import SchemaProblem
@@ -23,47 +23,53 @@ _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(7241386209 + {})"
 
 
 def create_indexes(
-    database: Database, tables: DatabaseTables, wanted: Iterable[tuple[str, str]], *, dry_run: bool = False
+    database: Database, tables: DatabaseTables, wanted: Iterable[WantedIndex], *, dry_run: bool = False
 ) -> Iterator[str]:
     """Create the wanted indexes that are missing, on every leaf of a table, and yield a line for each.
 
     CONCURRENTLY: reading and writing go on, an interruption rolls nothing back, and no statement timeout applies.
     What an interrupted try left is rebuilt; what another process is building is left to it.
-    `wanted` holds pairs of (key of [database.tables], column).
     """
-    for key, column in wanted:
-        name = getattr(tables, key)
+    for each in wanted:
+        name, column = getattr(tables, each.table), each.column
         try:
             with database.transaction() as connection:
                 oid, _ = catalog.find_table(connection, tables.schema_, name, column)
-                leaves = catalog.leaves(connection, oid, column)
+                leaves = catalog.leaves(connection, oid, column, each.state)
         except SchemaProblem as error:
             missing = f'index on "{tables.schema_}"."{name}" ({column})'
             yield f"{told(dry_run)} {missing}, once the table is there" if dry_run else f"no {missing}: {error}"
             continue
         for leaf in leaves:
             if not leaf.indexed:
-                yield from _create_index(database, leaf, column, dry_run)
+                yield from _create_index(database, leaf, each, dry_run)
 
 
-def _create_index(database: Database, leaf: Leaf, column: str, dry_run: bool) -> Iterator[str]:
-    described = f'index on "{leaf.schema}"."{leaf.name}" ({column})'
+def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: bool) -> Iterator[str]:
+    described = f'index on "{leaf.schema}"."{leaf.name}" ({wanted.column})'
+    if wanted.state is not None:
+        described += f" for the state '{wanted.state}'"
     if dry_run:
         yield f"{told(dry_run)} {described}"
         return
     # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits for.
     with database.transaction(idle_in_transaction_session_timeout=0) as connection:
         if single(connection, sql.SQL(_TRY_LOCK).format(sql.Literal(leaf.oid)))[0]:
-            yield from _create_alone(database, leaf, column, described)
+            yield from _create_alone(database, leaf, wanted, described)
         else:
             yield f"{described}: left to the process that is creating it"
 
 
-def _create_alone(database: Database, leaf: Leaf, column: str, described: str) -> Iterator[str]:
+def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described: str) -> Iterator[str]:
     # A name of our own, the same in every process, by which the removal of an invalid index goes. PostgreSQL cuts it
     # off after 63 bytes, so what makes it unique comes first.
-    marker = zlib.crc32(f"{leaf.schema}.{leaf.name}.{column}".encode())
-    index = f"catfeeder_cron_{marker:08x}_{leaf.name[:15]}_{column[:15]}"
+    where: sql.Composable = sql.SQL("")
+    unique = [leaf.schema, leaf.name, wanted.column]
+    if wanted.state is not None:
+        where = sql.SQL(" WHERE state = {}").format(wanted.state)
+        unique.append(wanted.state)
+    marker = zlib.crc32(".".join(unique).encode())
+    index = f"catfeeder_cron_{marker:08x}_{leaf.name[:15]}_{wanted.column[:15]}"
     with database.session() as connection:
         connection.execute("SET statement_timeout = 0")
         connection.execute("SET lock_timeout = 0")
@@ -78,8 +84,9 @@ def _create_alone(database: Database, leaf: Leaf, column: str, described: str) -
                     return
                 drop = sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}")
                 connection.execute(drop.format(sql.Identifier(leaf.schema, index)))
-            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({})")
-            connection.execute(create.format(sql.Identifier(index), leaf.identifier, sql.Identifier(column)))
+            create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({}){}")
+            column = sql.Identifier(wanted.column)
+            connection.execute(create.format(sql.Identifier(index), leaf.identifier, column, where))
             yield f"{told(dry_run=False)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.

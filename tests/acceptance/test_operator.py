@@ -383,7 +383,11 @@ def test_a_custom_job_is_a_job_like_any_other(program: Program, app_tables: None
 
 
 def test_the_shell_completes_and_every_help_has_an_example(program: Program) -> None:
-    assert "_CATFEEDER_CRON_COMPLETE" in program.run("--show-completion", "bash").stdout
+    # By itself typer looks which shell it was started from.
+    given = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = program.run("--show-completion", "bash", variables=given)
+    assert "_CATFEEDER_CRON_COMPLETE=complete_bash" in shown.stdout
+    assert "_catfeeder_cron_completion catfeeder-cron" in shown.stdout
     asked = {"_CATFEEDER_CRON_COMPLETE": "complete_bash", "COMP_WORDS": "catfeeder-cron pa", "COMP_CWORD": "1"}
     completed = program.run(variables=asked)
     assert completed.stdout.split() == ["pause"]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from catfeeder_cron import embedded
-from tests.benchmarks import deletion_rate, memory, neighbour, nothing_to_do, renewal, start_up
+from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, renewal, start_up
 from tests.benchmarks.report import HEAD
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -18,6 +18,8 @@ BENCHMARKS = {
     "memory": memory.measure,
     "renewal": renewal.measure,
     "start-up": start_up.measure,
+    "actions": actions.measure,
+    "ledger": ledger.measure,
 }
 
 

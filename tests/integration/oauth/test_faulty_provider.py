@@ -263,11 +263,29 @@ def test_a_provider_that_nobody_answers_for_is_no_fault_of_ours(world: World, se
 
 def test_when_most_tokens_are_called_dead_the_provider_is_suspected(world: World, serve: Serve) -> None:
     faulty, _, counts = run_with(world, serve, DEAD[0], links=40)
-    assert counts == {"due": 40, "renewed": 0, "needs_reauth": 0, "failed": 0, "postponed": 40}
-    assert 20 <= len(faulty.requests) < 25
+    asked = len(faulty.requests)
+    assert 20 <= asked < 25
+    assert counts == {"due": 40, "renewed": 0, "needs_reauth": 0, "failed": asked, "postponed": 40 - asked}
 
+    world.let_time_pass()
     faulty.script = lambda _: reply(200, {"access_token": "alive"})
     assert world.renew().counts["renewed"] == 40
+
+
+def test_many_dead_tokens_do_not_starve_the_good_ones_behind_them(world: World, serve: Serve) -> None:
+    """The oldest are the likeliest to be dead: those of users who were gone while no daemon ran, say."""
+    some = serve()
+    world.add_provider(some)
+    for number in range(25):
+        world.add_link(f"nobody knows {number}", left="-90 days")
+    for number in range(60):
+        world.add_link(some.log_in(f"user{number}"))
+    assert world.renew().counts["needs_reauth"] == 0
+    for _ in range(2):
+        world.let_time_pass()
+        world.renew()
+    assert sum(some.renewals.values()) == 60
+    assert sum(report.counts["needs_reauth"] for report in world.reports) == 25
 
 
 def test_a_few_dead_tokens_among_many_are_believed(world: World, serve: Serve) -> None:

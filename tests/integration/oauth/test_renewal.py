@@ -6,6 +6,7 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from tests.integration.oauth.conftest import World
@@ -292,7 +293,7 @@ def test_a_link_whose_service_has_no_provider_is_postponed_and_named(world: Worl
 
 def test_the_job_is_shared_and_wants_its_index() -> None:
     assert renew_oauth.JOB.shared
-    assert renew_oauth.JOB.wanted_indexes == (("active_oauths", "token_expiration"),)
+    assert renew_oauth.JOB.wanted_indexes == (WantedIndex("active_oauths", "token_expiration"),)
     assert renew_oauth.JOB.settings().interval == timedelta(minutes=30)
 
 

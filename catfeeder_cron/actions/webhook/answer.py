@@ -1,0 +1,71 @@
+"""What an answer to a webhook means: done, try again (and when), or hopeless."""
+
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from catfeeder_cron.errors import HopelessAction, PostponedAction
+from catfeeder_cron.logs import one_line
+
+_MOST_READ = 4096
+_MOST_TOLD = 200
+_TRY_AGAIN = {408, 429}
+# Headers that hold nothing secret.
+_TELLABLE = {"accept", "accept-encoding", "content-type", "content-length", "host", "user-agent"}
+_LONGEST_WAIT_SECONDS = 86_400
+
+
+async def receive(client: httpx.AsyncClient, request: httpx.Request) -> str:
+    """Send a request and return what to tell of its 2xx answer. Raises HopelessAction or PostponedAction for others."""
+    response = await client.send(request, stream=True, follow_redirects=False)
+    try:
+        if response.is_success:
+            return f"HTTP {response.status_code}"
+        told = _told(response.status_code, await _beginning(response), request)
+    finally:
+        await response.aclose()
+    if response.status_code in _TRY_AGAIN or response.status_code >= 500:
+        raise PostponedAction(told, retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC)))
+    if response.is_redirect:
+        told += " (redirects are not followed)"
+    raise HopelessAction(told)
+
+
+def retry_after_seconds(value: str | None, now: datetime) -> float:
+    """Read a Retry-After header (RFC 9110, section 10.2.3): seconds or a date. 0 where there is none; at most a day."""
+    if value is None:
+        return 0
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return float(min(int(value[:9]), _LONGEST_WAIT_SECONDS))
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return 0
+    seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+    return min(max(0.0, seconds), _LONGEST_WAIT_SECONDS)
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """Read the first bytes of the body as they came, undecoded; the rest is never fetched."""
+    read = b""
+    try:
+        async for chunk in response.aiter_raw():
+            read += chunk
+            if len(read) >= _MOST_READ:
+                break
+    except httpx.TransportError:
+        pass  # the status says enough
+    return read[:_MOST_READ]
+
+
+def _told(status: int, body: bytes, request: httpx.Request) -> str:
+    """The status and the beginning of the body, without anything that was sent: some servers answer with an echo."""
+    text = body.decode("utf-8", "replace")
+    sent = [value for name, value in request.headers.items() if name not in _TELLABLE]
+    path, _, query = request.url.raw_path.decode("ascii").partition("?")
+    for secret in (*sent, *(value.rpartition(" ")[2] for value in sent), path, query):
+        text = text.replace(secret, "[redacted]") if len(secret) > 3 else text
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return f"HTTP {status}: {one_line(text)[:_MOST_TOLD]}".rstrip(": ")

@@ -1,0 +1,163 @@
+"""Handlers at work: in an event loop with a thread of its own, so that waiting for one holds up no other."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from catfeeder_cron.action import Handler, Perform
+from catfeeder_cron.config import ActionsSettings
+from catfeeder_cron.due_actions.children import Child, Children
+from catfeeder_cron.due_actions.leases import Claimed
+from catfeeder_cron.errors import HopelessAction, PostponedAction
+from catfeeder_cron.logs import get_logger, one_line
+
+log = get_logger(__name__)
+
+# Outcomes that come this close together are stored together.
+_GATHER_SECONDS = 0.001
+
+Verdict = Literal["done", "retried", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How an attempt ended. "retried" becomes "failed" where it was the last one."""
+
+    claimed: Claimed
+    verdict: Verdict
+    detail: str | None = None
+    after_seconds: float = 0
+
+
+class Attempts:
+    """Performs actions from `__enter__` to `__exit__`, which cancels what is still under way."""
+
+    def __init__(
+        self, settings: ActionsSettings, built_in: Mapping[str, Handler], timeout_seconds: float, lease_seconds: float
+    ) -> None:
+        self._settings = settings
+        self._built_in = built_in
+        self._timeout_seconds = timeout_seconds
+        self._lease_seconds = lease_seconds
+        self._finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
+        self._tasks: dict[Any, asyncio.Task[None]] = {}
+        self._at_work: dict[Any, Child] = {}
+        self._performs: dict[str, Perform] = {}
+        self._opened = AsyncExitStack()
+        self._children = Children()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="actions", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def begin(self, claimed: list[Claimed]) -> None:
+        """Have these actions performed; `wait` tells when they are."""
+        if claimed:
+            self._loop.call_soon_threadsafe(self._begin, claimed)
+
+    def wait(self, seconds: float) -> list[Finished]:
+        """Return what has finished since the last call, as soon as there is any, and no later than after `seconds`."""
+        finished: list[Finished] = []
+        with suppress(queue.Empty):
+            finished.append(self._finished.get(timeout=seconds))
+            while True:
+                finished.append(self._finished.get(timeout=_GATHER_SECONDS))
+        return finished
+
+    def extend(self, ids: list[Any]) -> None:
+        """Let these go on: their leases were extended."""
+        self._loop.call_soon_threadsafe(self._extend, ids)
+
+    def cancel(self, ids: list[Any]) -> None:
+        """Stop these attempts; they finish as "cancelled"."""
+        self._loop.call_soon_threadsafe(self._cancel, ids)
+
+    def _begin(self, claimed: list[Claimed]) -> None:
+        for each in claimed:
+            self._tasks[each.action.id] = self._loop.create_task(self._attempt(each))
+
+    def _extend(self, ids: list[Any]) -> None:
+        for each in ids:
+            if each in self._at_work:
+                self._at_work[each].extend(self._lease_seconds)
+
+    def _cancel(self, ids: list[Any]) -> None:
+        for each in ids:
+            if each in self._tasks:
+                self._tasks[each].cancel()
+
+    async def _attempt(self, claimed: Claimed) -> None:
+        finished = await self._verdict(claimed)
+        del self._tasks[claimed.action.id]
+        self._finished.put(finished)
+
+    async def _verdict(self, claimed: Claimed) -> Finished:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                detail = await self._perform(claimed)
+        except asyncio.CancelledError:
+            return Finished(claimed, "cancelled", "stopped while it ran")
+        except TimeoutError:
+            reason = f"longer than the action_timeout of {self._timeout_seconds:g} s"
+            return Finished(claimed, "retried", reason)
+        except HopelessAction as error:
+            return Finished(claimed, "failed", one_line(str(error)))
+        except PostponedAction as error:
+            return Finished(claimed, "retried", one_line(str(error)), error.after_seconds)
+        except Exception as error:
+            log.exception("action_handler_raised", action=claimed.action.id, kind=claimed.action.kind)
+            return Finished(claimed, "retried", one_line(f"{type(error).__name__}: {error}"))
+        return Finished(claimed, "done", detail)
+
+    async def _perform(self, claimed: Claimed) -> str | None:
+        if claimed.unreadable is not None:
+            raise HopelessAction(claimed.unreadable)
+        kind = claimed.action.kind
+        reference = self._settings.handlers.get(kind)
+        if reference is not None:
+            return await self._perform_in_child(claimed, reference)
+        if kind not in self._built_in:
+            known = ", ".join(sorted({*self._built_in, *self._settings.handlers}))
+            raise HopelessAction(f'no handler for the kind "{kind}"; there are {known}')
+        if kind not in self._performs:
+            opened = self._built_in[kind].open(self._settings)
+            self._performs[kind] = await self._opened.enter_async_context(opened)
+        return await self._performs[kind](claimed.action)
+
+    async def _perform_in_child(self, claimed: Claimed, reference: str) -> str | None:
+        child = await self._children.borrow()
+        self._at_work[claimed.action.id] = child
+        usable = False
+        try:
+            detail = await child.perform(claimed.action, reference, self._lease_seconds)
+            usable = True
+        except (HopelessAction, PostponedAction):
+            usable = True
+            raise
+        finally:
+            del self._at_work[claimed.action.id]
+            await self._children.give_back(child, usable=usable)
+        return detail
+
+    async def _close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
+        await self._children.close()
+        await self._opened.aclose()

@@ -1,0 +1,109 @@
+"""Store what became of attempts: the row's next state and a line in "ActionLog", in one statement, if it is ours."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.database import Connection
+from catfeeder_cron.due_actions.attempts import Finished
+from catfeeder_cron.due_actions.leases import statement
+
+_LONGEST_WAIT_SECONDS = 3600
+
+# A retry moves `due_at`, so action_retries remembers the slot of a row that repeats: its grid does not shift.
+# Of the multiples of repeat_every only those near now() are looked at; an interval with months has no fixed length,
+# so there a few more. A row that is locked by somebody else is left for the next call. A cancelled row keeps its state.
+_STORE = """
+    WITH verdict AS (
+        SELECT * FROM unnest(%(ids)s, %(owners)s::text[], %(verdicts)s::text[], %(details)s::text[],
+                             %(waits)s::float8[]) AS v (id, owner, verdict, detail, wait)),
+    held AS MATERIALIZED (
+        SELECT a.id, a.state, a.attempts, a.repeat_every, v.owner, v.detail,
+               coalesce(r.due_at, a.due_at::timestamptz) AS slot,
+               now() + v.wait * interval '1 second' AS retry_at,
+               CASE WHEN v.verdict = 'retried' AND a.attempts >= coalesce(a.max_attempts, 5) THEN 'failed'
+                    ELSE v.verdict END AS verdict
+        FROM verdict v JOIN {actions} a ON a.id = v.id AND a.lease_owner = v.owner
+        LEFT JOIN catfeeder_cron.action_retries r
+            ON a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at
+        FOR UPDATE OF a SKIP LOCKED),
+    next AS (
+        SELECT held.*, CASE WHEN verdict = 'done' AND repeat_every > interval '0' AND isfinite(repeat_every)
+                                 AND isfinite(slot) THEN (
+            SELECT coalesce(min(slot + n * repeat_every) FILTER (WHERE slot + n * repeat_every > now()),
+                            now() + repeat_every)
+            FROM (SELECT floor(extract(epoch FROM now() - slot) / extract(epoch FROM repeat_every)) + 1 AS about,
+                         extract(year FROM repeat_every) <> 0 OR extract(month FROM repeat_every) <> 0 AS months) AS e,
+                 generate_series(greatest(1, about - CASE WHEN months THEN 2 + about / 20 ELSE 0 END)::bigint,
+                                 greatest(1, about + CASE WHEN months THEN 2 + about / 20 ELSE 0 END)::bigint) AS n)
+            END AS repeat_at
+        FROM held),
+    logged AS (
+        INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
+        SELECT id, attempts, right(owner, 27)::timestamptz, now(), verdict, detail FROM next),
+    remembered AS (
+        INSERT INTO catfeeder_cron.action_retries (action, due_at, retry_at)
+        SELECT id::text, slot, retry_at FROM next
+        WHERE verdict = 'retried' AND state = 'running' AND repeat_every IS NOT NULL
+        ON CONFLICT (action) DO UPDATE SET due_at = excluded.due_at, retry_at = excluded.retry_at),
+    forgotten AS (
+        DELETE FROM catfeeder_cron.action_retries r USING next
+        WHERE next.repeat_every IS NOT NULL AND next.verdict <> 'retried' AND r.action = next.id::text),
+    stored AS (
+        UPDATE {actions} AS a
+        SET lease_owner = NULL, lease_until = NULL,
+            state = CASE WHEN next.state <> 'running' THEN next.state
+                         WHEN next.verdict = 'retried' OR repeat_at IS NOT NULL THEN 'pending'
+                         ELSE next.verdict END,
+            due_at = CASE WHEN next.state <> 'running' THEN a.due_at
+                          WHEN next.verdict = 'retried' THEN next.retry_at
+                          ELSE coalesce(repeat_at, a.due_at) END,
+            attempts = CASE WHEN next.state = 'running' AND repeat_at IS NOT NULL THEN 0 ELSE a.attempts END,
+            last_error = CASE WHEN next.verdict = 'done' THEN NULL ELSE next.detail END
+        FROM next WHERE a.id = next.id
+        RETURNING a.id)
+    SELECT verdict.id, next.verdict,
+           EXISTS (SELECT FROM {actions} a WHERE a.id = verdict.id AND a.lease_owner = verdict.owner)
+    FROM verdict LEFT JOIN next ON next.id = verdict.id"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    finished: Finished
+    verdict: str | None
+    """What it came to; None where the row was not ours any more."""
+
+
+def store(
+    connection: Connection, tables: DatabaseTables, finished: Sequence[Finished], retry_after_seconds: float
+) -> tuple[list[Stored], list[Finished]]:
+    """Store these outcomes. Returns what was seen to, and what has to wait because somebody has the row locked.
+
+    Repeated after an answer was lost, it changes nothing.
+    """
+    by_id = {each.claimed.action.id: each for each in finished}
+    parameters = {
+        "ids": [each.claimed.action.id for each in finished],
+        "owners": [each.claimed.owner for each in finished],
+        "verdicts": [each.verdict for each in finished],
+        "details": [each.detail and each.detail.replace("\\0", "") for each in finished],
+        "waits": [_wait_seconds(each, retry_after_seconds) for each in finished],
+    }
+    rows = connection.execute(statement(_STORE, tables), parameters).fetchall()
+    seen_to, locked = [], []
+    for key, verdict, still_ours in rows:
+        if verdict is None and still_ours:
+            locked.append(by_id[key])
+        else:
+            seen_to.append(Stored(by_id[key], verdict))
+    return seen_to, locked
+
+
+def _wait_seconds(finished: Finished, retry_after_seconds: float) -> float:
+    """Exponential from attempt to attempt, with up to a quarter on top so that what failed together is not retried
+    together; longer where the handler says so.
+    """
+    exponent = min(finished.claimed.action.attempt - 1, 30)
+    wait: float = min(_LONGEST_WAIT_SECONDS, retry_after_seconds * 2**exponent)
+    return max(wait, finished.after_seconds) * (1 + random.random() / 4)  # noqa: S311

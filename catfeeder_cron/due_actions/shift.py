@@ -1,0 +1,208 @@
+"""One run: takes on what is due until it is done, and stores what becomes of it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from catfeeder_cron.action import Handler
+from catfeeder_cron.config import ActionsSettings
+from catfeeder_cron.database import single
+from catfeeder_cron.due_actions import outcomes
+from catfeeder_cron.due_actions.attempts import Attempts, Finished
+from catfeeder_cron.due_actions.leases import LOST, Claimed, Leases
+from catfeeder_cron.due_actions.outcomes import Stored
+from catfeeder_cron.due_actions.survey import Busy, Candidate, Plan, survey
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+# How often a run looks whether it was asked to stop, and how soon it sees what became due meanwhile.
+_LOOK_SECONDS = 1.0
+# Looking at a long queue takes one part in this many of the time.
+_SURVEYING_SHARE = 10
+_COUNTED = {"done": "done", "retried": "retried", "failed": "given_up"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one run. `retry_after` is the pause before the second attempt."""
+
+    concurrency: int
+    lease: timedelta
+    action_timeout: timedelta
+    retry_after: timedelta
+
+
+class Shift:
+    """What is due when it begins is done when it ends, or waits for a retry, or is somebody else's."""
+
+    def __init__(
+        self, context: JobContext, settings: ActionsSettings, built_in: Mapping[str, Handler], limits: Limits
+    ) -> None:
+        self._context = context
+        self._limits = limits
+        self._leases = Leases(context.tables, limits.lease)
+        lease_seconds = limits.lease.total_seconds()
+        self._attempts = Attempts(settings, built_in, limits.action_timeout.total_seconds(), lease_seconds)
+        self._extend_every = lease_seconds / 3
+        self._extended_at = self._reached_at = time.monotonic()
+        self._last_call = min(limits.action_timeout, context.timeout / 4)
+        self._under_way: dict[Any, Claimed] = {}
+        self._unstored: list[Finished] = []
+        self._busy = Busy(limits.concurrency)
+        self._plan = Plan([])
+        self._survey_again_at = 0.0
+        self._claimed_of_plan = 0
+        self._hits = 1.0
+        self._settled = 0
+        self._cut_short = False
+
+    def work(self) -> None:
+        """Asked to stop, take on nothing new and let the handlers at work end; out of time, stop them as well."""
+        with self._context.transaction() as connection:
+            (self._begun,) = single(connection, "SELECT now()::text")
+        with self._attempts:
+            try:
+                while self._take_on():
+                    self._look_after()
+            except CatfeederCronError as error:
+                if isinstance(error, JobTimedOut):
+                    self._cut_short = True
+                    self._attempts.cancel(list(self._under_way))
+                while not self._idle:
+                    self._look_after()
+                raise
+
+    @property
+    def _idle(self) -> bool:
+        return not self._under_way and not self._unstored
+
+    def _take_on(self) -> bool:
+        """Claim rows for the free slots; return False when the shift is over."""
+        self._context.checkpoint()
+        free = self._limits.concurrency - len(self._under_way) - len(self._unstored)
+        if self._context.overdue() > -self._last_call:
+            return not self._idle  # what would begin now might not come to its end
+        if free <= 0:
+            return True
+        if time.monotonic() >= self._survey_again_at or (self._idle and not self._plan):
+            self._survey()
+            if self._idle and not self._plan.early:
+                return False
+        candidates = self._plan.take(round(free / self._hits), self._busy)
+        if candidates:
+            self._claim(candidates, free)
+        # Of a plan that gave nothing at all the rows are other daemons' by now, or locked.
+        return not self._idle or bool(self._plan) or self._claimed_of_plan > 0
+
+    def _survey(self) -> None:
+        asked = time.monotonic()
+        with self._context.transaction() as connection:
+            given_up = self._leases.take_over(connection)
+            self._plan = survey(connection, self._context.tables, self._begun)
+        self._claimed_of_plan = 0
+        for action in given_up:
+            self._context.counts.update(due=1, given_up=1)
+            log.warning("action_given_up", action=action, reason=LOST)
+        now = time.monotonic()
+        self._survey_again_at = now + max(_LOOK_SECONDS, (now - asked) * _SURVEYING_SHARE)
+        self._context.progress(self._settled, self._settled + len(self._under_way) + self._plan.early)
+
+    def _claim(self, candidates: list[Candidate], free: int) -> None:
+        with self._context.transaction() as connection:
+            claimed = self._leases.claim(connection, [each.id for each in candidates], free)
+        self._reached_at = time.monotonic()
+        self._hits = max(0.1, 0.8 * self._hits + 0.2 * min(1.0, len(claimed) / min(free, len(candidates))))
+        self._claimed_of_plan += len(claimed)
+        self._context.counts["due"] += len(claimed)
+        for each in claimed:
+            self._under_way[each.action.id] = each
+            self._busy.add(_candidate(each))
+        self._attempts.begin(claimed)
+
+    def _look_after(self) -> None:
+        """Wait for attempts to finish, store how, and keep the leases of the others."""
+        if self._under_way:
+            for finished in self._attempts.wait(min(_LOOK_SECONDS, self._extend_every)):
+                del self._under_way[finished.claimed.action.id]
+                self._busy.remove(_candidate(finished.claimed))
+                if finished.verdict == "cancelled" and self._cut_short:
+                    finished = replace(finished, verdict="retried", detail="the run's time was over")
+                self._unstored.append(finished)
+        try:
+            if self._unstored:
+                self._store()
+            if self._under_way and time.monotonic() - self._extended_at >= self._extend_every:
+                self._extend()
+        except DatabaseUnavailable as error:
+            if time.monotonic() - self._reached_at > self._limits.lease.total_seconds():
+                log.error("action_outcomes_lost", actions=[str(each.claimed.action.id) for each in self._unstored])
+                raise
+            log.debug("action_outcomes_wait", outcomes=len(self._unstored), reason=str(error))
+            time.sleep(min(_LOOK_SECONDS, self._extend_every))
+
+    def _store(self) -> None:
+        """Store what has finished; what somebody has locked waits. Not bounded by the run's time, which may be over."""
+        try:
+            stored, self._unstored = self._store_together(self._unstored)
+        except DatabaseUnavailable:
+            raise
+        except DatabaseError:
+            stored = []
+            finished, self._unstored = self._unstored, []
+            for one in finished:
+                stored += self._store_alone(one)
+        self._reached_at = time.monotonic()
+        for each in stored:
+            self._settle(each)
+        if self._unstored and not self._under_way:
+            time.sleep(min(_LOOK_SECONDS, self._extend_every) / 10)
+
+    def _store_together(self, finished: list[Finished]) -> tuple[list[Stored], list[Finished]]:
+        with self._context.database.transaction() as connection:
+            retry_after_seconds = self._limits.retry_after.total_seconds()
+            return outcomes.store(connection, self._context.tables, finished, retry_after_seconds)
+
+    def _store_alone(self, finished: Finished) -> list[Stored]:
+        """Store one that may be what the database refuses. Then its lease runs out, and its attempts some day."""
+        try:
+            stored, locked = self._store_together([finished])
+        except DatabaseUnavailable:
+            self._unstored.append(finished)
+            return []
+        except DatabaseError as error:
+            log.error("action_outcome_refused", action=finished.claimed.action.id, reason=str(error))
+            return []
+        self._unstored += locked
+        return stored
+
+    def _settle(self, stored: Stored) -> None:
+        action = stored.finished.claimed.action
+        self._settled += 1
+        if stored.verdict in _COUNTED:
+            self._context.counts[_COUNTED[stored.verdict]] += 1
+        if stored.verdict != "done":
+            event = {"retried": "action_retried", "failed": "action_given_up", "cancelled": "action_cancelled"}
+            tell = log.warning if stored.verdict == "failed" else log.info
+            tell(
+                event.get(stored.verdict or "", "action_was_taken_over"),
+                action=action.id,
+                kind=action.kind,
+                attempt=action.attempt,
+                reason=stored.finished.detail,
+            )
+
+    def _extend(self) -> None:
+        with self._context.database.transaction() as connection:
+            ours, extended = self._leases.extend(connection, list(self._under_way.values()))
+        self._extended_at = self._reached_at = time.monotonic()
+        self._attempts.extend(list(extended))
+        self._attempts.cancel([each for each in self._under_way if each not in ours])
+
+
+def _candidate(claimed: Claimed) -> Candidate:
+    return Candidate(claimed.action.id, claimed.action.kind, claimed.action.user_id)

@@ -1,0 +1,90 @@
+"""Do what is due: run the rows of "Actions", each by the handler of its kind."""
+
+from datetime import timedelta
+from typing import Annotated
+
+from pydantic import Field
+
+from catfeeder_cron.actions import built_in
+from catfeeder_cron.catalog import WantedIndex
+from catfeeder_cron.config import AlwaysOnJobSettings, Duration, within
+from catfeeder_cron.database import Connection, single
+from catfeeder_cron.due_actions.leases import count_due, due_in_seconds, statement
+from catfeeder_cron.due_actions.shift import Limits, Shift
+from catfeeder_cron.errors import JobSkipped
+from catfeeder_cron.job import Job, JobContext, TableUse, Wake
+
+_SECOND = timedelta(seconds=1)
+
+
+class CheckActions(AlwaysOnJobSettings):
+    interval: Duration | None = timedelta(seconds=300)
+    concurrency: int = Field(default=8, ge=1, le=100)
+    """Actions that one process performs at the same time."""
+    action_timeout: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)
+    """How long one attempt may take."""
+    retry_after: Duration = timedelta(seconds=10)
+    """The pause before the second attempt; before each further one it is twice as long."""
+    lease: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)
+    """How long an action is out of reach of other daemons; extended while its handler runs."""
+
+
+def run(context: JobContext, settings: CheckActions) -> None:
+    """Do what is due, beside any number of other daemons.
+
+    Counts `due` (claimed by this run), `done`, `retried` (to be tried again later) and `given_up`; a dry run counts
+    `would_run`.
+    """
+    with context.transaction() as connection:
+        if not _has_table(connection, context):
+            name = f'"{context.tables.schema_}"."{context.tables.actions}"'
+            raise JobSkipped(f"there is no table {name}; create it with `catfeeder-cron init-db --with-app-tables`")
+        if context.dry_run:
+            context.counts["would_run"] = count_due(connection, context.tables)
+            return
+    context.counts.update(due=0, done=0, retried=0, given_up=0)
+    limits = Limits(settings.concurrency, settings.lease, settings.action_timeout, settings.retry_after)
+    Shift(context, context.actions, built_in(), limits).work()
+
+
+def due_in(context: JobContext) -> float | None:
+    """Return in how many seconds there is something to do; None while nothing is in sight."""
+    with context.transaction() as connection:
+        return due_in_seconds(connection, context.tables) if _has_table(connection, context) else None
+
+
+def _has_table(connection: Connection, context: JobContext) -> bool:
+    named = statement("{actions}", context.tables).as_string(connection)
+    return bool(single(connection, "SELECT to_regclass(%s) IS NOT NULL", [named])[0])
+
+
+JOB = Job(
+    id="check-actions",
+    summary="run the actions that are due",
+    settings=CheckActions,
+    run=run,
+    shared=True,
+    tables=(
+        TableUse(
+            "actions",
+            ("SELECT", "UPDATE"),
+            ("id", "user_id", "name", "kind", "payload", "repeat_every", "state", "lease_owner", "last_error"),
+            times=("due_at", "lease_until"),
+            numbers=("attempts", "max_attempts"),
+            optional=True,
+        ),
+        TableUse(
+            "action_log",
+            ("INSERT",),
+            ("action_id", "outcome", "detail"),
+            times=("started_at", "finished_at"),
+            numbers=("attempt",),
+            optional=True,
+        ),
+    ),
+    wanted_indexes=(
+        WantedIndex("actions", "due_at", state="pending"),
+        WantedIndex("actions", "lease_until", state="running"),
+    ),
+    wake=Wake("catfeeder_cron_actions", due_in),
+)

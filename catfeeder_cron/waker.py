@@ -1,0 +1,156 @@
+"""Has a job run as soon as there is something to do for it, without waiting for its next slot.
+
+Two things tell: a notification in PostgreSQL, and the time at which the next thing known is due. LISTEN needs a
+session to itself, so it has a connection beside the pool; behind a transaction pooler no notification arrives, and the
+waker looks by itself every 30 seconds.
+"""
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from psycopg import sql
+
+from catfeeder_cron.database import Connection, Database
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+# The most that passes unseen where no notification tells of it: an UPDATE, or a pooler in between.
+_LOOK_EVERY_SECONDS = 30.0
+# From one run to the next: longer and longer while what is due stays undone (paused, locked, running elsewhere).
+_SHORTEST_PAUSE_SECONDS = 0.5
+_RECONNECT_SECONDS = 5.0
+_CLOSE_SECONDS = 3.0
+# How long our own notification may take.
+_ECHO_SECONDS = 5.0
+
+
+class Waker:
+    """A thread that calls `run` whenever `due_in` says that something is due, from `start` to `close`.
+
+    `run` is not to wait for the job's end; `ran` tells of it. Either may raise CatfeederCronError.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        database: Database,
+        channel: str,
+        due_in: Callable[[], float | None],
+        run: Callable[[], None],
+    ) -> None:
+        self._job_id = job_id
+        self._database = database
+        self._channel = channel
+        self._due_in = due_in
+        self._run = run
+        self._closing = False
+        self._pause = _SHORTEST_PAUSE_SECONDS
+        self._ran_at = float("-inf")
+        self._complaint = ""
+        self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name=f"wake-{job_id}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ran(self, *, fruitful: bool) -> None:
+        """Tell that a run of the job is over: time to look again, and without hesitation if it did something."""
+        if fruitful:
+            self._pause = _SHORTEST_PAUSE_SECONDS
+        self._poke()
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._closing = True
+        self._poke()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            return  # it is trying to connect, and ends with the process
+        with self._lock:
+            for end in (self._read_end, self._write_end) if self._write_end >= 0 else ():
+                os.close(end)
+            self._read_end = self._write_end = -1
+
+    def _poke(self) -> None:
+        with self._lock:
+            if self._write_end >= 0:
+                with suppress(BlockingIOError):  # full of pokes that nobody has seen yet
+                    os.write(self._write_end, b"!")
+
+    def _work(self) -> None:
+        listens = True
+        while not self._closing:
+            try:
+                if listens:
+                    with self._listening() as connection:
+                        listens = self._hears(connection)
+                        if listens:
+                            self._watch(connection)
+                        else:
+                            log.info("notifications_do_not_arrive", job=self._job_id, look_every=_LOOK_EVERY_SECONDS)
+                else:
+                    self._watch(None)
+            except DatabaseUnavailable:
+                self._wait(None, _RECONNECT_SECONDS)  # told by the database itself
+            except CatfeederCronError as error:
+                self._complain(str(error))
+                self._wait(None, _LOOK_EVERY_SECONDS)
+            except Exception:
+                log.exception("waker_failed", job=self._job_id)
+                self._wait(None, _LOOK_EVERY_SECONDS)
+
+    @contextmanager
+    def _listening(self) -> Iterator[Connection]:
+        with self._database.session() as connection:
+            connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+            yield connection
+            if not connection.closed:
+                connection.execute("UNLISTEN *")  # a pooler hands the session to somebody else
+
+    def _hears(self, connection: Connection) -> bool:
+        """Whether what is told elsewhere arrives here."""
+        self._database.query("SELECT pg_notify(%(channel)s, %(payload)s)", {"channel": self._channel, "payload": "?"})
+        until = time.monotonic() + _ECHO_SECONDS
+        while not self._closing and time.monotonic() < until:
+            if self._wait(connection, until - time.monotonic()):
+                return True
+        return False
+
+    def _watch(self, connection: Connection | None) -> None:
+        while not self._closing:
+            due_in = self._due_in()
+            if due_in is None or due_in > 0:
+                self._pause = _SHORTEST_PAUSE_SECONDS
+                self._wait(connection, min(_LOOK_EVERY_SECONDS, due_in or _LOOK_EVERY_SECONDS))
+            elif (hold := self._ran_at + self._pause - time.monotonic()) > 0:
+                if self._wait(connection, hold):
+                    self._pause = _SHORTEST_PAUSE_SECONDS
+            else:
+                if self._ran_at > float("-inf"):
+                    self._pause = min(2 * self._pause, _LOOK_EVERY_SECONDS)
+                self._ran_at = time.monotonic()
+                self._run()
+            self._complaint = ""
+
+    def _wait(self, connection: Connection | None, seconds: float) -> bool:
+        """Wait for a notification or a poke; return whether there was a notification."""
+        ends = [self._read_end, *([connection.fileno()] if connection is not None else [])]
+        ready, _, _ = select.select(ends, [], [], max(0.0, seconds))
+        if self._read_end in ready:
+            os.read(self._read_end, 4096)
+        if connection is None or connection.fileno() not in ready:
+            return False
+        return bool(self._database.notifications(connection))
+
+    def _complain(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            self._complaint = complaint
+            log.error("waker_failed", job=self._job_id, reason=complaint)

@@ -1,0 +1,157 @@
+"""Actions are done when they are due, not at the next slot."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from catfeeder_cron import BackgroundTasks, Crons
+from catfeeder_cron.database import Database
+from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.waker import Waker
+from tests.integration.actions.conftest import HERE, Actions
+from tests.integration.actions.test_check_actions import wait_until
+
+CONFIG = """
+[database]
+url = "{url}"
+
+[actions.note]
+call = "handlers:note"
+
+[jobs.check-actions]
+interval = "1d"
+catch_up = false
+"""
+
+
+@pytest.fixture
+def crons(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Crons]]:
+    """Starts a daemon's insides, whose next slot is far."""
+    monkeypatch.syspath_prepend(str(HERE))
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(url=database_url))
+    opened: list[tuple[Crons, BackgroundTasks]] = []
+
+    def start() -> Crons:
+        tasks = BackgroundTasks(max_workers=2)
+        crons = Crons(config=config, background_tasks=tasks)
+        opened.append((crons, tasks))
+        assert crons.inject_crons() == 0
+        tasks.start()
+        return crons
+
+    yield start
+    for crons, tasks in opened:
+        crons.request_stop()
+        tasks.stop()
+        crons.close()
+
+
+def listeners(admin: psycopg.Connection) -> list[int]:
+    statement = """SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+                   AND (query LIKE 'LISTEN %' OR query LIKE 'UNLISTEN %')"""
+    return [pid for (pid,) in admin.execute(statement)]
+
+
+def test_an_insert_is_noticed_at_once(actions: Actions, crons: Callable[[], Crons]) -> None:
+    crons()
+    wait_until(lambda: listeners(actions.admin))
+    time.sleep(0.5)  # it has looked, found nothing, and waits
+    for number in range(1, 4):
+        begun = time.monotonic()
+        actions.add("note")
+        while len(actions.notes()) < number:
+            assert time.monotonic() - begun < 5
+            time.sleep(0.01)
+    statement = "SELECT DISTINCT trigger, slot FROM catfeeder_cron.job_runs WHERE job = 'check-actions'"
+    assert actions.admin.execute(statement).fetchall() == [("schedule", None)]
+
+
+def test_what_is_due_later_is_done_then(actions: Actions, crons: Callable[[], Crons]) -> None:
+    actions.add("note", due="-1 s")
+    crons()
+
+    in_time = 'SELECT due_at <= started_at FROM "Actions", "ActionLog"'
+    wait_until(lambda: actions.admin.execute(in_time).fetchone())
+    assert actions.admin.execute(in_time).fetchone() == (True,)
+
+
+def test_after_the_connection_is_lost_it_listens_again(actions: Actions, crons: Callable[[], Crons]) -> None:
+    crons()
+    wait_until(lambda: listeners(actions.admin))
+    (lost,) = listeners(actions.admin)
+    actions.admin.execute("SELECT pg_terminate_backend(%s)", [lost])
+    wait_until(lambda: [pid for pid in listeners(actions.admin) if pid != lost])
+
+    actions.add("note")
+
+    wait_until(actions.notes)
+
+
+def test_a_pause_holds_what_is_due(actions: Actions, crons: Callable[[], Crons]) -> None:
+    actions.admin.execute("INSERT INTO catfeeder_cron.pauses (job, host) VALUES ('check-actions', 'here')")
+    crons()
+    wait_until(lambda: listeners(actions.admin))
+    actions.add("note")
+    time.sleep(1)  # whether it does nothing can't be waited for
+    assert actions.notes() == []
+
+    actions.admin.execute("DELETE FROM catfeeder_cron.pauses")
+
+    wait_until(actions.notes)
+
+
+@pytest.fixture
+def waker(database: Database) -> Iterator[Callable[..., Waker]]:
+    made: list[Waker] = []
+
+    def make(due_in: Callable[[], float | None], run: Callable[[], None]) -> Waker:
+        made.append(Waker("a-job", database, "a_channel", due_in, run))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+        each.close()
+
+
+def test_what_stays_undone_is_tried_less_and_less_often(waker: Callable[..., Waker]) -> None:
+    ran: list[float] = []
+    waker(lambda: 0.0, lambda: ran.append(time.monotonic()))
+
+    wait_until(lambda: len(ran) == 4)
+
+    assert ran[3] - ran[2] > ran[2] - ran[1] > 0.4
+
+
+def test_a_fruitful_run_is_followed_by_the_next(waker: Callable[..., Waker]) -> None:
+    ran: list[float] = []
+
+    def run() -> None:
+        ran.append(time.monotonic())
+        threading.Thread(target=lambda: waiting.ran(fruitful=True)).start()
+
+    waiting: Any = waker(lambda: 0.0 if len(ran) < 6 else None, run)
+
+    wait_until(lambda: len(ran) == 6)
+
+    assert ran[5] - ran[1] < 4
+
+
+def test_an_error_is_told_once(waker: Callable[..., Waker], caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> float:
+        raise SchemaProblem("no such table")
+
+    failing = waker(fail, lambda: None)
+    wait_until(lambda: "no such table" in caplog.text)
+    for _ in range(5):
+        failing.ran(fruitful=True)
+        time.sleep(0.05)
+
+    assert caplog.text.count("no such table") == 1
