@@ -13,13 +13,15 @@ from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
 
 # The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
 # row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
-# the call before, so rows that can't be had are passed once in a run and starve nobody.
+# the call before, so rows that can't be had are passed once in a run; and rows that have failed come after all others.
+# So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead.
 _CLAIM = """
     WITH due AS MATERIALIZED (
         SELECT a.id, a.token_expiration, {hash} AS hash
         FROM {active} a JOIN {services} s ON s.id = a.service_id
         LEFT JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
         WHERE s.name = %(provider)s AND {renewable} AND {place} AND {free}
+          AND (coalesce(t.failures, 0) > 0) = %(failed)s
           AND NOT EXISTS (SELECT FROM catfeeder_cron.oauth_providers p WHERE p.provider = %(provider)s
                           AND p.fingerprint = %(fingerprint)s AND p.paused_until > now())
         ORDER BY {order} LIMIT %(limit)s
@@ -71,7 +73,7 @@ class Claim:
 
 @dataclass
 class Claimer:
-    """Claims the due rows of one provider, the oldest expiry first, each at most once."""
+    """Claims the due rows of one provider, the oldest expiry first, each at most once, those that have failed last."""
 
     links: Links
     window: Window
@@ -79,6 +81,7 @@ class Claimer:
     lease: timedelta
     provider: str
     fingerprint: bytes
+    _failed: bool = False
     _expiry: str | None = "-infinity"
     _id: int = _BEFORE_ALL_IDS
 
@@ -88,11 +91,13 @@ class Claimer:
             met, claims = self._claim(context, limit)
             if claims:
                 return claims
-            if not met and self._expiry is None:
+            if not met and self._expiry is None and self._failed:
                 return []
             if not met:
-                # What expires at an unknown time comes last.
-                self._expiry, self._id = None, _BEFORE_ALL_IDS
+                # What expires at an unknown time comes last, and all that has failed after that.
+                self._failed = self._failed or self._expiry is None
+                self._expiry = "-infinity" if self._expiry is None else None
+                self._id = _BEFORE_ALL_IDS
 
     def _claim(self, context: JobContext, limit: int) -> tuple[int, list[Claim]]:
         parameters = {
@@ -102,6 +107,7 @@ class Claimer:
             "owner": self.owner,
             "lease": self.lease,
             "limit": limit,
+            "failed": self._failed,
             "expiry": self._expiry,
             "id": self._id,
         }

@@ -157,6 +157,7 @@ class Run:
         try:
             if lane.suspect:
                 dismiss_dead(self._context.database, lane.id)
+                lane.counts["failed"] += lane.dead
                 return
             while ids := confirm_dead(self._context.database, lane.id):
                 lane.counts["needs_reauth"] += len(ids)

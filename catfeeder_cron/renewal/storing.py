@@ -61,6 +61,8 @@ _HOLD_BACK = """
     UPDATE catfeeder_cron.oauth_tokens SET not_before = now() + interval '1 day', failures = failures + 1
     WHERE oauth_id = %(id)s"""
 
+_BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
+
 # A refresh token that was called dead is so only if the row still holds it: else somebody else has renewed it.
 _SETTLE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
@@ -68,8 +70,7 @@ _SETTLE = """
         sent = CASE WHEN n.in_doubt THEN t.sent END,
         sent_at = CASE WHEN n.in_doubt THEN now() END,
         failures = t.failures + n.failed::int,
-        not_before = CASE WHEN n.failed
-            THEN now() + least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s' END,
+        not_before = CASE WHEN n.failed THEN now() + {back_off} END,
         refused = CASE WHEN n.dead THEN n.sent END,
         refused_by = CASE WHEN n.dead AND EXISTS (SELECT FROM {active} a WHERE a.id = n.id AND {hash} = n.sent)
                           THEN n.lane END
@@ -85,7 +86,9 @@ _CONFIRM = """
     RETURNING oauth_id"""
 
 _DISMISS = """
-    UPDATE catfeeder_cron.oauth_tokens SET refused = NULL, refused_by = NULL WHERE refused_by = %(lane)s"""
+    UPDATE catfeeder_cron.oauth_tokens t
+    SET refused = NULL, refused_by = NULL, failures = t.failures + 1, not_before = now() + {back_off}
+    WHERE refused_by = %(lane)s"""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def settle(database: Database, links: Links, verdicts: Sequence[Verdict]) -> Non
         "lanes": [each.lane for each in verdicts],
     }
     with database.transaction() as connection:
-        connection.execute(links.statement(_SETTLE), parameters)
+        connection.execute(links.statement(_SETTLE, back_off=sql.SQL(_BACK_OFF)), parameters)
 
 
 def confirm_dead(database: Database, lane: UUID) -> list[int]:
@@ -163,8 +166,9 @@ def confirm_dead(database: Database, lane: UUID) -> list[int]:
 
 
 def dismiss_dead(database: Database, lane: UUID) -> None:
-    """Blame nobody after all."""
-    database.execute(_DISMISS, {"lane": lane})
+    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good."""
+    with database.transaction() as connection:
+        connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(_BACK_OFF)), {"lane": lane})
 
 
 def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> Stored:
