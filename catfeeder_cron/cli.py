@@ -151,7 +151,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
 @app.command("run-once")
 def run_once(
     context: typer.Context,
-    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="The ids of the jobs, in this order.")],
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB", help="The ids of the jobs, in this order.")],
     dry_run: DryRun = False,
     wait: Annotated[
         timedelta,
@@ -228,7 +228,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def pause(
     context: typer.Context,
-    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="All of them by default.")] = None,
     duration: Annotated[
         timedelta | None,
         typer.Option("--for", parser=_some_time, metavar="DURATION", help='End by itself, after "2h" say.'),
@@ -249,7 +249,7 @@ def pause(
 @app.command()
 def resume(
     context: typer.Context,
-    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="All of them by default.")] = None,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="All of them by default.")] = None,
 ) -> None:
     """End the pause of these jobs, or every pause. They go on with their next slot.
 
@@ -297,7 +297,7 @@ def check(context: typer.Context, as_json: Json = False) -> int:
 @app.command()
 def history(
     context: typer.Context,
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job; all of them by default.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="One job; all of them by default.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Show this many at most.")] = 20,
     as_json: Json = False,
 ) -> None:

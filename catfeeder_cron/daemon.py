@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from catfeeder_cron import __version__
@@ -72,10 +73,12 @@ def run(
             herald = Herald(notifier, condition, count)
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
-            if read_again:
-                closing.enter_context(ReloadSignal(lambda: herald.reload(lambda: reload(crons, read_again, signals))))
-            log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-            _keep_the_schedule(tasks, crons, database, herald, signals)
+            with ExitStack() as serving:
+                if read_again:
+                    take_over = partial(reload, crons, settings, read_again, signals)
+                    serving.enter_context(ReloadSignal(lambda: herald.reload(take_over)))
+                log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
+                _keep_the_schedule(tasks, crons, database, herald, signals)
             log.info("daemon_stopped")
 
 

@@ -1,11 +1,12 @@
 """What the ledger tells: past runs, and the slots that went by."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from catfeeder_cron.database import Database
+from catfeeder_cron.schedule import timestamp
 
 _RUNS = """
     SELECT run_id, job, slot, last_slot, missed, trigger, outcome, reason, counts, started_at, finished_at, host, pid,
@@ -116,8 +117,3 @@ def accounts(database: Database, jobs: list[str], timeout: timedelta) -> dict[st
 def last_runs(database: Database, jobs: list[str]) -> dict[str, tuple[datetime, str | None]]:
     """Return start and outcome (None while under way) of the last run of each of these jobs that has run."""
     return {job: (started_at, outcome) for job, started_at, outcome in database.query(_LAST, {"jobs": jobs})}
-
-
-def timestamp(instant: datetime | None) -> str | None:
-    """ISO 8601 in UTC."""
-    return None if instant is None else instant.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -16,7 +16,7 @@ from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, 
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.schedule import Schedule, timestamp
 
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
 Progress = Callable[[int, int], None]
@@ -212,7 +212,7 @@ class JobReport:
             "outcome": self.outcome,
             "reason": self.reason,
             "counts": self.counts,
-            "started_at": self.started_at.isoformat(),
+            "started_at": timestamp(self.started_at),
             "duration_seconds": round(self.duration.total_seconds(), 3),
             "dry_run": self.dry_run,
             **({"providers": self.by_provider} if self.by_provider else {}),

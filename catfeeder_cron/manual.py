@@ -25,7 +25,7 @@ def page() -> str:
         ".SH COMMANDS",
     ]
     for name, command in program.commands.items():
-        arguments = " ".join(parameter.metavar for parameter in _parameters(command, "argument"))
+        arguments = " ".join(map(_usage, _parameters(command, "argument")))
         lines += [f".SS {_escaped(name)} {_escaped(arguments)}".rstrip(), _escaped(command.help), *_options(command)]
     lines += [".SH EXIT STATUS", _escaped(program.epilog.removeprefix("Exit status: "))]
     lines += [".SH FILES", _escaped("./config.toml, /etc/catfeeder-cron/config.toml")]
@@ -35,6 +35,11 @@ def page() -> str:
 
 def _parameters(command: Any, kind: str) -> list[Any]:
     return [parameter for parameter in command.params if parameter.param_type_name == kind and not parameter.hidden]
+
+
+def _usage(argument: Any) -> str:
+    name = argument.metavar if argument.required else f"[{argument.metavar}]"
+    return f"{name}..." if argument.nargs == -1 else name
 
 
 def _options(command: Any) -> list[str]:

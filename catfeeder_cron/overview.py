@@ -7,11 +7,11 @@ from catfeeder_cron import pauses
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import ConfigurationError, DatabaseError, SchemaProblem
-from catfeeder_cron.history import last_runs, timestamp
+from catfeeder_cron.history import last_runs
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.pauses import ALL_JOBS, Pause
-from catfeeder_cron.schedule import schedule_for
+from catfeeder_cron.schedule import schedule_for, timestamp
 
 log = get_logger(__name__)
 

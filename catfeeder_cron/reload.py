@@ -14,10 +14,13 @@ from catfeeder_cron.service import StopSignals
 log = get_logger(__name__)
 
 
-def reload(crons: Crons, read_again: Callable[[], Settings], signals: StopSignals) -> str | None:
+def reload(
+    crons: Crons, started_with: Settings, read_again: Callable[[], Settings], signals: StopSignals
+) -> str | None:
     """Go on with what `read_again` returns; a faulty one is refused with all its faults, and the old one stays.
 
-    Returns the first of the faults of one that was refused.
+    `started_with` is what holds for the keys that need a restart. Returns the first of the faults of one that was
+    refused.
     """
     before = crons.settings
     try:
@@ -32,7 +35,7 @@ def reload(crons: Crons, read_again: Callable[[], Settings], signals: StopSignal
         log.error("reload_incomplete", reason=str(error))
     logs.configure(settings.logging.level, settings.logging.format, standard_error())
     log.info("reloaded", config=str(settings.path), jobs=sum(job.enabled for job in settings.jobs.values()))
-    for key in _settled_at_start(before, settings):
+    for key in _settled_at_start(started_with, settings):
         log.warning("restart_needed", key=key)
     if _callables(before) != _callables(settings):
         log_findings(check_callables(settings), signals)

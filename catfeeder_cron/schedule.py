@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, overload
 from zoneinfo import ZoneInfo
 
 from catfeeder_cron.config import JobSettings, format_duration
@@ -140,3 +140,12 @@ def schedule_for(job_id: str, settings: JobSettings, default_zone: ZoneInfo) -> 
 def stable_hash(text: str) -> int:
     """Return a number of 64 bits that is the same in every process."""
     return int.from_bytes(sha256(text.encode()).digest()[:8])
+
+
+@overload
+def timestamp(instant: datetime) -> str: ...
+@overload
+def timestamp(instant: datetime | None) -> str | None: ...
+def timestamp(instant: datetime | None) -> str | None:
+    """ISO 8601 in UTC."""
+    return None if instant is None else instant.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
@@ -192,7 +192,8 @@ class Supervisor:
                 self._record()
                 self._ledger.leave()
             except DatabaseError as error:
-                log.warning("runs_not_recorded", reason=str(error))
+                if self._unrecorded:  # otherwise only our row among the living is left, which grows old by itself
+                    log.warning("runs_not_recorded", runs=len(self._unrecorded), reason=str(error))
 
     def _watch(self) -> None:
         next_beat = next_forget = _elapsed()
@@ -232,7 +233,15 @@ class Supervisor:
         with self._recording:
             while self._unrecorded:
                 run_id, report = self._unrecorded[0]
-                closed_by_another = self._ledger.close(run_id, report)
+                try:
+                    closed_by_another = self._ledger.close(run_id, report)
+                except DatabaseUnavailable:
+                    raise
+                except DatabaseError as error:
+                    # Told again it would be refused again, and hold up every claim behind it.
+                    log.error("report_not_recorded", job=report.job, run_id=run_id, reason=str(error))
+                    bare = replace(report, reason="its report could not be recorded; see the log", counts={})
+                    closed_by_another = self._ledger.close(run_id, bare)
                 self._unrecorded.pop(0)
                 if closed_by_another:
                     log.warning("run_was_closed_by_another", job=report.job, run_id=run_id, outcome=report.outcome)

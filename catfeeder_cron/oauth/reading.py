@@ -51,9 +51,10 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
         fields, trouble = {}, str(unreadable)
     code = fields.get("error")
     code = code if isinstance(code, str) else ""
+    secrets = (*secrets, *_tokens(fields))
     reason = _in_words(status, code or trouble, fields, secrets)
     if 200 <= status < 300:
-        return _read_success(fields, code, reason, (*secrets, *_tokens(fields)))
+        return _read_success(fields, code, reason, secrets)
     if 300 <= status < 400:
         return Refused(f"{status}: it redirects, which is not followed")
     if status == 429:

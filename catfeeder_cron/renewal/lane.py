@@ -53,6 +53,7 @@ class Lane:
     _failure: Exception | None = None
     _troubles: int = 0
     _auth: ClientAuth = "basic"
+    _told: bool = False
 
     async def renew(self) -> None:
         """Renew what is due, until that is all, the provider is left alone, or the run ends."""
@@ -216,4 +217,7 @@ class Lane:
         return self.halted is not None or self.outbox.is_ending()
 
     def _tell(self, claim: Claim, reason: str) -> None:
-        log.debug("oauth_not_renewed", provider=self.provider.name, oauth_id=claim.id, reason=reason)
+        # The first of a provider stands for all of a run: what goes wrong for one goes wrong for many.
+        level = log.debug if self._told else log.warning
+        self._told = True
+        level("oauth_not_renewed", provider=self.provider.name, oauth_id=claim.id, reason=reason)

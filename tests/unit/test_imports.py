@@ -44,7 +44,7 @@ ARROWS = {
     "pauses": "database",
     "triggers": "schedule",
     "ledger": "database schema config schedule job",
-    "history": "database ledger",
+    "history": "database ledger schedule",
     "presence": "ledger",
     "dispatch": "ledger presence schedule triggers",
     "background_tasks": "",
