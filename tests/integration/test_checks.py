@@ -134,7 +134,8 @@ def test_a_missing_index_is_a_warning_with_its_statement_which_helps(
 
 GRANTS = (
     'GRANT SELECT, UPDATE, DELETE ON "Connections", "Verification" TO {role}',
-    'GRANT SELECT, UPDATE ON "Pet" TO {role}',
+    'GRANT SELECT, UPDATE ON "Pet", "Actions" TO {role}',
+    'GRANT INSERT ON "ActionLog" TO {role}',
     "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO {role}",
 )
 
@@ -156,6 +157,7 @@ def test_a_role_with_too_little_is_told_what_it_lacks_and_the_grants_help(
 ) -> None:
     name, url = role()
     admin.execute(f'GRANT SELECT ON "Connections", "Verification" TO {name}'.encode())
+    admin.execute(f'GRANT UPDATE, SELECT ON "Actions" TO {name}'.encode())
     admin.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA catfeeder_cron TO {name}".encode())
 
     found = findings(RESET, url)
@@ -163,6 +165,7 @@ def test_a_role_with_too_little_is_told_what_it_lacks_and_the_grants_help(
     for job, lacking in (
         ("clean-tokens", 'lacks UPDATE, DELETE on "public"."Connections"'),
         ("clean-verification", 'lacks UPDATE, DELETE on "public"."Verification"'),
+        ("check-actions", 'lacks INSERT on "public"."ActionLog"'),
         ("reset-food-counters", 'lacks SELECT, UPDATE on "public"."Pet"'),
         ("schema", "lacks DELETE, UPDATE on tables of the schema catfeeder_cron"),
     ):
