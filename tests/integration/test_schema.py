@@ -256,7 +256,7 @@ def test_what_is_not_there_yet_is_told_and_no_failure(admin: psycopg.Connection,
 
     for dry_run in (True, False):
         lines = list(create_indexes(database, TABLES, WANTED, dry_run=dry_run))
-        assert len(lines) == len(WANTED)
+        assert len(lines) == sum(not dry_run or index.state is None for index in WANTED)
         assert all("\n" not in line for line in lines)
     assert any('no index on "public"."Connections" (expiration_date): ' in line for line in lines)
 
