@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test proof test-systemd check format bench man install uninstall purge lock clean
+.PHONY: help run test coverage proof test-systemd check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -17,13 +17,16 @@ help: ## list the targets
 run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
 	@exec $(BIN)/catfeeder-cron demo
 
-test: $(VENV)/program ## run the tests (about three minutes)
+test: $(VENV)/program ## run the tests (about four minutes)
+	$(BIN)/pytest -n 4
+
+coverage: $(VENV)/program ## run the tests and say which lines and branches they leave out
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n 4
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-proof: $(VENV)/program ## prove with real processes that no slot runs twice and none is lost (about ten minutes)
-	$(BIN)/python -m pytest tests/proofs -m proof
+proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
+	$(BIN)/python -m pytest tests -m proof
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh

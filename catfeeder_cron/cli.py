@@ -317,6 +317,31 @@ def history(
         tables.print_history(runs, durations)
 
 
+@app.command()
+def forecast(
+    context: typer.Context,
+    days: Annotated[int, typer.Option(min=0, help="Look this many days ahead.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Show which OAuth links will need a new login of their user, when and why, and which need it now.
+
+    For example: catfeeder-cron forecast --days 7
+    """
+    from catfeeder_cron import schema, tables, terminal
+    from catfeeder_cron.database import Database
+    from catfeeder_cron.renewal.forecast import logins_needed
+
+    settings = _load(context)
+    _log_warnings(settings)
+    with Database(settings.database) as database:
+        schema.ensure(database)
+        links = logins_needed(database, settings.database.tables, settings.oauth, timedelta(days=days))
+    if as_json:
+        terminal.print_json([link.as_json() for link in links])
+    else:
+        tables.print_forecast(links)
+
+
 @app.command("init-db")
 def init_db(
     context: typer.Context,

@@ -29,6 +29,7 @@ from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Process, Trigger
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.pings import Pings
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.runner import run_job
@@ -65,6 +66,7 @@ class Crons:
         config: Settings | Path | str | None = None,
         database: Database | None = None,
         background_tasks: BackgroundTasks | None = None,
+        oauth: OAuthClient | None = None,
         jobs: Mapping[str, Job[Any]] | None = None,
         on_contact: Callable[[], None] = lambda: None,
         on_change: Callable[[JobReport | None], None] = lambda _report: None,
@@ -76,6 +78,7 @@ class Crons:
         self._config = config
         self._database = database
         self._tasks = background_tasks
+        self._oauth = oauth
         self._on_contact = on_contact
         self._pings = Pings()
         self._on_change = on_change
@@ -188,7 +191,7 @@ class Crons:
         be reached.
         """
         job, settings = self.find(job_id)
-        context = self._context(settings, progress)
+        context = self._context(job_id, settings, progress)
         if dry_run:
             context.dry_run = True
             return run_job(job, context, settings)
@@ -309,7 +312,9 @@ class Crons:
             job, settings = self.find(job_id)
         begun = datetime.now(UTC)
         try:
-            run = self._supervise().begin(job_id, self._context(settings, no_progress), lambda: dispatch.claim(trigger))
+            run = self._supervise().begin(
+                job_id, self._context(job_id, settings, no_progress), lambda: dispatch.claim(trigger)
+            )
         except (DatabaseUnavailable, JobInterrupted):
             return  # told already; the slot is accounted for when the database, or a daemon, is back
         except CatfeederCronError as error:
@@ -347,7 +352,7 @@ class Crons:
 
     def _due_in(self, job_id: str) -> float | None:
         job, settings = self.find(job_id)
-        return job.wake.due_in(self._context(settings, no_progress)) if job.wake else None
+        return job.wake.due_in(self._context(job_id, settings, no_progress)) if job.wake else None
 
     def _wake(self, job_id: str) -> None:
         if not self._stop_requested.is_set():
@@ -358,7 +363,7 @@ class Crons:
     def _run_woken(self, job_id: str) -> None:
         """Run a job between its slots, unless it is running here, or paused."""
         job, settings = self.find(job_id)
-        ledger, context = self._open_ledger(), self._context(settings, no_progress)
+        ledger, context = self._open_ledger(), self._context(job_id, settings, no_progress)
         try:
             run = self._supervise().begin(job_id, context, lambda: ledger.claim_woken(job_id, shared=job.shared))
         except (DatabaseUnavailable, JobInterrupted):
@@ -379,7 +384,20 @@ class Crons:
             dispatches = {job_id: each for job_id, each in dispatches.items() if each.accounted_until is None}
         if dispatches:
             self._open_accounts(dispatches)
+            for job_id in dispatches:
+                if self._jobs[job_id].recover is not None:
+                    self._background_tasks().safe_add_task(self._recover, args=[job_id], trigger="date")
         self._returns_seen = returns
+
+    def _recover(self, job_id: str) -> None:
+        try:
+            job, settings = self.find(job_id)
+            if job.recover is not None:
+                job.recover(self._context(job_id, settings, no_progress))
+        except DatabaseUnavailable:
+            pass  # told by the database itself; called again when it is back
+        except CatfeederCronError as error:
+            log.error("job_not_recovered", job=job_id, reason=str(error))
 
     def _open_accounts(self, dispatches: dict[str, Dispatch], gone: Iterable[str] = ()) -> None:
         """Learn how far the jobs' slots are accounted for, and catch up; close the accounts of those `gone`."""
@@ -430,13 +448,15 @@ class Crons:
         schema.ensure(self._open_database())
         self._on_contact()
 
-    def _context(self, settings: JobSettings, progress: Progress) -> JobContext:
+    def _context(self, job_id: str, settings: JobSettings, progress: Progress) -> JobContext:
         return JobContext(
             database=self._open_database(),
             tables=self.settings.database.tables,
             timeout=settings.timeout,
             actions=self.settings.actions,
             progress=progress,
+            schedule=schedule_for(job_id, settings, self.settings.scheduler.timezone),
+            oauth=self._oauth or OAuthClient(self.settings.oauth),
         )
 
     def _run_now(self, job_id: str) -> int:

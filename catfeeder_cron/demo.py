@@ -1,5 +1,6 @@
 """A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from catfeeder_cron import daemon, embedded, logs, schema
 from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database
+from catfeeder_cron.demo_provider import TOKEN_LIFESPAN, LocalProvider, local_provider
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.schema.application import create_tables
@@ -33,6 +35,9 @@ interval = "5s"
 [jobs.clean-verification]
 interval = "7s"
 
+[jobs.renew-oauth]
+interval = "10s"
+
 [actions.webhook]
 allowed = ["{webhooks}"]
 
@@ -44,6 +49,7 @@ interval = "15s"
 # Half of the rows have expired, and more of them do so while the demo runs.
 _SAMPLES = """
     INSERT INTO "Users" (username) SELECT 'cat-' || n FROM generate_series(1, 200) AS n;
+    INSERT INTO "Services" (name) VALUES ('local');
     INSERT INTO "Connections" (token, user_id, expiration_date)
         SELECT md5(random()::text) || n, 1 + n % 200, now() + (n - 3000) * interval '0.1 second'
         FROM generate_series(1, 6000) AS n;
@@ -52,6 +58,17 @@ _SAMPLES = """
         FROM generate_series(1, 2000) AS n;
 """
 
+_PROVIDER = """
+    INSERT INTO "UserOauthConnection" (provider_name, client_id, client_secret, token_grabber_base_url)
+    VALUES ('local', 'catfeeder', 'demo', %s)"""
+
+# Some tokens are not the provider's: their users have to log in again.
+_LINKS = """
+    INSERT INTO "ActiveOauths" (token, token_expiration, token_lifespan, refresh_link, service_id, user_id)
+    SELECT 'old', now() + n * interval '1 second', %s, refresh_link, (SELECT id FROM "Services"), n
+    FROM unnest(%s::text[]) WITH ORDINALITY AS link(refresh_link, n)"""
+_LINKS_IN_ALL = 100
+_DEAD_LINKS = 3
 
 _ACTION = """
     INSERT INTO "Actions" (user_id, name, kind, payload, due_at, repeat_every)
@@ -96,6 +113,8 @@ def _set_up(opened: ExitStack) -> Settings:
     folder = opened.enter_context(TemporaryDirectory(prefix="catfeeder-cron-demo-"))
     server = opened.enter_context(embedded.temporary())
     feeder = opened.enter_context(_feeder())
+    provider = opened.enter_context(local_provider())
+    os.environ["STATE_DIRECTORY"] = folder
     config = Path(folder, "config.toml")
     config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
     jobs = built_in()
@@ -108,7 +127,16 @@ def _set_up(opened: ExitStack) -> Settings:
         with database.transaction() as connection:
             connection.execute(_SAMPLES)
             connection.execute(_ACTION, [f"{feeder}kitchen"])
-        for _ in create_indexes(database, settings.database.tables, jobs["clean-tokens"].wanted_indexes):
+            connection.execute(_PROVIDER, [provider.token_url])
+            connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
+        wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
+        for _ in create_indexes(database, settings.database.tables, wanted):
             pass
-    log.info("demo_ready", connections=6000, verifications=2000, server=server.conninfo, stop="press Ctrl-C")
+    counts = {"connections": 6000, "verifications": 2000, "oauth_links": _LINKS_IN_ALL}
+    log.info("demo_ready", **counts, server=server.conninfo, stop="press Ctrl-C")
     return settings
+
+
+def _refresh_tokens(provider: LocalProvider) -> list[str]:
+    good = [provider.hand_out() for _ in range(_LINKS_IN_ALL - _DEAD_LINKS)]
+    return [*good[:20], *(f"consent-taken-back-{number}" for number in range(_DEAD_LINKS)), *good[20:]]

@@ -12,6 +12,7 @@ CatfeederCronError
 │   └── SchemaProblem         a table, a column or a privilege is missing
 ├── HopelessAction            trying this action again would not help
 ├── PostponedAction           this attempt of an action failed, and when the next one may be is known
+├── RenewalError              no OAuth token could be renewed, for a reason of ours
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
     ├── JobAborted            the process is stopping
@@ -82,6 +83,10 @@ class PostponedAction(CatfeederCronError):
     def __init__(self, reason: str, after_seconds: float = 0) -> None:
         self.after_seconds = after_seconds
         super().__init__(reason)
+
+
+class RenewalError(CatfeederCronError):
+    """There were OAuth tokens to renew and none could be, because of how we are set up."""
 
 
 class JobInterrupted(CatfeederCronError):

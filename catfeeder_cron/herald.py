@@ -21,6 +21,7 @@ class Herald:
         self._condition = condition
         self._count = count
         self._started = False
+        self._refused: str | None = None  # why the last reload was
         self._told = ""
 
     def turned(self) -> None:
@@ -31,7 +32,7 @@ class Herald:
             self._tell()
         else:
             self._started = True
-            self._ready(self._condition.in_words())
+            self._ready()
 
     def changed(self, report: JobReport | None) -> None:
         """A run began or ended (then with its report), or the database was tried."""
@@ -40,14 +41,16 @@ class Herald:
         self._tell()
 
     def reload(self, read_again: Callable[[], str | None]) -> None:
-        """Have the configuration read again; `read_again` returns why that was refused, if it was."""
+        """Have the configuration read again; `read_again` returns why that was refused, if it was.
+
+        A refusal is told until the next reload.
+        """
         self._notifier.reloading()
-        refused = None
+        self._refused = None
         try:
-            refused = read_again()
+            self._refused = read_again()
         finally:  # systemd waits for this, whatever happened
-            words = self._condition.in_words()
-            self._ready(f"reload refused, the old configuration stays: {refused}; {words}" if refused else words)
+            self._ready()
 
     def stopping(self) -> None:
         """Nothing new begins; jobs that are running end."""
@@ -61,12 +64,18 @@ class Herald:
         self._notifier.extend_timeout(_PATIENCE)
         self._notifier.alive()
 
-    def _ready(self, words: str) -> None:
-        self._told = self._condition.in_words()  # what stands until something else happens
-        self._notifier.ready(words)
+    def _ready(self) -> None:
+        self._told = self._in_words()
+        self._notifier.ready(self._told)
+
+    def _in_words(self) -> str:
+        words = self._condition.in_words()
+        if self._refused:
+            return f"reload refused, the old configuration stays: {self._refused}; {words}"
+        return words
 
     def _tell(self) -> None:
-        words = self._condition.in_words()
+        words = self._in_words()
         if words != self._told:
             self._told = words
             self._notifier.status(words)

@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from catfeeder_cron.catalog import WantedIndex
-from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings
+from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
+from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.schedule import Schedule
 
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
 Progress = Callable[[int, int], None]
@@ -60,6 +63,8 @@ class Job(Generic[S]):
     tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[WantedIndex, ...] = ()
     wake: "Wake | None" = None
+    recover: Callable[["JobContext"], None] | None = None
+    """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
 
 
 class StopRequest:
@@ -102,6 +107,11 @@ class JobContext:
     progress: Progress = no_progress
     confirm: Callable[[], None] = lambda: None
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
+    schedule: Schedule | None = None
+    """The job's slots."""
+    oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
+    state_directory: Path = field(default_factory=state_directory)
+    """Where the job may keep what must survive the process; it need not exist."""
     counts: Counter[str] = field(default_factory=Counter)
     actions: ActionsSettings = field(default_factory=ActionsSettings)
     stop_was_seen: bool = False
@@ -205,4 +215,5 @@ class JobReport:
             "started_at": self.started_at.isoformat(),
             "duration_seconds": round(self.duration.total_seconds(), 3),
             "dry_run": self.dry_run,
+            **({"providers": self.by_provider} if self.by_provider else {}),
         }

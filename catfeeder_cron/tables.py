@@ -6,6 +6,7 @@ from typing import Any
 
 from catfeeder_cron.history import Durations, PastRun
 from catfeeder_cron.job import JobReport
+from catfeeder_cron.renewal.forecast import LoginNeeded
 from catfeeder_cron.terminal import print_table
 
 
@@ -78,13 +79,33 @@ def print_history(runs: Sequence[PastRun], durations: Iterable[Durations]) -> No
 
 
 def in_words(report: JobReport) -> str:
-    """Say in one line what a run did."""
+    """Say in one line what a run did, and in one more for each provider that it worked with."""
     told = [
         report.outcome.replace("_", " "),
         *([report.reason] if report.reason else []),
         *_counts(report.counts),
     ]
-    return f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
+    line = f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
+    return "\n".join(
+        [line, *(f"  {provider}: {', '.join(_counts(counts))}" for provider, counts in report.by_provider.items())]
+    )
+
+
+def print_forecast(links: Sequence[LoginNeeded]) -> None:
+    """Print which links need a new login."""
+    print_table(
+        ("OAUTH", "USER", "PROVIDER", "NEEDED (UTC)", "REASON"),
+        [
+            (
+                str(link.oauth_id),
+                "-" if link.user_id is None else str(link.user_id),
+                link.provider or "-",
+                "now" if link.needed_now else _clock(link.needed_at),
+                link.reason,
+            )
+            for link in links
+        ],
+    )
 
 
 def _in_cells(run: PastRun) -> tuple[str, ...]:

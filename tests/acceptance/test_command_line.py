@@ -18,6 +18,7 @@ OPTIONS = {
     "history": ("JOB", "--limit", "--json"),
     "init-db": ("--with-app-tables", "--with-indexes", "--dry-run"),
     "demo": (),
+    "forecast": ("--days", "--json"),
 }
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from catfeeder_cron import embedded
-from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, start_up
+from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, renewal, start_up
 from tests.benchmarks.report import HEAD
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "neighbour": neighbour.measure,
     "nothing-to-do": nothing_to_do.measure,
     "memory": memory.measure,
+    "renewal": renewal.measure,
     "start-up": start_up.measure,
     "actions": actions.measure,
     "ledger": ledger.measure,

@@ -170,7 +170,7 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
     def prepare(lines: str) -> tuple[JobContext, Callable[[], Any]]:
         crons = crons_for(lines)
         job, settings = crons.find("report")
-        given = crons._context(settings, no_progress)
+        given = crons._context("report", settings, no_progress)
         reports: list[JobReport] = []
         thread = threading.Thread(target=lambda: reports.append(run_job(job, given, settings)))
 

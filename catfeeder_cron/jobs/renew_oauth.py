@@ -1,0 +1,49 @@
+"""Keep OAuth links alive: renew the access tokens of "ActiveOauths" that would end before the next run."""
+
+from datetime import timedelta
+
+from catfeeder_cron.catalog import WantedIndex
+from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.job import Job, JobContext, TableUse
+
+
+class RenewOAuth(JobSettings):
+    interval: Duration | None = timedelta(seconds=1800)
+
+
+def run(context: JobContext, settings: RenewOAuth) -> None:
+    from catfeeder_cron.renewal.run import renew_due  # asyncio takes 40 ms to import
+
+    renew_due(context, settings.jitter)
+
+
+def recover(context: JobContext) -> None:
+    from catfeeder_cron.renewal import takeover
+
+    takeover.recover(context)
+
+
+JOB = Job(
+    id="renew-oauth",
+    summary="renew OAuth tokens before they end",
+    settings=RenewOAuth,
+    run=run,
+    shared=True,
+    tables=(
+        TableUse(
+            "active_oauths",
+            ("SELECT", "UPDATE"),
+            ("id", "token", "refresh_link", "service_id", "user_id"),
+            times=("token_expiration",),
+            numbers=("token_lifespan",),
+        ),
+        TableUse("services", ("SELECT",), ("id", "name")),
+        TableUse(
+            "user_oauth_connection",
+            ("SELECT",),
+            ("id", "provider_name", "client_id", "client_secret", "token_grabber_base_url"),
+        ),
+    ),
+    wanted_indexes=(WantedIndex("active_oauths", "token_expiration"),),
+    recover=recover,
+)

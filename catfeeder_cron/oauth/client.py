@@ -1,0 +1,42 @@
+"""The process's OAuth client. The HTTP libraries are imported when there is something to send: 0.2 s and 20 MB."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from catfeeder_cron.config import OAuthSettings
+
+if TYPE_CHECKING:
+    import ssl
+
+    import httpx
+
+    from catfeeder_cron.oauth.session import Session
+
+
+class OAuthClient:
+    """Asks providers for new access tokens. A `transport` that is handed in is used instead of the real one."""
+
+    def __init__(self, settings: OAuthSettings, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
+        self.settings = settings
+        self._transport = transport
+        self._certificates: ssl.SSLContext | None = None
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator["Session"]:
+        """Yield what sends requests in the running event loop; its connections are closed at the end."""
+        from catfeeder_cron.oauth.session import Session, real_transport
+
+        timeout = self.settings.request_timeout.total_seconds()
+        if self._transport is not None:
+            yield Session(self._transport, timeout)
+            return
+        async with real_transport(self._ssl_context()) as transport:
+            yield Session(transport, timeout)
+
+    def _ssl_context(self) -> "ssl.SSLContext":
+        import httpx
+
+        if self._certificates is None:  # reading them takes 20 ms
+            self._certificates = httpx.create_ssl_context()
+        return self._certificates

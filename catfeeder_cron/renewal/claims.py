@@ -1,0 +1,153 @@
+"""Claim due rows under a lease, and give back what was not sent after all."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from uuid import UUID
+
+from psycopg import sql
+
+from catfeeder_cron.database import Database
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
+
+# The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
+# row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
+# the call before, so rows that can't be had are passed once in a run; and rows that have failed come after all others.
+# So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead.
+_CLAIM = """
+    WITH due AS MATERIALIZED (
+        SELECT a.id, a.token_expiration, {hash} AS hash
+        FROM {active} a JOIN {services} s ON s.id = a.service_id
+        LEFT JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
+        WHERE s.name = %(provider)s AND {renewable} AND {place} AND {free}
+          AND (coalesce(t.failures, 0) > 0) = %(failed)s
+          AND NOT EXISTS (SELECT FROM catfeeder_cron.oauth_providers p WHERE p.provider = %(provider)s
+                          AND p.fingerprint = %(fingerprint)s AND p.paused_until > now())
+        ORDER BY {order} LIMIT %(limit)s
+        FOR UPDATE OF a SKIP LOCKED),
+    claimed AS (
+        INSERT INTO catfeeder_cron.oauth_tokens AS t (oauth_id, owner, lease_until, sent, sent_at)
+        SELECT id, %(owner)s, now() + %(lease)s, hash, now() FROM due
+        ON CONFLICT (oauth_id) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until,
+            sent = excluded.sent, sent_at = excluded.sent_at
+        WHERE {free_now}
+        RETURNING oauth_id)
+    SELECT due.id, due.token_expiration::text, claimed.oauth_id IS NOT NULL
+    FROM due LEFT JOIN claimed ON claimed.oauth_id = due.id ORDER BY {order_of_due}"""
+
+# Read under the lock that the claim holds until the transaction ends: what is sent is what the row holds, and is marked
+# as sent before anybody else can touch the row.
+_READ = """
+    SELECT a.id, a.refresh_link, t.sent FROM {active} a JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
+    WHERE a.id = ANY (%(ids)s) AND t.owner = %(owner)s AND t.sent = {hash}"""
+
+_BY_EXPIRY = "{expires} AND (a.token_expiration, a.id) > (%(expiry)s::timestamptz, %(id)s)"
+_UNKNOWN_EXPIRY = "a.token_expiration IS NULL AND a.id > %(id)s"
+
+_RELEASE = """
+    UPDATE catfeeder_cron.oauth_tokens SET owner = NULL, lease_until = NULL, sent = NULL, sent_at = NULL
+    WHERE oauth_id = ANY (%(ids)s) AND owner = %(owner)s"""
+
+_FREE_LEASES = """
+    UPDATE catfeeder_cron.oauth_tokens SET owner = NULL, lease_until = NULL, sent = NULL, sent_at = NULL
+    WHERE owner = %(owner)s"""
+
+_BEFORE_ALL_IDS = -(2**63)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row that is ours. `claimed_at` is read off `clock` before the lease began."""
+
+    id: int
+    refresh_token: str = field(repr=False)
+    sent: bytes
+    """The hash of the refresh token."""
+    claimed_at: float
+
+    def good_for(self, lease: timedelta) -> float:
+        """Seconds that the lease lasts at least."""
+        return lease.total_seconds() - (clock() - self.claimed_at)
+
+
+@dataclass
+class Claimer:
+    """Claims the due rows of one provider, the oldest expiry first, each at most once, those that have failed last."""
+
+    links: Links
+    window: Window
+    owner: UUID
+    lease: timedelta
+    provider: str
+    fingerprint: bytes
+    _failed: bool = False
+    _expiry: str | None = "-infinity"
+    _id: int = _BEFORE_ALL_IDS
+
+    def claim(self, context: JobContext, limit: int) -> list[Claim]:
+        """Return up to `limit` rows; none when there is nothing left to claim. Raises JobInterrupted."""
+        while True:
+            met, claims = self._claim(context, limit)
+            if claims:
+                return claims
+            if not met and self._expiry is None and self._failed:
+                return []
+            if not met:
+                # What expires at an unknown time comes last, and all that has failed after that.
+                self._failed = self._failed or self._expiry is None
+                self._expiry = "-infinity" if self._expiry is None else None
+                self._id = _BEFORE_ALL_IDS
+
+    def _claim(self, context: JobContext, limit: int) -> tuple[int, list[Claim]]:
+        parameters = {
+            **self.window.parameters(),
+            "provider": self.provider,
+            "fingerprint": self.fingerprint,
+            "owner": self.owner,
+            "lease": self.lease,
+            "limit": limit,
+            "failed": self._failed,
+            "expiry": self._expiry,
+            "id": self._id,
+        }
+        begun = clock()
+        with context.transaction() as connection:
+            met = connection.execute(self._statement(), parameters).fetchall()
+            ids = [id for id, _, is_ours in met if is_ours]
+            if not ids:
+                rows = []
+            else:
+                mine = {"ids": ids, "owner": self.owner}
+                rows = connection.execute(self.links.statement(_READ), mine).fetchall()
+        if met:
+            self._id, self._expiry, _ = met[-1]
+        order = {id: place for place, id in enumerate(ids)}
+        rows.sort(key=lambda row: order[row[0]])
+        return len(met), [Claim(id, refresh_token, sent, begun) for id, refresh_token, sent in rows]
+
+    def _statement(self) -> sql.Composed:
+        known = self._expiry is not None
+        return self.links.statement(
+            _CLAIM,
+            place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
+            order=sql.SQL("a.token_expiration, a.id" if known else "a.id"),
+            order_of_due=sql.SQL("due.token_expiration, due.id"),
+            free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
+        )
+
+
+def release(database: Database, owner: UUID, ids: list[int]) -> None:
+    """Give back rows that were claimed and not sent."""
+    if ids:
+        database.execute(_RELEASE, {"owner": owner, "ids": ids})
+
+
+def free_leases(database: Database, owner: UUID) -> int:
+    """Free what a process that is dead, and whose answers are stored, had claimed; return how many rows."""
+    return database.execute(_FREE_LEASES, {"owner": owner})
+
+
+def clock() -> float:
+    """Seconds on a clock that goes on while the machine is suspended: a lease does so, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,143 @@
+"""Who is asked and how, and who is left alone for a while: known to every daemon, and kept over restarts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from psycopg import sql
+
+from catfeeder_cron.config import OAuthSettings, ProviderSettings
+from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.oauth.presets import ClientAuth
+from catfeeder_cron.oauth.provider import Provider, put_together
+from catfeeder_cron.renewal.links import Links
+
+_LOAD = """
+    SELECT DISTINCT ON (provider_name) provider_name, token_grabber_base_url, client_id::text, client_secret
+    FROM {providers} WHERE provider_name = ANY (%(names)s) ORDER BY provider_name, id"""
+
+_STANDING = """
+    SELECT provider, fingerprint, greatest(extract(epoch FROM paused_until - now()), 0)::float8, refused, reason,
+           failures, client_auth
+    FROM catfeeder_cron.oauth_providers WHERE provider = ANY (%(names)s)"""
+
+# Pauses grow while they follow each other. What several processes meet at the same time is one pause.
+_PAUSE = """
+    INSERT INTO catfeeder_cron.oauth_providers AS o
+        (provider, fingerprint, paused_until, refused, reason, failures)
+    VALUES (%(provider)s, %(fingerprint)s, now() + coalesce(%(given)s, %(first)s) * interval '1 s', %(refused)s,
+            %(reason)s, 1)
+    ON CONFLICT (provider) DO UPDATE SET
+        fingerprint = excluded.fingerprint, refused = excluded.refused, reason = excluded.reason,
+        client_auth = CASE WHEN o.fingerprint = excluded.fingerprint THEN o.client_auth END,
+        failures = CASE WHEN o.fingerprint <> excluded.fingerprint THEN 1
+                        WHEN o.paused_until > now() THEN o.failures ELSE o.failures + 1 END,
+        paused_until = CASE
+            WHEN o.fingerprint = excluded.fingerprint AND %(given)s IS NULL
+            THEN greatest(CASE WHEN o.paused_until > now() THEN o.paused_until END,
+                          now() + least(%(longest)s, %(first)s * 2 ^ least(o.failures, 12))
+                                  * (0.9 + random() / 5) * interval '1 s')
+            ELSE excluded.paused_until END
+    RETURNING extract(epoch FROM paused_until - now())::float8"""
+
+_RESUME = """
+    UPDATE catfeeder_cron.oauth_providers
+    SET paused_until = NULL, refused = false, reason = NULL, failures = 0 WHERE provider = %(provider)s"""
+
+_LEARN = """
+    INSERT INTO catfeeder_cron.oauth_providers AS o (provider, fingerprint, client_auth)
+    VALUES (%(provider)s, %(fingerprint)s, %(client_auth)s)
+    ON CONFLICT (provider) DO UPDATE SET client_auth = excluded.client_auth, fingerprint = excluded.fingerprint"""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Why a provider is left alone. Seconds: the first pause, which doubles, and the longest; or what it asked for."""
+
+    reason: str
+    first: float
+    longest: float
+    refused: bool = False
+    given: float | None = None
+
+
+def refused(reason: str) -> Pause:
+    """It refuses us, so somebody has to do something."""
+    return Pause(reason, first=300, longest=4 * 3600, refused=True)
+
+
+def throttled(reason: str, retry_after: float | None) -> Pause:
+    return Pause(reason, first=60, longest=3600, given=retry_after)
+
+
+def out_of_order(reason: str) -> Pause:
+    return Pause(reason, first=30, longest=1800)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is remembered of a provider. `paused_seconds` is what is left of a pause."""
+
+    paused_seconds: float = 0
+    refused: bool = False
+    reason: str | None = None
+    failures: int = 0
+    client_auth: ClientAuth | None = None
+
+
+def load(
+    connection: Connection, links: Links, settings: OAuthSettings, names: Sequence[str]
+) -> dict[str, tuple[Provider, Standing]]:
+    """Return the providers of these names that the database has, each as it is to be asked."""
+    wanted = {"names": list(names)}
+    providers = [
+        put_together(name, url, client_id, client_secret, settings.providers.get(name, ProviderSettings()))
+        for name, url, client_id, client_secret in connection.execute(links.statement(_LOAD), wanted)
+    ]
+    standings = _standings(connection, wanted)
+    return {provider.name: _with_what_was_learned(provider, standings.get(provider.name)) for provider in providers}
+
+
+def pause(database: Database, provider: Provider, pause: Pause) -> float:
+    """Let every daemon leave the provider alone; return for how many seconds."""
+    parameters = {
+        "provider": provider.name,
+        "fingerprint": provider.fingerprint,
+        "reason": pause.reason,
+        "refused": pause.refused,
+        "first": pause.first,
+        "longest": pause.longest,
+        "given": pause.given,
+    }
+    ((seconds,),) = database.query(_PAUSE, parameters)
+    return float(seconds)
+
+
+def resume(database: Database, provider: Provider) -> None:
+    """Forget pauses that are over: it answers again."""
+    database.execute(_RESUME, {"provider": provider.name})
+
+
+def learn(database: Database, provider: Provider, client_auth: ClientAuth) -> None:
+    """Remember by which method the client has to say who it is."""
+    parameters = {"provider": provider.name, "fingerprint": provider.fingerprint, "client_auth": client_auth}
+    database.execute(_LEARN, parameters)
+
+
+def _standings(connection: Connection, wanted: dict[str, Any]) -> dict[str, tuple[bytes, Standing]]:
+    if not single(connection, "SELECT to_regclass('catfeeder_cron.oauth_providers') IS NOT NULL")[0]:
+        return {}  # a dry run before the daemon's schema was created
+    rows = connection.execute(sql.SQL(_STANDING), wanted)
+    return {
+        name: (fingerprint, Standing(seconds or 0, refused, reason, failures, client_auth))
+        for name, fingerprint, seconds, refused, reason, failures, client_auth in rows
+    }
+
+
+def _with_what_was_learned(provider: Provider, known: tuple[bytes, Standing] | None) -> tuple[Provider, Standing]:
+    if known is None or known[0] != provider.fingerprint:
+        return provider, Standing()
+    standing = known[1]
+    if standing.client_auth and not provider.auth_is_configured:
+        provider = replace(provider, client_auth=standing.client_auth)
+    return provider, standing

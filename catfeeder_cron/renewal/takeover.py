@@ -1,0 +1,57 @@
+"""Finish what runs that are over have left: store the answers in their journals, then free their leases."""
+
+import time
+from hashlib import sha256
+from pathlib import Path
+
+from catfeeder_cron.database import Database, single
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.renewal.claims import free_leases
+from catfeeder_cron.renewal.journal import left_journals
+from catfeeder_cron.renewal.links import Links
+from catfeeder_cron.renewal.storing import store
+
+log = get_logger(__name__)
+
+_BATCH = 100
+
+
+def journal_folder(context: JobContext) -> Path:
+    """Return where the journals of this database's table are: an answer is never replayed into another database."""
+    with context.database.transaction() as connection:
+        (identity,) = single(connection, "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1")
+    table = f"{identity} {context.tables.schema_}.{context.tables.active_oauths}"
+    return context.state_directory / "oauth" / sha256(table.encode()).hexdigest()[:16]
+
+
+def take_over(database: Database, links: Links, folder: Path) -> None:
+    """Take over the journals in `folder` that no living process holds.
+
+    First the answers, then the leases: the other way round somebody would claim a row and send the token that the
+    answer replaces. Raises DatabaseUnavailable; the journals then stay as they are.
+    """
+    for journal in left_journals(folder):
+        kept = False
+        for start in range(0, len(journal.entries), _BATCH):
+            outcome = store(database, links, journal.entries[start : start + _BATCH], time.time())
+            for entry, reason in outcome.refused:
+                log.error("oauth_answer_refused", oauth_id=entry.id, journal=str(journal.path), reason=reason)
+            kept = kept or bool(outcome.refused or outcome.locked)
+            log.info("oauth_answers_taken_over", stored=len(outcome.stored), outdated=len(outcome.outdated))
+        if kept:
+            continue  # the next run tries again
+        freed = free_leases(database, journal.owner)
+        if freed:
+            log.info("oauth_leases_freed", rows=freed)
+        if journal.unreadable:
+            log.warning("oauth_journal_damaged", lines=journal.unreadable)
+        journal.remove()
+
+
+def recover(context: JobContext) -> None:
+    """Take over now. Raises DatabaseError."""
+    try:
+        take_over(context.database, Links(context.tables), journal_folder(context))
+    except OSError as error:
+        log.error("oauth_journals_unreadable", folder=error.filename, reason=error.strerror)

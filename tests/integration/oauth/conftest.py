@@ -1,0 +1,133 @@
+"""A database with links to renew, providers to ask, and the job itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from catfeeder_cron import schema
+from catfeeder_cron.config import DatabaseSettings, OAuthSettings
+from catfeeder_cron.database import Database
+from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.jobs import renew_oauth
+from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.runner import run_job
+from catfeeder_cron.schedule import IntervalSchedule
+from catfeeder_cron.schema.application import create_tables
+from tests.integration.oauth.provider import Provider, running
+
+
+@dataclass(frozen=True)
+class Link:
+    """A row of "ActiveOauths"."""
+
+    token: str | None
+    refresh_link: str
+    token_lifespan: int
+    seconds_left: float | None
+
+
+@dataclass
+class World:
+    url: str
+    database: Database
+    connection: psycopg.Connection
+    state_directory: Path
+    settings: dict[str, Any] = field(default_factory=lambda: {"request_timeout": 5})
+    reports: list[JobReport] = field(default_factory=list)
+
+    def add_provider(
+        self, provider: Provider | str, name: str = "acme", secret: str | None = "client-secret-01"
+    ) -> None:
+        url = provider if isinstance(provider, str) else provider.url
+        self.connection.execute('INSERT INTO "Services" (name) VALUES (%s)', [name])
+        self.connection.execute(
+            'INSERT INTO "UserOauthConnection" (provider_name, client_id, client_secret, token_grabber_base_url)'
+            " VALUES (%s, 'client-id', %s, %s)",
+            [name, secret, url],
+        )
+
+    def add_link(
+        self, refresh_link: str | None, name: str = "acme", left: str | None = "1 min", span: int = 3600
+    ) -> int:
+        """Insert a row and return its id; `left` is the time until the token's end, NULL where that is unknown."""
+        row = self.connection.execute(
+            'INSERT INTO "ActiveOauths" (token, token_expiration, token_lifespan, refresh_link, service_id, user_id)'
+            " SELECT 'old-access', now() + %s::interval, %s, %s, id, 7 FROM \"Services\" WHERE name = %s RETURNING id",
+            [left, span, refresh_link, name],
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def link(self, id: int) -> Link:
+        row = self.connection.execute(
+            "SELECT token, refresh_link, token_lifespan, extract(epoch FROM token_expiration - now())::float8"
+            ' FROM "ActiveOauths" WHERE id = %s',
+            [id],
+        ).fetchone()
+        assert row is not None
+        return Link(*row)
+
+    def context(self, *, database: Database | None = None, timeout: float = 60, **more: Any) -> JobContext:
+        return JobContext(
+            database=database or self.database,
+            tables=DatabaseSettings.model_validate({}).tables,
+            timeout=timedelta(seconds=timeout),
+            schedule=IntervalSchedule(timedelta(minutes=30), "renew-oauth"),
+            oauth=OAuthClient(OAuthSettings.model_validate(self.settings)),
+            state_directory=self.state_directory,
+            **more,
+        )
+
+    def renew(self, **options: Any) -> JobReport:
+        return self.run(self.context(**options))
+
+    def run(self, context: JobContext) -> JobReport:
+        self.reports.append(run_job(renew_oauth.JOB, context, renew_oauth.JOB.settings()))
+        return self.reports[-1]
+
+    def let_time_pass(self) -> None:
+        """End all back-offs, pauses and doubts, as if hours had gone by."""
+        self.connection.execute(
+            "UPDATE catfeeder_cron.oauth_tokens SET not_before = NULL, sent_at = sent_at - interval '1 h'"
+        )
+        self.connection.execute(
+            "UPDATE catfeeder_cron.oauth_providers SET paused_until = paused_until - interval '1 day'"
+        )
+
+    def journals(self) -> list[Path]:
+        return [path for path in self.state_directory.rglob("*") if path.is_file()]
+
+    def leases(self) -> int:
+        row = self.connection.execute("SELECT count(owner) FROM catfeeder_cron.oauth_tokens").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@pytest.fixture
+def world(database_url: str, tmp_path: Path) -> Iterator[World]:
+    settings = DatabaseSettings.model_validate({"url": database_url})
+    with Database(settings) as database, psycopg.connect(database_url, autocommit=True) as connection:
+        for _ in (*schema.upgrade(database), *create_tables(database, settings.tables)):
+            pass
+        yield World(database_url, database, connection, tmp_path / "state")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Provider]]:
+    """Starts a provider with the given behaviour."""
+    with ExitStack() as opened:
+        yield lambda **behaviour: opened.enter_context(running(Provider(**behaviour)))
+
+
+@pytest.fixture
+def provider(serve: Callable[..., Provider], world: World) -> Provider:
+    """A strict provider, named acme in the database."""
+    strict = serve()
+    world.add_provider(strict)
+    return strict

@@ -1,0 +1,103 @@
+"""renew-oauth through Crons and the command line: statuses, what is printed, and what a starting daemon takes over."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from catfeeder_cron.config import OAuthSettings
+from catfeeder_cron.crons import Crons
+from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.renewal.journal import Entry, new_journal
+from catfeeder_cron.renewal.takeover import journal_folder
+from tests.integration.oauth.conftest import World
+from tests.integration.oauth.provider import Provider
+from tests.integration.oauth.test_crashes import wait_until
+
+
+@pytest.fixture
+def config(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("STATE_DIRECTORY", str(world.state_directory))
+    path = tmp_path / "config.toml"
+    path.write_text(f'[database]\nurl = "{world.url}"\n')
+    path.chmod(0o600)
+    return path
+
+
+def run(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(config), *arguments]
+    return subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+
+
+def test_renew_oaths_returns_0_and_84_with_the_client_that_is_handed_in(
+    world: World, config: Path, provider: Provider
+) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url)
+        return httpx.Response(200, json={"access_token": "of the transport"})
+
+    id = world.add_link(provider.log_in("tom"))
+    client = OAuthClient(OAuthSettings(), httpx.MockTransport(answer))
+    with Crons(config=config, oauth=client) as crons:
+        assert crons.renew_oaths() == 0
+        assert world.link(id).token == "of the transport"
+        assert asked == [provider.url]
+        world.connection.execute('DROP TABLE "ActiveOauths"')
+        assert crons.renew_oaths() == 84
+
+
+def test_run_once_tells_what_it_did_by_provider(world: World, config: Path, provider: Provider) -> None:
+    world.add_link(provider.log_in("tom"))
+    world.add_link(provider.log_in("tim"))
+    dry = run(config, "run-once", "renew-oauth", "--dry-run")
+    assert (dry.returncode, provider.requests) == (0, [])
+    assert "would renew 2" in dry.stdout
+    assert "  acme: would renew 2" in dry.stdout
+    done = run(config, "run-once", "renew-oauth")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "due 2, renewed 2, needs reauth 0, failed 0, postponed 0" in done.stdout
+
+
+def test_a_reason_of_ours_fails_the_command_in_one_line(world: World, config: Path, provider: Provider) -> None:
+    world.connection.execute("UPDATE \"UserOauthConnection\" SET token_grabber_base_url = ''")
+    world.add_link("r")
+    done = run(config, "run-once", "renew-oauth")
+    assert done.returncode == 84
+    assert "nothing could be renewed: acme: its token_grabber_base_url is empty" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_forecast_prints_who_has_to_log_in(world: World, config: Path, provider: Provider) -> None:
+    world.add_link("nobody knows this")
+    run(config, "run-once", "renew-oauth")
+    shown = run(config, "forecast")
+    assert shown.returncode == 0
+    assert "now" in shown.stdout
+    assert "acme" in shown.stdout
+    assert run(config, "forecast", "--json").stdout.startswith("[\n  {")
+
+
+def test_a_starting_daemon_takes_over_what_dead_processes_left(world: World, config: Path, provider: Provider) -> None:
+    """Long before its first slot: the token in the journal may be the only one that is good for anything."""
+    id = world.add_link("sent")
+    owner = uuid4()
+    row = world.connection.execute(
+        "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, owner, lease_until, sent, sent_at)"
+        " VALUES (%s, %s, now() + interval '2 min', sha256('sent'), now()) RETURNING encode(sent, 'hex')",
+        [id, owner],
+    ).fetchone()
+    assert row is not None
+    with new_journal(journal_folder(world.context()), owner) as journal:
+        journal.append(Entry(id, row[0], 4e9, "received", "next", 3600, lifespan_is_said=True, refresh_lifespan=None))
+    with Crons(config=config) as crons:
+        assert crons.inject_crons() == 0
+        wait_until(lambda: world.link(id).token == "received")
+        wait_until(lambda: not world.journals())
+    assert world.link(id).refresh_link == "next"
+    assert provider.requests == []
