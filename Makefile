@@ -18,11 +18,11 @@ run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with 
 	@exec $(BIN)/catfeeder-cron demo
 
 test: $(VENV)/program ## run the tests (about four minutes)
-	$(BIN)/pytest -n 4
+	$(BIN)/pytest
 
 coverage: $(VENV)/program ## run the tests and say which lines and branches they leave out
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 4
+	$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)

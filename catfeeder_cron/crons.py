@@ -259,7 +259,7 @@ class Crons:
             if isinstance(resource, BackgroundTasks):
                 resource.safe_stop(wait=abandoned is None)
         if self._tasks is not None:
-            for job_id in self._dispatches:
+            for job_id in list(self._dispatches):  # a reload may be under way
                 self._take_off_schedule(job_id)
         if abandoned is None:
             self.wait()
@@ -299,7 +299,7 @@ class Crons:
         return not isinstance(added, int)
 
     def _take_off_schedule(self, job_id: str) -> None:
-        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id)):
+        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id), _recovery_id(job_id)):
             with suppress(UnknownJob):  # a date's only slot is over
                 self._background_tasks().remove_task(task_id)
 
@@ -384,9 +384,11 @@ class Crons:
             dispatches = {job_id: each for job_id, each in dispatches.items() if each.accounted_until is None}
         if dispatches:
             self._open_accounts(dispatches)
-            for job_id in dispatches:
-                if self._jobs[job_id].recover is not None:
-                    self._background_tasks().safe_add_task(self._recover, args=[job_id], trigger="date")
+            for job_id, job in self._jobs.items():
+                if job_id in dispatches and job.recover is not None:
+                    self._background_tasks().safe_add_task(
+                        self._recover, args=[job_id], trigger="date", id=_recovery_id(job_id), replace_existing=True
+                    )
         self._returns_seen = returns
 
     def _recover(self, job_id: str) -> None:
@@ -522,10 +524,14 @@ def _catch_up_id(job_id: str) -> str:
     return f"{job_id} (catching up)"
 
 
+def _woken_id(job_id: str) -> str:
+    return f"{job_id} (woken)"
+
+
+def _recovery_id(job_id: str) -> str:
+    return f"{job_id} (recovering)"
+
+
 def _slots(settings: JobSettings) -> tuple[object, ...]:
     """What a job's slots follow from."""
     return settings.interval, settings.cron, settings.date, settings.timezone, settings.jitter
-
-
-def _woken_id(job_id: str) -> str:
-    return f"{job_id} (woken)"

@@ -31,7 +31,7 @@ _DURATIONS = """
 _ACCOUNTS = """
     SELECT job, s.accounted_until,
            (SELECT r.finished_at FROM catfeeder_cron.job_runs r
-            WHERE r.job = wanted.job AND r.outcome = 'succeeded' ORDER BY r.started_at DESC LIMIT 1)
+            WHERE r.job = wanted.job AND r.outcome = 'succeeded' ORDER BY r.run_id DESC LIMIT 1)
     FROM unnest(%(jobs)s::text[]) AS wanted(job) LEFT JOIN catfeeder_cron.schedule s USING (job)"""
 
 

@@ -132,8 +132,10 @@ _CLAIM_WOKEN = """
     ON CONFLICT DO NOTHING
     RETURNING run_id"""
 
+# What keeps this process from running the job: of a shared one its own run alone.
 _UNDER_WAY = """
-    SELECT host, pid, started_at FROM catfeeder_cron.job_runs WHERE job = %(job)s AND outcome IS NULL AND NOT shared"""
+    SELECT host, pid, started_at FROM catfeeder_cron.job_runs
+    WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
 
 # Repeated after an answer that was lost, it finds its own work done.
 _CLOSE = """
@@ -253,8 +255,8 @@ class Ledger:
         return rows[0][0] if rows else None
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
-        """Return host, pid and start of the run of `job` that is under way."""
-        rows = self._database.query(_UNDER_WAY, {"job": job})
+        """Return host, pid and start of the run of `job` that keeps this process from running it."""
+        rows = self._database.query(_UNDER_WAY, self._process.parameters() | {"job": job})
         return rows[0] if rows else None
 
     def close(self, run_id: int, report: JobReport) -> bool:

@@ -77,8 +77,12 @@ class _LazyLogger:
 
 
 def one_line(text: str) -> str:
-    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows."""
-    return _without_secrets(" ".join(text.split()))[:500]
+    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows.
+
+    All of it is printable, so it moves no terminal's cursor, and PostgreSQL can store it (no NUL, no lone surrogate).
+    """
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return _without_secrets(" ".join(printable.split()))[:500]
 
 
 def context(**fields: object) -> AbstractContextManager[None]:

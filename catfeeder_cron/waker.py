@@ -94,7 +94,7 @@ class Waker:
                         listens = self._hears(connection)
                         if listens:
                             self._watch(connection)
-                        else:
+                        elif not self._closing:
                             log.info("notifications_do_not_arrive", job=self._job_id, look_every=_LOOK_EVERY_SECONDS)
                 else:
                     self._watch(None)

@@ -47,7 +47,7 @@ def check(settings: Settings, database: Database) -> Iterator[Finding]:
     for job_id, job_settings in settings.jobs.items():
         if job_settings.enabled and job_id in jobs:
             yield from check_job(database, settings, jobs[job_id])
-    if "renew-oauth" in jobs and settings.jobs["renew-oauth"].enabled:
+    if (renewal := settings.jobs.get("renew-oauth")) and renewal.enabled:
         yield from check_providers(database, settings)
 
 

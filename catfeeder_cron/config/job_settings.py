@@ -110,6 +110,7 @@ RESERVED: Mapping[str, type[JobSettings]] = MappingProxyType(
         "clean-tokens": JobSettings,
         "clean-verification": JobSettings,
         "renew-oauth": JobSettings,
+        "reset-food-counters": JobSettings,
         "test-hello-world": JobSettings,
         "test-current-date": JobSettings,
     }

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -45,7 +46,7 @@ class Attempts:
         self._timeout_seconds = timeout_seconds
         self._lease_seconds = lease_seconds
         self._finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
-        self._tasks: dict[Any, asyncio.Task[None]] = {}
+        self._tasks: dict[Any, asyncio.Task[Finished]] = {}
         self._at_work: dict[Any, Child] = {}
         self._performs: dict[str, Perform] = {}
         self._opened = AsyncExitStack()
@@ -89,7 +90,9 @@ class Attempts:
 
     def _begin(self, claimed: list[Claimed]) -> None:
         for each in claimed:
-            self._tasks[each.action.id] = self._loop.create_task(self._attempt(each))
+            task = self._loop.create_task(self._verdict(each))
+            self._tasks[each.action.id] = task
+            task.add_done_callback(partial(self._end, each))
 
     def _extend(self, ids: list[Any]) -> None:
         for each in ids:
@@ -101,10 +104,11 @@ class Attempts:
             if each in self._tasks:
                 self._tasks[each].cancel()
 
-    async def _attempt(self, claimed: Claimed) -> None:
-        finished = await self._verdict(claimed)
+    def _end(self, claimed: Claimed, task: "asyncio.Task[Finished]") -> None:
         del self._tasks[claimed.action.id]
-        self._finished.put(finished)
+        # A task that is cancelled before its first step never comes to a verdict of its own.
+        cancelled = Finished(claimed, "cancelled", "stopped before it ran")
+        self._finished.put(cancelled if task.cancelled() else task.result())
 
     async def _verdict(self, claimed: Claimed) -> Finished:
         try:
@@ -158,6 +162,6 @@ class Attempts:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._children.close()
         await self._opened.aclose()

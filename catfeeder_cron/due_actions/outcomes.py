@@ -87,7 +87,7 @@ def store(
         "ids": [each.claimed.action.id for each in finished],
         "owners": [each.claimed.owner for each in finished],
         "verdicts": [each.verdict for each in finished],
-        "details": [each.detail and each.detail.replace("\\0", "") for each in finished],
+        "details": [each.detail for each in finished],
         "waits": [_wait_seconds(each, retry_after_seconds) for each in finished],
     }
     rows = connection.execute(statement(_STORE, tables), parameters).fetchall()

@@ -75,7 +75,7 @@ class Hindrance:
 
 def _hindrance(due: Due, known: dict[str, tuple[Provider, Standing]]) -> Hindrance | None:
     """Return what keeps a provider from being asked from the start."""
-    if due.provider is None:
+    if due.provider is None or due.provider not in known:  # its row may have gone since the rows were counted
         return Hindrance("its service has no row in the table of providers", ours=True)
     provider, standing = known[due.provider]
     if provider.fault:

@@ -35,10 +35,6 @@ _COLUMNS = {
         time_reset_hours integer NOT NULL DEFAULT 0, time_reset_minutes integer NOT NULL DEFAULT 0, {_DATES}""",
 }
 
-
-# So that neither what is done already nor what is due later is read in the search for what is due.
-_INDEXES = {"actions": (("due_at", "pending"), ("lease_until", "running"))}
-
 _MAY_HAVE_TRIGGER = """
     SELECT to_regclass(%(table)s) IS NOT NULL, to_regprocedure('catfeeder_cron.actions_inserted()') IS NOT NULL"""
 _HAS_TRIGGER = """
@@ -70,9 +66,6 @@ def create_tables(database: Database, tables: DatabaseTables, *, dry_run: bool =
             if names[key] not in existing:
                 if not dry_run:
                     connection.execute(sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(columns)))
-                    for column, state in _INDEXES.get(key, ()):
-                        create = sql.SQL("CREATE INDEX ON {} ({}) WHERE state = {}")
-                        connection.execute(create.format(table, sql.Identifier(column), state))
                 yield f"{told(dry_run)} table {table.as_string()}"
         yield from _create_trigger(connection, sql.Identifier(tables.schema_, tables.actions), dry_run)
 

@@ -250,7 +250,7 @@ def test_plain_text_in_a_pipe_has_no_escape_codes_and_ends_quietly_with_its_read
     listed = program.run("list")
     assert listed.status == 0
     assert "\x1b" not in listed.stdout
-    assert [line.split()[0] for line in listed.stdout.splitlines()][:2] == ["JOB", "check-actions"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()][:3] == ["JOB", "check-actions", "clean-tokens"]
 
     program.configure(NO_DATABASE, "".join(f'[jobs.j{n}]\ncall = "a:b"\ninterval = 60\n' for n in range(3000)))
     call = shlex.join(command())

@@ -267,7 +267,8 @@ def test_a_reload_under_load_loses_and_doubles_no_slot(
 
 GRANTS = """
     GRANT SELECT, UPDATE, DELETE ON "Connections", "Verification" TO {role};
-    GRANT UPDATE, SELECT ON "Actions" TO {role};
+    GRANT SELECT, UPDATE ON "ActiveOauths", "Actions" TO {role};
+    GRANT SELECT ON "Services", "UserOauthConnection" TO {role};
     GRANT INSERT ON "ActionLog" TO {role};
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO {role}"""
 

@@ -306,6 +306,18 @@ def test_a_job_that_runs_elsewhere_is_refused_with_the_place_or_waited_for(offic
     assert work.most_at_once == 1
 
 
+def test_a_shared_job_that_this_process_runs_already_is_refused_with_the_place(office: Office) -> None:
+    work = Work(shared=True, released=False)
+    crons = office.open(work)
+    runs = threading.Thread(target=lambda: crons.run("work"))
+    runs.start()
+    wait_for(lambda: work.runs)
+    with pytest.raises(JobIsRunning, match=f"work is running already: on .*, pid {os.getpid()}, since 20"):
+        crons.run("work")
+    work.released.set()
+    runs.join()
+
+
 def test_the_time_of_a_job_begins_when_it_does_not_while_it_waits_for_another(office: Office) -> None:
     work = Work(released=False)
     first, second = office.open(work), office.open(work, timeout=0.5)

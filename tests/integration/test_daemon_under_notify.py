@@ -104,7 +104,7 @@ def test_it_is_ready_without_a_database_says_so_and_says_when_that_is_over(
     manager.heard.clear()
     with daemon(manager, tmp_path, config(database_url)):
         manager.wait_for("READY=1")
-        assert manager.wait_for("STATUS=idle; next ").endswith("(2 scheduled)")
+        assert manager.wait_for("STATUS=idle; next ").endswith("(4 scheduled)")
 
 
 def test_the_watchdog_is_fed_while_the_loop_turns_though_no_job_is_due_and_not_when_the_process_stands_still(

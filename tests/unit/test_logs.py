@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catfeeder_cron import logs
-from catfeeder_cron.logs import configure, get_logger
+from catfeeder_cron.logs import configure, get_logger, one_line
 
 QUIETED = ("apscheduler", "httpx", "httpcore", "psycopg.pool")
 
@@ -274,6 +274,14 @@ def test_a_traceback_goes_on_after_the_row_that_postgresql_quoted() -> None:
 @given(password=st.text(st.characters(exclude_characters="/", exclude_categories=("Cs", "Z", "Cc")), min_size=1))
 def test_no_password_of_a_url_is_told(password: str) -> None:
     assert logged(url=f"postgresql://cat:{password}@db/x")["url"] == "postgresql://cat:[redacted]@db/x"
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_foreign_text_becomes_one_printable_line(text: str) -> None:
+    line = one_line(f"a\0\ud800\x1b[2J\u2028{text}")
+
+    assert line.startswith("a [2J")
+    assert line.isprintable()
 
 
 def run_python(code: str) -> "subprocess.CompletedProcess[str]":

@@ -67,5 +67,4 @@ def _told(status: int, body: bytes, request: httpx.Request) -> str:
     path, _, query = request.url.raw_path.decode("ascii").partition("?")
     for secret in (*sent, *(value.rpartition(" ")[2] for value in sent), path, query):
         text = text.replace(secret, "[redacted]") if len(secret) > 3 else text
-    text = "".join(character if character.isprintable() else " " for character in text)
     return f"HTTP {status}: {one_line(text)[:_MOST_TOLD]}".rstrip(": ")

@@ -85,3 +85,9 @@ def scribble(action: Action) -> None:
 
 def generate(action: Action) -> Iterator[int]:
     yield 1
+
+
+def garble(action: Action) -> str:
+    """Return a text that PostgreSQL can't hold: a NUL, and half a surrogate pair."""
+    note(action)
+    return "a cat\0 and \udcff"

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from catfeeder_cron.action import Action, Handler, Perform
+from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import Database
+from catfeeder_cron.due_actions.attempts import Attempts
+from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from tests.integration.actions.conftest import Actions, Run
@@ -41,6 +46,41 @@ def test_what_is_due_is_done_once_and_leaves_a_trace(actions: Actions, run: Run,
     assert [line[:2] for line in actions.log(due)] == [(1, "done")]
     assert actions.get(later, "state, attempts") == ("pending", 0)
     assert actions.admin.execute('SELECT bool_and(started_at <= finished_at) FROM "ActionLog"').fetchone() == (True,)
+
+
+def test_a_text_that_the_database_can_not_hold_keeps_no_action_from_being_done(actions: Actions, run: Run) -> None:
+    action = actions.add("garble")
+
+    assert run().counts["done"] == 1
+    assert actions.log(action) == [(1, "done", "a cat and")]
+
+
+def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_other() -> None:
+    holding, released = threading.Event(), threading.Event()
+
+    @asynccontextmanager
+    async def opened(_settings: ActionsSettings) -> AsyncIterator[Perform]:
+        async def hold_the_loop(_action: Action) -> None:
+            holding.set()
+            released.wait(20)
+
+        yield hold_the_loop
+
+    first, second = (
+        Claimed(Action(number, None, None, "hold", None, datetime.now(UTC), 1, ""), "us") for number in (1, 2)
+    )
+    with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, 60, 60) as attempts:
+        attempts.begin([first])
+        assert holding.wait(20)
+        attempts.begin([second])
+        attempts.cancel([2])
+        released.set()
+        verdicts: dict[int, str] = {}
+        wait_until(
+            lambda: verdicts.update({e.claimed.action.id: e.verdict for e in attempts.wait(1)}) or len(verdicts) > 1
+        )
+
+    assert verdicts == {1: "done", 2: "cancelled"}
 
 
 def test_an_insert_needs_kind_and_due_at_alone(actions: Actions, run: Run) -> None:

@@ -35,7 +35,7 @@ DEAD = [
     reply(400, b"error=invalid_grant", FORM),
     reply(200, {"error": "bad_refresh_token"}),
     reply(200, b"error=bad_refresh_token&error_description=gone", FORM),
-    reply(400, gzip.compress(b'{"error": "invalid_grant"}'), GZIP),
+    reply(400, gzip.compress(b'{"error": "invalid_grant"}', mtime=0), GZIP),
     reply(400, {"status": 400, "message": "Invalid refresh token"}),
     reply(400, {"error": "invalid_request", "error_description": 'Invalid "refresh_token" in request.'}),
 ]
@@ -59,7 +59,7 @@ AMBIGUOUS = [
     reply(200, b"scope=all", FORM),
     reply(200, b'{"x": "' + b"a" * 300_000 + b'"}'),
     reply(200, gzip.compress(b"[" * 5_000_000), GZIP),
-    reply(200, gzip.compress(json.dumps({"access_token": "new"}).encode())[:-6], GZIP),
+    reply(200, gzip.compress(json.dumps({"access_token": "new"}).encode(), mtime=0)[:-6], GZIP),
     reply(200, b"[" * 50_000),
     reply(502, b"<html>bad gateway"),
     reply(504, b""),
