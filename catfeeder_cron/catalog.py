@@ -121,6 +121,11 @@ _MISSING_PRIVILEGES = """
                              ELSE has_any_column_privilege(%(oid)s::oid, privilege) END"""
 
 
+def has_table(connection: Connection, schema: str, name: str) -> bool:
+    """Whether there is anything of this name."""
+    return connection.execute(_TABLE, {"schema": schema, "name": name, "column": ""}).fetchone() is not None
+
+
 def find_table(connection: Connection, schema: str, name: str, column: str) -> tuple[int, str]:
     """Return the table's oid and the column's type, a domain's base. Raises SchemaProblem where either is missing."""
     described = f'"{schema}"."{name}"'

@@ -33,11 +33,13 @@ def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator
 
 def _table(database: Database, settings: Settings, job_id: str, use: TableUse) -> Iterator[Finding]:
     """Yield a finding unless the table is as the job needs it."""
+    tables = settings.database.tables
     try:
         with database.transaction() as connection:
+            exists = catalog.has_table(connection, tables.schema_, getattr(tables, use.table))
             hidden = _require(connection, settings, use)
     except SchemaProblem as error:
-        yield Finding("warning" if use.optional else "error", job_id, str(error))
+        yield Finding("warning" if use.optional and not exists else "error", job_id, str(error))
         return
     for table in hidden:
         yield Finding(

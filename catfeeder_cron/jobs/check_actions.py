@@ -6,10 +6,9 @@ from typing import Annotated
 from pydantic import Field
 
 from catfeeder_cron.actions import built_in
-from catfeeder_cron.catalog import WantedIndex
+from catfeeder_cron.catalog import WantedIndex, has_table
 from catfeeder_cron.config import AlwaysOnJobSettings, Duration, within
-from catfeeder_cron.database import Connection, single
-from catfeeder_cron.due_actions.leases import count_due, due_in_seconds, statement
+from catfeeder_cron.due_actions.leases import count_due, due_in_seconds
 from catfeeder_cron.due_actions.shift import Limits, Shift
 from catfeeder_cron.errors import JobSkipped
 from catfeeder_cron.job import Job, JobContext, TableUse, Wake
@@ -36,7 +35,7 @@ def run(context: JobContext, settings: CheckActions) -> None:
     `would_run`.
     """
     with context.transaction() as connection:
-        if not _has_table(connection, context):
+        if not has_table(connection, context.tables.schema_, context.tables.actions):
             name = f'"{context.tables.schema_}"."{context.tables.actions}"'
             raise JobSkipped(f"there is no table {name}; create it with `catfeeder-cron init-db --with-app-tables`")
         if context.dry_run:
@@ -50,12 +49,9 @@ def run(context: JobContext, settings: CheckActions) -> None:
 def due_in(context: JobContext) -> float | None:
     """Return in how many seconds there is something to do; None while nothing is in sight."""
     with context.transaction() as connection:
-        return due_in_seconds(connection, context.tables) if _has_table(connection, context) else None
-
-
-def _has_table(connection: Connection, context: JobContext) -> bool:
-    named = statement("{actions}", context.tables).as_string(connection)
-    return bool(single(connection, "SELECT to_regclass(%s) IS NOT NULL", [named])[0])
+        if not has_table(connection, context.tables.schema_, context.tables.actions):
+            return None
+        return due_in_seconds(connection, context.tables)
 
 
 JOB = Job(
