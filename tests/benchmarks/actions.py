@@ -10,11 +10,12 @@ import procrastinate
 import psycopg
 
 from catfeeder_cron import schema
-from catfeeder_cron.config import ActionsSettings, DatabaseSettings
+from catfeeder_cron.config import ActionsSettings, DatabaseSettings, DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.runner import run_job
+from catfeeder_cron.schema.indexes import create_indexes
 from tests.benchmarks.report import Figure, milliseconds
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -97,6 +98,7 @@ def _run(url: str, due: int) -> float:
     settings = DatabaseSettings.model_validate({"url": url})
     with Database(settings) as database:
         list(schema.upgrade(database))
+        list(create_indexes(database, DatabaseTables(), check_actions.JOB.wanted_indexes))
         context = JobContext(
             database=database,
             tables=settings.tables,
