@@ -129,7 +129,7 @@ def _set_up(opened: ExitStack) -> Settings:
             connection.execute(_ACTION, [f"{feeder}kitchen"])
             connection.execute(_PROVIDER, [provider.token_url])
             connection.execute(_LINKS, [TOKEN_LIFESPAN, _refresh_tokens(provider)])
-        wanted = (*jobs["clean-tokens"].wanted_indexes, *jobs["renew-oauth"].wanted_indexes)
+        wanted = [index for job in jobs.values() for index in job.wanted_indexes]
         for _ in create_indexes(database, settings.database.tables, wanted):
             pass
     counts = {"connections": 6000, "verifications": 2000, "oauth_links": _LINKS_IN_ALL}
