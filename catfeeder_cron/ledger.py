@@ -117,17 +117,12 @@ _CLAIM = """
         ON CONFLICT DO NOTHING)
     SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
 
-_CLAIM_MANUAL = """
+# A run without a slot. By hand it takes no notice of a pause; woken it does, as those of the schedule do.
+_CLAIM_WITHOUT_SLOT = """
     INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
-    VALUES (%(job)s, 'manual', %(shared)s, %(host)s, %(pid)s, %(daemon)s)
-    ON CONFLICT DO NOTHING
-    RETURNING run_id"""
-
-# Of a run between the slots. A pause holds it as it holds those of the schedule.
-_CLAIM_WOKEN = """
-    INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
-    SELECT %(job)s, 'schedule', %(shared)s, %(host)s, %(pid)s, %(daemon)s
-    WHERE NOT EXISTS (SELECT FROM catfeeder_cron.pauses
+    SELECT %(job)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
+    WHERE %(trigger)s = 'manual'
+       OR NOT EXISTS (SELECT FROM catfeeder_cron.pauses
                       WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()))
     ON CONFLICT DO NOTHING
     RETURNING run_id"""
@@ -246,12 +241,15 @@ class Ledger:
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already."""
-        rows = self._database.query(_CLAIM_MANUAL, self._process.parameters() | {"job": job, "shared": shared})
-        return rows[0][0] if rows else None
+        return self._claim_without_slot(job, "manual", shared)
 
     def claim_woken(self, job: str, *, shared: bool) -> int | None:
         """Claim a run between the slots; None when the job is paused, or running already."""
-        rows = self._database.query(_CLAIM_WOKEN, self._process.parameters() | {"job": job, "shared": shared})
+        return self._claim_without_slot(job, "schedule", shared)
+
+    def _claim_without_slot(self, job: str, trigger: Trigger, shared: bool) -> int | None:
+        parameters = self._process.parameters() | {"job": job, "trigger": trigger, "shared": shared}
+        rows = self._database.query(_CLAIM_WITHOUT_SLOT, parameters)
         return rows[0][0] if rows else None
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
