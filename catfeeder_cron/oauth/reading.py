@@ -5,13 +5,13 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl
 
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.quoting import quote
+from catfeeder_cron.retry_after import retry_after_seconds
 
 MOST_BYTES = 64 * 1024
 """A body that is longer, as sent or unpacked, is refused."""
@@ -51,6 +51,7 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
         fields, trouble = {}, str(unreadable)
     code = fields.get("error")
     code = code if isinstance(code, str) else ""
+    retry_after = retry_after_seconds(headers.get("retry-after"), now, _LONGEST_RETRY_AFTER)
     secrets = (*secrets, *_tokens(fields))
     reason = _in_words(status, code or trouble, fields, secrets)
     if 200 <= status < 300:
@@ -58,7 +59,7 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
     if 300 <= status < 400:
         return Refused(f"{status}: it redirects, which is not followed")
     if status == 429:
-        return Transient(reason, processed=False, throttled=True, retry_after=_retry_after(headers, now))
+        return Transient(reason, processed=False, throttled=True, retry_after=retry_after)
     if status in _MAY_HAVE_ROTATED:
         return Ambiguous(reason)
     if code:
@@ -69,7 +70,7 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
         return Refused(f"{status}: there is no token endpoint at this URL")
     if status == 408:
         return Ambiguous(reason)
-    return Transient(reason, processed=True, retry_after=_retry_after(headers, now))
+    return Transient(reason, processed=True, retry_after=retry_after)
 
 
 def _read_success(fields: Mapping[str, Any], code: str, reason: str, secrets: tuple[str, ...]) -> Answer:
@@ -188,19 +189,6 @@ def _number(value: object) -> float | None:
         return float(max(-(10**15), min(value, 10**15)))
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
-    """RFC 9110, section 10.2.3: seconds or a date."""
-    given = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", given, re.ASCII):
-        return min(float(given), _LONGEST_RETRY_AFTER)
-    try:
-        date = parsedate_to_datetime(given)
-    except (ValueError, IndexError, TypeError):
-        return None
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return min(max((date - now).total_seconds(), 0.0), _LONGEST_RETRY_AFTER)
 
 
 def _in_words(status: int, what: str, fields: Mapping[str, Any], secrets: Iterable[str]) -> str:

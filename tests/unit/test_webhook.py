@@ -1,13 +1,10 @@
 """Which URLs and addresses a webhook may reach, and what an answer means."""
 
 import ipaddress
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import pytest
 
 from catfeeder_cron.actions.webhook.allowed import AllowList
-from catfeeder_cron.actions.webhook.answer import retry_after_seconds
 from catfeeder_cron.actions.webhook.connection import is_public
 from catfeeder_cron.errors import HopelessAction
 
@@ -109,26 +106,3 @@ def test_a_refusal_does_not_quote_the_url() -> None:
 )
 def test_only_public_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(ipaddress.ip_address(address)) is public
-
-
-NOW = datetime(2026, 3, 1, tzinfo=UTC)
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        (None, 0),
-        ("", 0),
-        ("17", 17),
-        (" 17 ", 17),
-        ("-3", 0),
-        ("soon", 0),
-        ("99999999999999999999", 86_400),
-        (format_datetime(NOW + timedelta(seconds=90), usegmt=True), 90),
-        (format_datetime(NOW - timedelta(seconds=90), usegmt=True), 0),
-        ("Wed, 99 Foo 2026 00:00:00 GMT", 0),
-        ("²", 0),
-    ],
-)
-def test_retry_after_is_read_as_seconds_or_as_a_date(value: str | None, seconds: float) -> None:
-    assert retry_after_seconds(value, NOW) == seconds

@@ -1,12 +1,12 @@
 """What an answer to a webhook means: done, try again (and when), or hopeless."""
 
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import httpx
 
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import one_line
+from catfeeder_cron.retry_after import retry_after_seconds
 
 _MOST_READ = 4096
 _MOST_TOLD = 200
@@ -26,25 +26,11 @@ async def receive(client: httpx.AsyncClient, request: httpx.Request) -> str:
     finally:
         await response.aclose()
     if response.status_code in _TRY_AGAIN or response.status_code >= 500:
-        raise PostponedAction(told, retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC)))
+        asked = retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC), _LONGEST_WAIT_SECONDS)
+        raise PostponedAction(told, asked or 0)
     if response.is_redirect:
         told += " (redirects are not followed)"
     raise HopelessAction(told)
-
-
-def retry_after_seconds(value: str | None, now: datetime) -> float:
-    """Read a Retry-After header (RFC 9110, section 10.2.3): seconds or a date. 0 where there is none; at most a day."""
-    if value is None:
-        return 0
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(min(int(value[:9]), _LONGEST_WAIT_SECONDS))
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, OverflowError, IndexError, TypeError):
-        return 0
-    seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
-    return min(max(0.0, seconds), _LONGEST_WAIT_SECONDS)
 
 
 async def _beginning(response: httpx.Response) -> bytes:
