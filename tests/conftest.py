@@ -4,10 +4,15 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron import embedded
 from catfeeder_cron.embedded import EmbeddedServer
+
+# A busy machine is no fault of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # A new database for each test would cost 70 to 200 ms, this a tenth. DROP waits for the sessions that are closing.
 _EMPTY = """

@@ -350,7 +350,7 @@ def test_over_a_whole_year_it_fires_as_a_walk_through_every_minute_does(zone_nam
     zone = ZoneInfo(zone_name)
     walk = YearOfMinutes(zone, year)
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=6)
     @given(FIELDS.filter(is_possible))
     @example(fixed("30", "2", "*", "*", "*"))
     @example(fixed("0,30", "0,1,2", "*", "*", "*"))
@@ -371,7 +371,6 @@ def test_over_a_whole_year_it_fires_as_a_walk_through_every_minute_does(zone_nam
     fires_as_the_walk_does()
 
 
-@settings(max_examples=100, deadline=None)
 @given(FIELDS.filter(is_possible), st.datetimes(datetime(2020, 1, 1), datetime(2040, 1, 1)), st.data())
 def test_whoever_asks_before_a_firing_is_told_of_it(
     fields: tuple[Field, ...], instant: datetime, data: st.DataObject

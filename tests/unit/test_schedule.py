@@ -85,7 +85,7 @@ def test_the_grid_is_the_same_in_every_process_and_every_version() -> None:
 def test_the_sum_of_the_slots_is_that_of_listing_them(schedule: Schedule) -> None:
     around_the_spring_change = datetime(2026, 3, 29, 1, tzinfo=UTC)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31), timezones=st.just(UTC))
         | st.timedeltas(-timedelta(hours=4), timedelta(hours=4)).map(lambda d: around_the_spring_change + d),

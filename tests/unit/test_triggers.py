@@ -87,7 +87,7 @@ def test_the_delay_is_the_same_in_every_process_and_differs_from_job_to_job() ->
     assert delays == [timedelta(seconds=29, microseconds=86575), timedelta(seconds=7, microseconds=212744)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schedules, jitters, instants)
 def test_jitter_loses_no_slot_and_never_adds_up(schedule: Schedule, jitter: timedelta, start: datetime) -> None:
     trigger = ScheduleTrigger(schedule, "x", jitter)
@@ -98,7 +98,7 @@ def test_jitter_loses_no_slot_and_never_adds_up(schedule: Schedule, jitter: time
     assert times == sorted(set(times))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(triggers, instants, lengths)
 def test_after_a_sleep_the_scheduler_is_given_the_latest_missed_time_then_the_next(
     trigger: ScheduleTrigger, start: datetime, sleep: timedelta
@@ -114,7 +114,7 @@ def test_after_a_sleep_the_scheduler_is_given_the_latest_missed_time_then_the_ne
     assert trigger.get_next_fire_time(due[-1], now) == following
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(triggers, instants, lengths)
 def test_a_clock_that_was_set_back_runs_no_slot_again(
     trigger: ScheduleTrigger, start: datetime, back: timedelta
