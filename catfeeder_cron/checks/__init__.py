@@ -9,7 +9,7 @@ from pathlib import Path
 from catfeeder_cron import schema
 from catfeeder_cron.callables import find_callable
 from catfeeder_cron.checks.finding import Finding, Level
-from catfeeder_cron.checks.providers import check_providers
+from catfeeder_cron.checks.renewal import check_providers, check_state_directory
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
 from catfeeder_cron.database import Connection, Database, single
@@ -46,9 +46,12 @@ def check(settings: Settings, database: Database) -> Iterator[Finding]:
     jobs = built_in()
     for job_id, job_settings in settings.jobs.items():
         if job_settings.enabled and job_id in jobs:
-            yield from check_job(database, settings, jobs[job_id])
-    if (renewal := settings.jobs.get("renew-oauth")) and renewal.enabled:
-        yield from check_providers(database, settings)
+            found = list(check_job(database, settings, jobs[job_id]))
+            yield from found
+            if job_id == "renew-oauth":
+                yield check_state_directory()
+                if not any(finding.level == "error" for finding in found):
+                    yield from check_providers(database, settings, job_settings)
 
 
 def check_callables(settings: Settings) -> Iterator[Finding]:

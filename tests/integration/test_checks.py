@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -10,8 +11,8 @@ import pytest
 
 from catfeeder_cron import schema
 from catfeeder_cron.checks import Finding, check
-from catfeeder_cron.checks.providers import check_providers
-from catfeeder_cron.config import DatabaseTables, load
+from catfeeder_cron.checks.renewal import check_providers
+from catfeeder_cron.config import DatabaseTables, JobSettings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.schema.application import create_tables
@@ -333,7 +334,7 @@ def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
             [name, client, endpoint],
         )
 
-    found = list(check_providers(database, load(path, environ={})))
+    found = list(check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30))))
 
     assert {finding.subject: finding.level for finding in found} == {
         "provider safe": "ok",
@@ -353,6 +354,101 @@ def test_providers_that_can_not_be_read_are_an_error(database: Database, databas
     path = tmp_path / "config.toml"
     path.write_text(f'[database]\nurl = "{database_url}"\n')
 
-    (found,) = check_providers(database, load(path, environ={}))
+    (found,) = check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30)))
 
     assert found.level == "error"
+
+
+@pytest.fixture
+def ten_links(complete: None, admin: psycopg.Connection) -> None:
+    """Of google, whose tokens live an hour, in a table that may say nothing of it."""
+    admin.execute('ALTER TABLE "ActiveOauths" ALTER token_lifespan DROP NOT NULL')
+    admin.execute("INSERT INTO \"Services\" (name) VALUES ('google')")
+    admin.execute(
+        'INSERT INTO "UserOauthConnection" (provider_name, client_id, token_grabber_base_url)'
+        " VALUES ('google', 'me', 'https://example.org/token')"
+    )
+    admin.execute(
+        'INSERT INTO "ActiveOauths" (token, refresh_link, token_lifespan, service_id, user_id)'
+        " SELECT 't', 'r' || n, 3600, (SELECT id FROM \"Services\"), 1 FROM generate_series(1, 10) n"
+    )
+
+
+LIFESPAN: LiteralString = 'UPDATE "ActiveOauths" SET token_lifespan = %s WHERE id <= %s'
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "rows", "job", "message"),
+    [
+        (3600, 10, "", None),
+        (1801, 10, "", None),
+        (0, 10, "", None),  # never renewed
+        (
+            1200,
+            3,
+            "",
+            "its tokens live 20m (3 of its 10 links), and up to 30m pass between two runs of renew-oauth, so those "
+            'links are dead in between; set jobs.renew-oauth.interval = "900s" or less',
+        ),
+        (1801, 10, 'jitter = "1m"', 'links are dead in between; set jobs.renew-oauth.interval = "1441s" or less'),
+        (3600, 10, 'cron = "*/10 9-17 * * *"', "up to 910m pass"),
+        (None, 4, "interval = 7200", "its tokens live 1h (10 of its 10 links), and up to 2h pass"),
+        (None, 4, "interval = 1800", None),
+        (600, 10, "date = 2099-01-01T00:00:00Z", None),
+    ],
+)
+def test_a_provider_whose_tokens_end_between_two_runs_needs_a_shorter_interval(
+    findings: Findings,
+    ten_links: None,
+    admin: psycopg.Connection,
+    lifespan: int | None,
+    rows: int,
+    job: str,
+    message: str | None,
+) -> None:
+    admin.execute(LIFESPAN, [lifespan, rows])
+
+    found = worst(findings(f"[jobs.renew-oauth]\n{job}"), "provider google")
+
+    assert found.level == ("warning" if message else "ok"), found
+    assert (message or "can be asked") in found.message
+
+
+def test_the_interval_that_it_names_is_short_enough(
+    findings: Findings, ten_links: None, admin: psycopg.Connection
+) -> None:
+    for lifespan in (1, 30, 600, 1700):
+        admin.execute(LIFESPAN, [lifespan, 10])
+        warning = worst(findings(), "provider google").message
+        (interval,) = re.findall(r'interval = "(\w+)"', warning)
+
+        found = worst(findings(f"[jobs.renew-oauth]\ninterval = '{interval}'"), "provider google")
+
+        assert found.level == ("ok" if lifespan > 1 else "warning"), (lifespan, interval)
+
+
+def test_links_of_a_service_without_a_provider_are_named(
+    findings: Findings, ten_links: None, admin: psycopg.Connection
+) -> None:
+    admin.execute("UPDATE \"Services\" SET name = 'Google'")
+
+    assert worst(findings(), "provider Google") == Finding(
+        "warning",
+        "provider Google",
+        '10 links can\'t be renewed: their service has no row in "UserOauthConnection"; its provider_name must be the '
+        "service's name",
+    )
+
+
+def test_a_place_for_the_answers_of_providers_is_needed(
+    findings: Findings, complete: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "not" / "there" / "yet"))
+    assert worst(findings(), "renew-oauth").level == "ok"
+    assert not (tmp_path / "not").exists()
+
+    (tmp_path / "not").write_text("a file")
+    found = worst(findings(), "renew-oauth")
+
+    assert found.level == "error"
+    assert f"{tmp_path / 'not'} is no directory; make that directory writable or set STATE_DIRECTORY" in found.message

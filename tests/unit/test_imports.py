@@ -41,7 +41,7 @@ ARROWS = {
     "renewal": "job oauth database catalog config",
     "jobs": "job expired_rows renewal actions due_actions catalog config database",
     "custom_jobs": "job callables output config",
-    "checks": "callables jobs job oauth output schema catalog database config",
+    "checks": "callables jobs job oauth renewal schedule output schema catalog database config",
     "pauses": "database",
     "triggers": "schedule",
     "ledger": "database schema config schedule job",
