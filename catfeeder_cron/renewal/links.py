@@ -41,7 +41,8 @@ FREE: LiteralString = """
 # Dead ones are not due: they wait for their user, whatever we do.
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
-           count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free})
+           count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
+           count(*) FILTER (WHERE t.not_before > now()), min(t.not_before) FILTER (WHERE t.not_before > now())
     FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id
     LEFT JOIN {providers} p ON p.provider_name = s.name
     LEFT JOIN {state} t ON t.oauth_id = a.id
@@ -57,13 +58,26 @@ _NO_STATE = """
 
 @dataclass(frozen=True)
 class Due:
-    """How many rows of one provider are due: `leased` by some process, and `free` for the asking."""
+    """How many rows of one provider are due: `leased` by some process, `free`, `backing_off`, or in doubt."""
 
     provider: str | None
     service: str | None
     rows: int
     leased: int
     free: int
+    backing_off: int
+    next_try: datetime | None
+    """When the first of those that back off may be asked for."""
+
+    def why_not_free(self) -> str | None:
+        """Say why rows that nobody has under a lease are left alone."""
+        in_doubt = self.rows - self.leased - self.free - self.backing_off
+        told = []
+        if self.next_try:
+            told.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
+        if in_doubt > 0:
+            told.append(f"{in_doubt} were sent without a known answer and rest for {IN_DOUBT.seconds // 60} minutes")
+        return "; ".join(told) or None
 
 
 @dataclass(frozen=True)

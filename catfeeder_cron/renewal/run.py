@@ -14,7 +14,7 @@ from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claimer
-from catfeeder_cron.renewal.journal import Journal, new_journal
+from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
 from catfeeder_cron.renewal.lane import Lane
 from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.outbox import Outbox
@@ -47,6 +47,7 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
     if context.dry_run:
         _count_only(context, due, known)
+        require_writable(context.state_directory)
         return
     Run(context, client, links, due_window, due, known).go()
 
@@ -59,6 +60,8 @@ def _count_only(context: JobContext, due: list[Due], known: dict[str, tuple[Prov
         context.by_provider[name] = Counter(
             would_renew=0 if hindrance else each.free, postponed=each.rows if hindrance else each.rows - each.free
         )
+        if reason := hindrance.reason if hindrance else each.why_not_free():
+            context.provider_reasons[name] = reason
 
 
 def _name(due: Due) -> str:
@@ -184,7 +187,9 @@ class Run:
             counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
             if counts["due"]:
                 self._context.by_provider[name] = counts
-                reason = hindrance.reason if hindrance else lane.halted if lane else None
+                reason = hindrance.reason if hindrance else (lane and lane.halted) or each.why_not_free()
+                if reason:
+                    self._context.provider_reasons[name] = reason
                 log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
         for key in ("due", "postponed"):
             self._context.counts[key] = sum(counts[key] for counts in self._context.by_provider.values())

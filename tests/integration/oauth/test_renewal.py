@@ -272,6 +272,10 @@ def test_without_a_place_for_the_journal_nothing_is_sent(world: World, provider:
     assert report.reason is not None
     assert "STATE_DIRECTORY" in report.reason
     assert provider.requests == []
+    dry = world.renew(dry_run=True)
+    assert dry.outcome == "failed"
+    assert dry.reason is not None
+    assert f"{world.state_directory} is no directory" in dry.reason
 
 
 def test_a_missing_table_or_privilege_is_named(world: World, provider: Provider) -> None:
@@ -289,6 +293,29 @@ def test_a_link_whose_service_has_no_provider_is_postponed_and_named(world: Worl
     assert report.outcome == "failed"
     assert report.reason == "nothing could be renewed: orphan: its service has no row in the table of providers"
     assert report.counts == {"due": 1, "renewed": 0, "needs_reauth": 0, "failed": 0, "postponed": 1}
+
+
+def test_what_is_left_alone_says_why(world: World, provider: Provider) -> None:
+    """The report by provider names how many rows back off or are in doubt, and until when; a dry run as well."""
+    world.add_link(provider.log_in("tom"))
+    failing, doubtful = world.add_link(provider.log_in("tim")), world.add_link(provider.log_in("tam"))
+    world.connection.execute(
+        "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, failures, not_before, sent, sent_at)"
+        " SELECT id, 1, CASE id WHEN %s THEN '2099-01-01 12:04:31Z'::timestamptz END,"
+        " CASE id WHEN %s THEN sha256(convert_to(refresh_link, 'UTF8')) END, now()"
+        ' FROM "ActiveOauths" WHERE id = ANY (%s)',
+        [failing, doubtful, [failing, doubtful]],
+    )
+    why = (
+        "1 back off after a failure, the first until 12:04:31 UTC; "
+        "1 were sent without a known answer and rest for 10 minutes"
+    )
+
+    dry, done = world.renew(dry_run=True), world.renew()
+
+    assert dry.provider_reasons == done.provider_reasons == {"acme": why}
+    assert done.as_json()["providers"]["acme"] == {**done.by_provider["acme"], "reason": why}
+    assert (done.counts["renewed"], done.counts["postponed"]) == (1, 2)
 
 
 def test_the_job_is_shared_and_wants_its_index() -> None:
