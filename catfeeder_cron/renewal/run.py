@@ -18,6 +18,7 @@ from catfeeder_cron.renewal.journal import Journal, new_journal, require_writabl
 from catfeeder_cron.renewal.lane import Lane
 from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.outbox import Outbox
+from catfeeder_cron.renewal.patience import Patience
 from catfeeder_cron.renewal.providers import Standing
 from catfeeder_cron.renewal.storing import confirm_dead, dismiss_dead
 from catfeeder_cron.renewal.takeover import journal_folder, recover
@@ -146,7 +147,7 @@ class Run:
         provider, standing = self._known[due.provider]
         lease, fingerprint = self._client.settings.lease, provider.fingerprint
         claimer = Claimer(self._links, self._window, self._owner, lease, provider.name, fingerprint)
-        return Lane(outbox, session, provider, standing, claimer)
+        return Lane(outbox, session, provider, Patience(outbox, provider, standing), claimer)
 
     def _progress(self, settled: int) -> None:
         self._settled += settled
@@ -155,12 +156,12 @@ class Run:
 
     def _judge(self, lane: Lane) -> None:
         """Make up the mind about tokens that the provider has called dead, now that all its answers are known."""
-        if not lane.dead:
+        if not lane.patience.dead:
             return
         try:
-            if lane.suspect:
+            if lane.patience.suspect:
                 dismiss_dead(self._context.database, lane.id)
-                lane.counts["failed"] += lane.dead
+                lane.counts["failed"] += lane.patience.dead
                 return
             while ids := confirm_dead(self._context.database, lane.id):
                 lane.counts["needs_reauth"] += len(ids)
@@ -187,7 +188,7 @@ class Run:
             counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
             if counts["due"]:
                 self._context.by_provider[name] = counts
-                reason = hindrance.reason if hindrance else (lane and lane.halted) or each.why_not_free()
+                reason = hindrance.reason if hindrance else (lane and lane.patience.halted) or each.why_not_free()
                 if reason:
                     self._context.provider_reasons[name] = reason
                 log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
@@ -199,7 +200,7 @@ class Run:
         if self._outbox is None:
             return {}
         self._cut_short = self._outbox.is_ending()
-        if not self._cut_short and not any(lane.halted or lane.given_back for lane in self._lanes):
+        if not self._cut_short and not any(lane.patience.halted or lane.given_back for lane in self._lanes):
             return {}
         try:
             with self._context.database.transaction() as connection:
@@ -223,7 +224,8 @@ class Run:
             raise JobTimedOut(f"not done within its timeout of {self._context.timeout.total_seconds():g} s")
         counts = self._context.counts
         reasons = {name: hindrance.reason for name, hindrance in hindrances.items() if hindrance.ours}
-        reasons |= {lane.provider.name: lane.halted for lane in self._lanes if lane.refused and lane.halted}
+        refusing = [lane for lane in self._lanes if lane.patience.refused]
+        reasons |= {lane.provider.name: lane.patience.halted or "" for lane in refusing}
         if reasons and counts["due"] and not (counts["renewed"] or counts["needs_reauth"] or counts["failed"]):
             told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
             raise RenewalError(f"nothing could be renewed: {told}")
