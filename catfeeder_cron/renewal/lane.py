@@ -38,8 +38,6 @@ class Lane:
     claimer: Claimer
     id: UUID = field(default_factory=uuid4)
     counts: Counter[str] = field(default_factory=Counter)
-    given_back: bool = False
-    """Rows were claimed that are free again, because they were not sent or not looked at."""
     _lifespan_missed: bool = False
     _failure: Exception | None = None
     _auth: ClientAuth = "basic"
@@ -92,7 +90,6 @@ class Lane:
         async with self.outbox.slots:
             asked = await self._ask(claim) if self._may_send(claim) else None
         if asked is None:
-            self.given_back = True
             await self.outbox.put(Settlement(claim, self.counts))
         else:
             await self._take(claim, *asked)
@@ -139,7 +136,6 @@ class Lane:
             case Dead():
                 return Verdict(claim.id, claim.sent, self.id, dead=True)
             case Refused() | Transient(throttled=True):
-                self.given_back = True
                 return Verdict(claim.id, claim.sent, self.id)
             case Transient() | Ambiguous():
                 in_doubt = isinstance(answer, Ambiguous)

@@ -38,7 +38,11 @@ FREE: LiteralString = """
     AND (t.not_before IS NULL OR t.not_before <= now())
     AND (t.dead IS NULL OR t.dead <> {hash})"""
 
-# Dead ones are not due: they wait for their user, whatever we do.
+# When a token was handed out, whoever stored it. least() keeps the product within an interval's range.
+ISSUED: LiteralString = "(a.token_expiration - least(a.token_lifespan, 3153600000) * interval '1 s')::timestamptz"
+
+# Dead ones are not due: they wait for their user, whatever we do. What a run has left is counted without those tokens
+# that live so short a time that they were due again as soon as it had renewed them.
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
            count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
@@ -47,6 +51,7 @@ _COUNT = """
     LEFT JOIN {providers} p ON p.provider_name = s.name
     LEFT JOIN {state} t ON t.oauth_id = a.id
     WHERE {renewable} AND ({expires} OR a.token_expiration IS NULL) AND (t.dead IS NULL OR t.dead <> {hash})
+      AND (a.token_lifespan <= 0 OR {issued} < %(issued_before)s::timestamptz) IS NOT false
     GROUP BY p.provider_name, s.name ORDER BY s.name"""
 
 
@@ -94,6 +99,7 @@ class Links:
             "renewable": sql.SQL(RENEWABLE),
             "expires": sql.SQL(EXPIRES),
             "free": sql.SQL(FREE).format(hash=sql.SQL(HASH)),
+            "issued": sql.SQL(ISSUED),
         }
         return sql.SQL(text).format(**names, **parts)
 
@@ -111,16 +117,12 @@ class Links:
             for leaf in catalog.leaves(connection, oid, "token_expiration"):
                 catalog.require_privileges(connection, leaf, "SELECT", "UPDATE")
 
-    def count(self, context: JobContext, window: "Window") -> list[Due]:
-        """Count what is due, by provider."""
-        with context.transaction() as connection:
-            return self.count_with(connection, window)
-
-    def count_with(self, connection: Connection, window: "Window") -> list[Due]:
+    def count(self, connection: Connection, window: "Window", *, left: bool = False) -> list[Due]:
+        """Count what is due, by provider; what is `left`, without what was renewed since the window was opened."""
         (exists,) = single(connection, "SELECT to_regclass('catfeeder_cron.oauth_tokens') IS NOT NULL")
         state = sql.SQL("catfeeder_cron.oauth_tokens" if exists else _NO_STATE)
-        statement = self.statement(_COUNT, state=state)
-        return [Due(*row) for row in connection.execute(statement, window.parameters())]
+        parameters = {**window.parameters(), "issued_before": window.opened_at if left else "infinity"}
+        return [Due(*row) for row in connection.execute(self.statement(_COUNT, state=state), parameters)]
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.tables.schema_, name)
@@ -132,6 +134,8 @@ class Window:
 
     next_run: datetime
     margin: timedelta
+    opened_at: datetime
+    """On the database's clock."""
 
     def parameters(self) -> dict[str, Any]:
         return {"next_run": self.next_run, "margin": self.margin, "in_doubt": IN_DOUBT}
@@ -144,6 +148,6 @@ def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
     of the two clocks counts.
     """
     with context.transaction() as connection:
-        (now,) = single(connection, "SELECT greatest(now(), %s)", [datetime.now().astimezone()])
+        opened_at, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now().astimezone()])
     next_slot = context.schedule.next_after(now) if context.schedule else None
-    return Window(next_slot + jitter if next_slot else now, margin)
+    return Window(next_slot + jitter if next_slot else now, margin, opened_at)

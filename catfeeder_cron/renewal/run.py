@@ -43,8 +43,8 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         context.counts.update(dict.fromkeys(COUNTS, 0))
         recover(context)
     due_window = window(context, client.settings.renew_before, jitter)
-    due = links.count(context, due_window)
     with context.transaction() as connection:
+        due = links.count(connection, due_window)
         known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
     if context.dry_run:
         _count_only(context, due, known)
@@ -196,17 +196,16 @@ class Run:
             self._context.counts[key] = sum(counts[key] for counts in self._context.by_provider.values())
 
     def _left(self) -> dict[str, int]:
-        """Count the rows that could have been claimed and were not, or were given back."""
+        """Count the rows that could be claimed still: not reached, locked by somebody, or given back."""
         if self._outbox is None:
             return {}
         self._cut_short = self._outbox.is_ending()
-        if not self._cut_short and not any(lane.patience.halted or lane.given_back for lane in self._lanes):
-            return {}
         try:
             with self._context.database.transaction() as connection:
-                left = {_name(each): each.free for each in self._links.count_with(connection, self._window)}
+                due = self._links.count(connection, self._window, left=True)
         except DatabaseError:
             return {}
+        left = {_name(each): each.free for each in due}
         self._cut_short = self._cut_short and any(left.values())
         return left
 

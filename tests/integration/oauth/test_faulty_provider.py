@@ -238,6 +238,7 @@ def test_a_partial_answers_refresh_token_is_stored(world: World, serve: Serve) -
     assert world.renew().counts == {"due": 2, "renewed": 0, "needs_reauth": 0, "failed": 2, "postponed": 0}
     for id in (1, 2):
         assert (world.link(id).token, world.link(id).refresh_link) == ("old-access", "next")
+    assert world.renew().counts["postponed"] == 2  # they back off
 
 
 @pytest.mark.parametrize("told", [{"retry-after": "120"}, {}])

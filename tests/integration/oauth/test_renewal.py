@@ -9,6 +9,7 @@ import pytest
 from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
+from catfeeder_cron.schedule import IntervalSchedule
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 
@@ -316,6 +317,33 @@ def test_what_is_left_alone_says_why(world: World, provider: Provider) -> None:
     assert dry.provider_reasons == done.provider_reasons == {"acme": why}
     assert done.as_json()["providers"]["acme"] == {**done.by_provider["acme"], "reason": why}
     assert (done.counts["renewed"], done.counts["postponed"]) == (1, 2)
+
+
+def test_tokens_that_live_shorter_than_the_interval_are_renewed_once_in_a_run(world: World, provider: Provider) -> None:
+    provider.expires_in = 60
+    for number in range(5):
+        world.add_link(provider.log_in(f"user{number}"), span=60)
+    for _ in range(2):
+        assert world.renew().counts == {"due": 5, "renewed": 5, "needs_reauth": 0, "failed": 0, "postponed": 0}
+    assert len(provider.requests) == 10
+
+
+def test_a_lifespan_that_contradicts_the_expiry_keeps_no_token_from_being_renewed(
+    world: World, provider: Provider
+) -> None:
+    world.add_link(provider.log_in("tom"), left="5 min", span=1)
+    context = world.context()
+    context.schedule = IntervalSchedule(timedelta(days=1000), "renew-oauth")
+    assert world.run(context).counts["renewed"] == 1
+
+
+def test_a_row_that_somebody_has_locked_is_postponed(world: World, provider: Provider) -> None:
+    locked = world.add_link(provider.log_in("tom"))
+    world.add_link(provider.log_in("tim"))
+    with psycopg.connect(world.url) as web:
+        web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [locked])
+        assert world.renew().counts == {"due": 2, "renewed": 1, "needs_reauth": 0, "failed": 0, "postponed": 1}
+    assert world.renew().counts["renewed"] == 1
 
 
 def test_the_job_is_shared_and_wants_its_index() -> None:
