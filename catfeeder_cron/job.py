@@ -109,6 +109,8 @@ class JobContext:
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
     schedule: Schedule | None = None
     """The job's slots."""
+    slot: datetime | None = None
+    """The one that this run is for; None for a run between them."""
     oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
     state_directory: Path = field(default_factory=state_directory)
     """Where the job may keep what must survive the process; it need not exist."""

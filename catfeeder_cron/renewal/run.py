@@ -202,7 +202,7 @@ class Run:
         self._cut_short = self._outbox.is_ending()
         try:
             with self._context.database.transaction() as connection:
-                due = self._links.count(connection, self._window, left=True)
+                due = self._links.count(connection, self._window)
         except DatabaseError:
             return {}
         left = {_name(each): each.free for each in due}

@@ -40,10 +40,10 @@ _STORE = """
 _BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
 
 # For an answer that was not stored, because the row is gone or holds a newer login, only the lease goes. One without
-# a token, that of a partial answer, is a failure.
+# a token, that of a partial answer, is a failure. `sent_at` stays: it tells when the row had its turn.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
-        owner = NULL, lease_until = NULL, sent = NULL, sent_at = NULL,
+        owner = NULL, lease_until = NULL, sent = NULL,
         failures = CASE WHEN is_stored AND n.token IS NULL THEN t.failures + 1 ELSE 0 END,
         not_before = CASE WHEN is_stored AND n.token IS NULL THEN now() + {back_off} END,
         refused = NULL, refused_by = NULL, dead = NULL, dead_since = NULL,

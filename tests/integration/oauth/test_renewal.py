@@ -1,7 +1,7 @@
 """What is due, what becomes of a row, and what is told of a run; with a provider that behaves."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
@@ -321,11 +321,21 @@ def test_what_is_left_alone_says_why(world: World, provider: Provider) -> None:
 
 def test_tokens_that_live_shorter_than_the_interval_are_renewed_once_in_a_run(world: World, provider: Provider) -> None:
     provider.expires_in = 60
-    for number in range(5):
+    for number in range(40):
         world.add_link(provider.log_in(f"user{number}"), span=60)
     for _ in range(2):
-        assert world.renew().counts == {"due": 5, "renewed": 5, "needs_reauth": 0, "failed": 0, "postponed": 0}
-    assert len(provider.requests) == 10
+        assert world.renew().counts == {"due": 40, "renewed": 40, "needs_reauth": 0, "failed": 0, "postponed": 0}
+    assert len(provider.requests) == 80
+
+
+def test_daemons_that_work_for_one_slot_renew_such_a_token_once(world: World, provider: Provider) -> None:
+    provider.expires_in = 60
+    world.add_link(provider.log_in("tom"), span=60)
+    slot = datetime.now(UTC) - timedelta(seconds=2)
+
+    assert world.renew(slot=slot).counts["renewed"] == 1
+    assert world.renew(slot=slot).counts["due"] == 0
+    assert world.renew(slot=datetime.now(UTC)).counts["renewed"] == 1
 
 
 def test_a_lifespan_that_contradicts_the_expiry_keeps_no_token_from_being_renewed(
