@@ -324,6 +324,19 @@ def test_a_role_with_too_little_is_told_what_it_lacks_by_check_and_at_the_start(
         assert daemon.wait_for("check_finding", subject=job, level="error")["message"] == errors[job]
 
 
+def test_last_runs_that_a_role_may_not_see_are_no_jobs_that_never_ran(
+    program: Program, app_tables: None, admin: psycopg.Connection, make_role: Callable[[str], str]
+) -> None:
+    program.configure(make_role("GRANT USAGE ON SCHEMA catfeeder_cron TO {role}"))
+    admin.execute("REVOKE SELECT ON catfeeder_cron.job_runs FROM PUBLIC")
+
+    listed = program.run("list")
+
+    assert listed.status == 0
+    assert "last_runs_unknown" in listed.stderr
+    assert "permission denied for table job_runs" in listed.stderr
+
+
 def test_check_tells_the_faults_of_a_configuration_as_a_document_too(program: Program) -> None:
     program.configure("postgresql:///x", "[jobs.clean-tokens]\nintervall = 5")
 

@@ -124,8 +124,11 @@ def test_a_role_that_may_not_create_the_schema_is_told_to_run_init_db(
     _, url = role()
     other = open_database(url)
 
-    with pytest.raises(SchemaProblem, match=r"is missing, .* run `catfeeder-cron init-db` as the database's owner"):
+    with pytest.raises(
+        SchemaProblem, match=r"is missing, .* run `catfeeder-cron init-db` as the database's owner"
+    ) as told:
         schema.ensure(other)
+    assert "`catfeeder-cron check`" not in str(told.value)
     with pytest.raises(SchemaProblem, match="init-db"):
         schema.require(other)
     list(schema.upgrade(database))
