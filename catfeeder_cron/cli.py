@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,6 +19,8 @@ from catfeeder_cron.errors import (
     DatabaseError,
     JobAborted,
     JobIsRunning,
+    PermissionDenied,
+    SchemaProblem,
     UnknownJob,
 )
 
@@ -362,18 +365,25 @@ def init_db(
     settings = _load(context)
     _log_nothing()
     tables = settings.database.tables
-    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
+    jobs = built_in().values()
+    wanted = [index for job in jobs for index in job.wanted_indexes]
+    enabled = [job for job in jobs if settings.jobs[job.id].enabled]
+    needed = [use.table for job in enabled for use in job.tables if not use.optional]
+    if with_app_tables and dry_run:
+        needed = []  # they would be there by then
     done = False
     with Database(settings.database) as database:
         steps = [schema.upgrade(database, dry_run=dry_run)]
         if with_app_tables:
             steps.append(create_tables(database, tables, dry_run=dry_run))
         if with_indexes:
-            steps.append(create_indexes(database, tables, wanted, dry_run=dry_run))
-        for step in steps:
-            for line in step:
+            steps.append(create_indexes(database, tables, wanted, needed=needed, dry_run=dry_run))
+        try:
+            for line in chain.from_iterable(steps):
                 done = True
                 print(line, flush=True)
+        except PermissionDenied as error:
+            raise SchemaProblem(f"{error.found}; run `init-db` as the owner of the database and its tables") from None
     if not done:
         print("nothing to do")
 
