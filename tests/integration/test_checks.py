@@ -13,6 +13,7 @@ from catfeeder_cron.checks import Finding, check
 from catfeeder_cron.checks.providers import check_providers
 from catfeeder_cron.config import DatabaseTables, load
 from catfeeder_cron.database import Database
+from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
@@ -247,6 +248,38 @@ def test_no_database_is_one_error_and_the_rest_is_told_still(findings: Findings)
     found = findings("[jobs.report]\ncall = 'nowhere:main'\ninterval = 60", "postgresql://127.0.0.1:1/none")
 
     assert [finding.subject for finding in found if finding.level == "error"] == ["report", "database"]
+    assert found[-1].message.endswith("; the rest was not looked at")
+
+
+def test_a_database_that_goes_away_meanwhile_is_one_error(
+    mortal_server: EmbeddedServer, stop_server: Callable[[str], Callable[[], None]], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[database]\nurl = '{mortal_server.conninfo}'\nconnect_timeout = 1\n")
+    settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+    with Database(settings.database) as database:
+        to_come = check(settings, database)
+        while next(to_come).subject != "schema":
+            pass
+        stop_server("fast")
+
+        (found,) = to_come
+
+    assert (found.level, found.subject) == ("error", "database")
+
+
+def test_nothing_is_said_twice(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    _, url = role()
+    lacking_tables = findings("", url)
+    admin.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    lacking_schema = findings("", url)
+
+    for found in (lacking_tables, lacking_schema):
+        assert len(found) == len(set(found)), found
+        # The table of the providers has its line among those of the job that reads it.
+        assert "providers" not in {finding.subject for finding in found}
 
 
 @pytest.mark.parametrize(("enabled", "level"), [("true", "error"), ("false", "warning")])
