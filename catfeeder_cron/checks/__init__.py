@@ -10,6 +10,7 @@ from catfeeder_cron import schema
 from catfeeder_cron.callables import find_callable
 from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.checks.providers import check_providers
+from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
 from catfeeder_cron.database import Connection, Database, single
@@ -56,6 +57,7 @@ def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
             # Where the tables are not as they should be, that is all there is to say.
             if job_id == "renew-oauth" and all(finding.level != "error" for finding in found):
                 yield from check_providers(database, settings)
+    yield from check_statements(database, settings)
 
 
 def check_callables(settings: Settings) -> Iterator[Finding]:
