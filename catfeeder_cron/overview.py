@@ -102,6 +102,8 @@ def _described(
         "paused": pause is not None,
         "paused_until": timestamp(pause.until) if pause else None,
         "paused_because": pause.because if pause else None,
+        "paused_at": timestamp(pause.paused_at) if pause else None,
+        "paused_by": pause.host if pause else None,
     }
 
 
