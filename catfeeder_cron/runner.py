@@ -70,7 +70,11 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
 
 
 def _tell(report: JobReport, known_reason: str | None) -> None:
-    """Log the one canonical event of a run. A run that found nothing to do is no news."""
+    """Log the one canonical event of a run. A run that found nothing to do is no news.
+
+    A job that counts nothing, such as a custom callable, has done what it does whenever it succeeds.
+    """
+    did_something = any(report.counts.values()) if report.counts else report.outcome == "succeeded"
     fields = {
         "outcome": report.outcome,
         **({"reason": report.reason} if report.reason else {}),
@@ -82,7 +86,7 @@ def _tell(report: JobReport, known_reason: str | None) -> None:
         log.error("job_finished", **fields)
     elif report.outcome == "aborted":
         log.warning("job_finished", **fields)
-    elif any(report.counts.values()) or (report.reason and report.reason != known_reason):
+    elif did_something or (report.reason and report.reason != known_reason):
         log.info("job_finished", **fields)
     else:
         log.debug("job_finished", **fields)
