@@ -177,6 +177,8 @@ def run_once(
 
     settings = _load(context)
     _log_warnings(settings)
+    if _one_terminal() and settings.logging.level != "debug":
+        logging.getLogger("catfeeder_cron.runner.result").setLevel(logging.CRITICAL)
     reports: list[dict[str, Any]] = []
     with StopSignals() as signals, Crons(config=settings) as crons:
         signals.on_request(crons.request_stop)
@@ -203,13 +205,20 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
         with terminal.progress_bar(job) as progress:
             report = crons.run(job, dry_run=dry_run, wait=wait, progress=progress)
     except JobIsRunning as error:
-        _complain(error, RUNNING_ELSEWHERE)
+        if not _one_terminal():
+            _complain(error, RUNNING_ELSEWHERE)
         return not_run(job, "skipped", str(error), dry_run=dry_run), RUNNING_ELSEWHERE
     except (DatabaseError, JobAborted) as error:
-        _complain(f"{job}: {error}", FAILED)
+        if not _one_terminal():
+            _complain(f"{job}: {error}", FAILED)
         outcome: Outcome = "aborted" if isinstance(error, JobAborted) else "failed"
         return not_run(job, outcome, str(error), dry_run=dry_run), FAILED
     return report, 0 if report.outcome in ("succeeded", "skipped") else FAILED
+
+
+def _one_terminal() -> bool:
+    """Whether results and errors are read in one place, where a failure's reason need not be said twice."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 @app.command()
