@@ -26,6 +26,7 @@ from catfeeder_cron.errors import (
     DatabaseError,
     DatabaseUnavailable,
     LockTimeout,
+    PermissionDenied,
     SchemaProblem,
     StatementTimeout,
 )
@@ -328,7 +329,9 @@ def translate(error: Exception) -> DatabaseError:
             return LockTimeout(message)
         case pg.IntegrityError():
             return ConstraintViolation(message, error.diag.constraint_name)
-        case pg.InsufficientPrivilege() | pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
+        case pg.InsufficientPrivilege():
+            return PermissionDenied(message)
+        case pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
             return SchemaProblem(message)
         case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
             return DatabaseUnavailable(message)

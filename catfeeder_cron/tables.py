@@ -131,7 +131,8 @@ def _notes(job: dict[str, Any]) -> str:
     notes = []
     if job["paused"]:
         until = f" until {_second(job['paused_until'])}" if job["paused_until"] else ""
-        notes.append(f"paused{until}" + (f": {job['paused_because']}" if job["paused_because"] else ""))
+        because = f": {job['paused_because']}" if job["paused_because"] else ""
+        notes.append(f"paused since {_second(job['paused_at'])}{until} by {job['paused_by']}{because}")
     if job.get("overdue_since"):
         notes.append(f"overdue since {_second(job['overdue_since'])}")
     return ", ".join(notes)

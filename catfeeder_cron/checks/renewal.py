@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from catfeeder_cron.checks.finding import Finding
 from catfeeder_cron.config import JobSettings, ProviderSettings, Settings, format_duration, state_directory
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import DatabaseError, RenewalError
+from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, RenewalError
 from catfeeder_cron.oauth.presets import preset
 from catfeeder_cron.oauth.provider import put_together
 from catfeeder_cron.renewal.journal import require_writable
@@ -46,7 +46,10 @@ def check_state_directory() -> Finding:
 
 
 def check_providers(database: Database, settings: Settings, job: JobSettings) -> Iterator[Finding]:
-    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is read."""
+    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is read.
+
+    Raises DatabaseUnavailable.
+    """
     links, apart = Links(settings.database.tables), _time_between_runs(settings, job)
     try:
         with database.transaction() as connection:
@@ -54,6 +57,8 @@ def check_providers(database: Database, settings: Settings, job: JobSettings) ->
             seconds = apart.total_seconds() if apart else None
             rows = connection.execute(links.statement(_LIFESPANS), {"apart": seconds})
             lifespans = {name: Lifespans(*row) for name, *row in rows}
+    except DatabaseUnavailable:
+        raise
     except DatabaseError as error:
         yield Finding("error", "providers", str(error))
         return

@@ -1,6 +1,8 @@
 """What an operator does, with two daemons on one database: pause, resume, status, reload, check, custom jobs."""
 
 import json
+import platform
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +29,8 @@ enabled = false
 [jobs.clean-verification]
 enabled = false
 """
+
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 # Every slot of a job that falls into a stretch of time is a run or part of a missed stretch, once.
 SLOTS = """
@@ -78,8 +82,9 @@ def test_a_pause_from_one_shell_stops_both_daemons_within_a_second(
     assert runs_since(admin, "tick", before) == 0
     listed = {job["job"]: job for job in program.run("list", "--json").document}
     assert (listed["tick"]["paused"], listed["tock"]["paused"]) == (True, False)
-    assert "paused: the table is being moved" in program.run("list").stdout
-    assert "paused: the table is being moved" in program.run("status").stdout
+    told = rf"paused since {MOMENT} by {re.escape(platform.node())}: the table is being moved"
+    assert re.search(told, program.run("list").stdout)
+    assert re.search(told, program.run("status").stdout)
     stretch = history(program, "tick", 1)[0]
     assert (stretch["outcome"], stretch["reason"]) == ("skipped", "paused: the table is being moved")
     assert stretch["missed"] >= 3
@@ -101,6 +106,8 @@ def test_a_pause_of_all_jobs_ends_by_itself(
 
     jobs = program.run("status", "--json").document["jobs"]
     assert all(job["paused"] and job["paused_until"].endswith("Z") for job in jobs)
+    assert all(job["paused_at"] < job["paused_until"] and job["paused_by"] == platform.node() for job in jobs)
+    assert re.search(rf"paused since {MOMENT} until {MOMENT} by ", program.run("status").stdout)
     assert not any(runs_since(admin, job, run_id) for job, run_id in before.items())
     eventually(lambda: all(runs_since(admin, job, run_id) >= 1 for job, run_id in before.items()), "it is over")
     assert not any(job["paused"] for job in program.run("list", "--json").document)
@@ -322,6 +329,19 @@ def test_a_role_with_too_little_is_told_what_it_lacks_by_check_and_at_the_start(
     daemon = program.daemon()
     for job in errors:
         assert daemon.wait_for("check_finding", subject=job, level="error")["message"] == errors[job]
+
+
+def test_last_runs_that_a_role_may_not_see_are_no_jobs_that_never_ran(
+    program: Program, app_tables: None, admin: psycopg.Connection, make_role: Callable[[str], str]
+) -> None:
+    program.configure(make_role("GRANT USAGE ON SCHEMA catfeeder_cron TO {role}"))
+    admin.execute("REVOKE SELECT ON catfeeder_cron.job_runs FROM PUBLIC")
+
+    listed = program.run("list")
+
+    assert listed.status == 0
+    assert "last_runs_unknown" in listed.stderr
+    assert "permission denied for table job_runs" in listed.stderr
 
 
 def test_check_tells_the_faults_of_a_configuration_as_a_document_too(program: Program) -> None:

@@ -14,6 +14,7 @@ from catfeeder_cron.checks import Finding, check
 from catfeeder_cron.checks.renewal import check_providers
 from catfeeder_cron.config import DatabaseTables, JobSettings, load
 from catfeeder_cron.database import Database
+from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
@@ -248,6 +249,38 @@ def test_no_database_is_one_error_and_the_rest_is_told_still(findings: Findings)
     found = findings("[jobs.report]\ncall = 'nowhere:main'\ninterval = 60", "postgresql://127.0.0.1:1/none")
 
     assert [finding.subject for finding in found if finding.level == "error"] == ["report", "database"]
+    assert found[-1].message.endswith("; the rest was not looked at")
+
+
+def test_a_database_that_goes_away_meanwhile_is_one_error(
+    mortal_server: EmbeddedServer, stop_server: Callable[[str], Callable[[], None]], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[database]\nurl = '{mortal_server.conninfo}'\nconnect_timeout = 1\n")
+    settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+    with Database(settings.database) as database:
+        to_come = check(settings, database)
+        while next(to_come).subject != "schema":
+            pass
+        stop_server("fast")
+
+        (found,) = to_come
+
+    assert (found.level, found.subject) == ("error", "database")
+
+
+def test_nothing_is_said_twice(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    _, url = role()
+    lacking_tables = findings("", url)
+    admin.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    lacking_schema = findings("", url)
+
+    for found in (lacking_tables, lacking_schema):
+        assert len(found) == len(set(found)), found
+        # The table of the providers has its line among those of the job that reads it.
+        assert "providers" not in {finding.subject for finding in found}
 
 
 @pytest.mark.parametrize(("enabled", "level"), [("true", "error"), ("false", "warning")])
@@ -259,6 +292,83 @@ def test_a_callable_that_can_not_be_imported_is_told(findings: Findings, enabled
         "\"nowhere:main\" can't be imported: ModuleNotFoundError: No module named 'nowhere'; "
         "install its package where catfeeder-cron is installed"
     )
+
+
+CHECKED = "[jobs.report]\ninterval = 60\nsql = '''{}'''"
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("DELETE FORM news", 'syntax error at or near "FORM"; correct it, or create what it needs'),
+        ("DELETE FROM olds", 'relation "olds" does not exist; correct it, or create what it needs'),
+        ("SELECT name FROM news", 'column "name" does not exist; correct it, or create what it needs'),
+        ("DELETE FROM news; SELECT 1", "cannot insert multiple commands into a prepared statement; correct it, or"),
+        ("DELETE FROM news WHERE id = $1", "it has parameters ($1), and a job has nothing to give for them"),
+        ("SELECT id FROM news WHERE id = 'tom'", 'invalid input syntax for type integer: "tom"'),
+    ],
+)
+def test_a_statement_that_the_server_refuses_is_told_with_its_reason(
+    findings: Findings, complete: None, admin: psycopg.Connection, statement: str, told: str
+) -> None:
+    admin.execute("CREATE TABLE news (id int)")
+
+    for enabled, level in (("true", "error"), ("false", "warning")):
+        found = worst(findings(f"{CHECKED.format(statement)}\nenabled = {enabled}"), "report")
+        assert found.level == level
+        assert found.message.startswith(f"sql: {told}")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM news WHERE title LIKE '%s' OR title = '{x}'",
+        "SELECT purge();",
+        "SELECT purge_while_planning()",
+        "-- nothing",
+        "CALL purge_all()",
+        "CREATE TABLE olds AS SELECT * FROM news",
+        "CREATE INDEX ON news (title)",
+        "ANALYZE news",
+        "TRUNCATE news",
+        "WITH gone AS (DELETE FROM news RETURNING id) SELECT count(*) FROM gone",
+    ],
+)
+def test_a_statement_that_is_right_is_ok_and_nothing_of_it_is_run(
+    findings: Findings, complete: None, admin: psycopg.Connection, statement: str
+) -> None:
+    admin.execute("""
+        CREATE TABLE news (id int, title text);
+        INSERT INTO news VALUES (1, 'old');
+        CREATE FUNCTION purge() RETURNS void LANGUAGE sql AS 'TRUNCATE news';
+        CREATE FUNCTION purge_while_planning() RETURNS int IMMUTABLE LANGUAGE plpgsql
+            AS 'BEGIN PERFORM purge(); RETURN 1; END';
+        CREATE PROCEDURE purge_all() LANGUAGE sql AS 'TRUNCATE news'""")
+
+    assert worst(findings(CHECKED.format(statement)), "report").level == "ok"
+
+    assert admin.execute("SELECT id FROM news").fetchall() == [(1,)]
+    assert admin.execute("SELECT FROM pg_class WHERE relname IN ('olds', 'news_title_idx')").rowcount == 0
+
+
+@pytest.mark.parametrize("statement", ["SELECT id FROM hidden.news", "UPDATE cats SET id = 2"])
+def test_what_a_statement_may_not_do_is_told_with_the_role(
+    findings: Findings,
+    complete: None,
+    admin: psycopg.Connection,
+    role: Callable[..., tuple[str, str]],
+    statement: str,
+) -> None:
+    name, url = role()
+    grant(admin, name)
+    admin.execute("CREATE SCHEMA hidden; CREATE TABLE hidden.news (id int); CREATE TABLE cats (id int)")
+
+    found = worst(findings(CHECKED.format(statement), url), "report")
+
+    assert found.level == "error"
+    assert found.message.startswith("sql: permission denied for ")
+    assert f'its owner can say: GRANT ... ON ... TO "{name}"' in found.message
+    assert "`catfeeder-cron check`" not in found.message
 
 
 def test_the_handler_of_an_action_is_imported_too(findings: Findings) -> None:

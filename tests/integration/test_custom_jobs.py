@@ -347,6 +347,24 @@ def test_a_keyboard_interrupt_in_a_worker_thread_is_a_failure_like_any_other(con
     assert (end().outcome, end().reason) == ("failed", "it raised KeyboardInterrupt")
 
 
+@pytest.mark.parametrize(
+    ("lines", "level"),
+    [
+        ('call = "feeders:note"', "INFO"),
+        ("sql = \"UPDATE news SET title = 'x' WHERE id = 1\"", "INFO"),
+        ('sql = "DELETE FROM news WHERE id < 0"', "DEBUG"),
+    ],
+)
+def test_a_success_is_news_unless_there_was_nothing_to_do(
+    run: Run, news: psycopg.Connection, caplog: pytest.LogCaptureFixture, lines: str, level: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "catfeeder_cron")
+
+    run(lines)
+
+    assert [record.levelname for record in caplog.records if "job_finished" in record.getMessage()] == [level]
+
+
 def test_a_dry_run_of_a_callable_says_that_it_can_not_tell(run: Run, callables: Any) -> None:
     report = run('call = "feeders:note"', dry_run=True)
 

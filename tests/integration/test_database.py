@@ -24,6 +24,7 @@ from catfeeder_cron.errors import (
     DatabaseError,
     DatabaseUnavailable,
     LockTimeout,
+    PermissionDenied,
     SchemaProblem,
     StatementTimeout,
 )
@@ -195,6 +196,19 @@ def test_psycopgs_errors_are_told_in_our_terms(
     assert type(caught.value) is error
     assert "(SQLSTATE " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_role_may_not_do_is_told_with_the_command_that_says_more(
+    admin: psycopg.Connection, open_database: OpenDatabase, role: Callable[..., tuple[str, str]]
+) -> None:
+    admin.execute("CREATE TABLE cats ()")
+    _, url = role()
+
+    with pytest.raises(PermissionDenied) as caught:
+        open_database(url).query("SELECT FROM cats", {})
+
+    assert caught.value.found == "permission denied for table cats (SQLSTATE 42501)"
+    assert str(caught.value) == f"{caught.value.found}; `catfeeder-cron check` says what this role lacks"
 
 
 def test_more_threads_than_connections_wait_for_each_other(open_database: OpenDatabase) -> None:
