@@ -39,6 +39,7 @@ def run_job(
             duration=timedelta(seconds=time.monotonic() - begun),
             dry_run=context.dry_run,
             by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
+            run_id=run_id,
         )
         _tell(report, known_reason)
     return report
