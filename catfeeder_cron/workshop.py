@@ -31,7 +31,8 @@ class Workshop:
         self._jobs = jobs
         self._database = database
         self._supervisor = supervisor
-        self._oauth = oauth
+        self._owns_oauth = oauth is None
+        self._oauth = oauth or OAuthClient(settings.oauth)
         self._pings = Pings()
         self._skipped: dict[str, str | None] = {}
 
@@ -46,7 +47,9 @@ class Workshop:
         return self._supervisor.stopping
 
     def take_over(self, settings: Settings) -> None:
-        """Put another configuration in force. Runs that have begun keep theirs."""
+        """Put another configuration in force. An OAuth client that was handed in stays."""
+        if self._owns_oauth and settings.oauth != self._settings.oauth:
+            self._oauth = OAuthClient(settings.oauth)
         self._settings = settings
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
@@ -71,7 +74,7 @@ class Workshop:
             actions=settings.actions,
             progress=progress,
             schedule=self.schedule(job_id),
-            oauth=self._oauth or OAuthClient(settings.oauth),
+            oauth=self._oauth,
         )
 
     def run(self, job_id: str, claim: Callable[[], int | None], progress: Progress = no_progress) -> JobReport | None:
