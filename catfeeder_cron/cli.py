@@ -131,7 +131,7 @@ def start(context: typer.Context) -> None:
 
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
-    daemon.run(settings, lambda: _load(context))
+    daemon.run(settings, lambda: _read(settings.path))
 
 
 @app.command("list")
@@ -406,10 +406,14 @@ def demo() -> None:
 
 
 def _load(context: typer.Context) -> "Settings":
+    return _read(context.obj)
+
+
+def _read(path: Path | None) -> "Settings":
     from catfeeder_cron.config import load
     from catfeeder_cron.jobs import built_in
 
-    return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
+    return load(path, jobs={job.id: job.settings for job in built_in().values()})
 
 
 @contextmanager

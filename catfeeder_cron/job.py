@@ -210,6 +210,8 @@ class JobReport:
     dry_run: bool
     by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
     provider_reasons: dict[str, str] = field(default_factory=dict)
+    run_id: int | None = None
+    """Its number in the ledger, if it has one."""
 
     def as_json(self) -> dict[str, Any]:
         return {

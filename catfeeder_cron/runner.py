@@ -42,6 +42,7 @@ def run_job(
             dry_run=context.dry_run,
             by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
             provider_reasons=dict(context.provider_reasons),
+            run_id=run_id,
         )
         _tell(report, known_reason)
     return report

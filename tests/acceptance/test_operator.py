@@ -218,12 +218,43 @@ def test_a_faulty_file_is_refused_with_all_its_faults_and_the_old_one_stays(
     daemon.signal(signal.SIGHUP)
     daemon.wait_for("reload_refused", count=2)
 
-    faults = [(entry["level"], entry["fault"]) for entry in daemon.events("reload_refused")]
-    assert [level for level, _ in faults] == ["error", "error"]
-    assert any("jobs.tick.interval" in fault for _, fault in faults)
-    assert any("did you mean `max_workers`?" in fault for _, fault in faults)
+    told = daemon.events("reload_refused", level="error", in_force="the old configuration")
+    assert len(told) == 2
+    assert any("jobs.tick.interval" in entry["fault"] for entry in told)
+    assert any("did you mean `max_workers`?" in entry["fault"] for entry in told)
     before = last_run(admin, "tick")
     eventually(lambda: runs_since(admin, "tick", before), "the old schedule stays")
+
+
+def test_a_reload_reads_the_file_that_was_found_at_the_start(
+    program: Program, app_tables: None, database_url: str
+) -> None:
+    found = program.configure(database_url, TICK)
+    daemon = program.daemon()
+
+    found.rename(program.folder / "moved.toml")
+    daemon.signal(signal.SIGHUP)
+
+    assert daemon.wait_for("reload_refused")["fault"].startswith(f"{found}: no such file")
+
+
+def test_a_reload_that_the_database_refuses_is_incomplete_and_not_called_anything_else(
+    program: Program, app_tables: None, database_url: str, admin: psycopg.Connection
+) -> None:
+    program.configure(database_url, TICK)
+    daemon = program.daemon()
+    eventually(lambda: runs_since(admin, "tick", 0), "the schema is there")
+
+    program.configure(database_url, f'{TICK}[jobs.more]\ninterval = 3600\nsql = "SELECT 1"')
+    admin.execute("ALTER TABLE catfeeder_cron.schedule RENAME TO away")
+    daemon.signal(signal.SIGHUP)
+    assert "schedule" in daemon.wait_for("reload_incomplete", level="error")["reason"]
+    admin.execute("ALTER TABLE catfeeder_cron.away RENAME TO schedule")
+    program.configure(database_url, "")
+    daemon.signal(signal.SIGHUP)
+
+    daemon.wait_for("reloaded", jobs=4)
+    assert len(daemon.events("reloaded")) == 1
 
 
 def test_what_needs_a_restart_is_said_key_by_key(program: Program, app_tables: None, database_url: str) -> None:

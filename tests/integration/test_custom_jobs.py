@@ -13,7 +13,7 @@ import pytest
 
 from catfeeder_cron import Crons
 from catfeeder_cron.errors import JobAborted
-from catfeeder_cron.job import JobContext, JobReport, no_progress
+from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.runner import run_job
 
 CALLABLES = """
@@ -170,7 +170,7 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
     def prepare(lines: str) -> tuple[JobContext, Callable[[], Any]]:
         crons = crons_for(lines)
         job, settings = crons.find("report")
-        given = crons._context("report", settings, no_progress)
+        given = crons._open().workshop.context("report")
         reports: list[JobReport] = []
         thread = threading.Thread(target=lambda: reports.append(run_job(job, given, settings)))
 

@@ -52,8 +52,10 @@ ARROWS = {
     "waker": "database",
     "runner": "job jobs ledger database config",
     "supervisor": "job ledger presence",
-    "crons": "job jobs ledger presence dispatch runner supervisor schedule triggers background_tasks config database"
-    " schema custom_jobs pings waker oauth",
+    "workshop": "job custom_jobs runner supervisor schedule pings oauth config database",
+    "timetable": "workshop job dispatch ledger presence schedule triggers waker background_tasks config database",
+    "crons": "timetable workshop job jobs supervisor ledger presence schedule background_tasks oauth schema config"
+    " database",
     "service": "",
     "standing": "database history",
     "condition": "crons database standing",
