@@ -3,7 +3,8 @@
 Each run has a file of its own and holds a lock on it (flock, which the kernel releases however a process ends), so
 a file whose lock can be had belongs to nobody any more. A file is a row of lines; a line goes, its place overwritten
 with newlines, when its answer is stored. Places are used again, so that a file grows with what is under way and not
-with what has been done. For its owner alone to read (mode 0600): it holds tokens.
+with what has been done. After a power cut a place may hold half of one line and half of another: each line begins with
+its checksum. For its owner alone to read (mode 0600): it holds tokens.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
+from zlib import crc32
 
 from catfeeder_cron.errors import RenewalError
 from catfeeder_cron.logs import get_logger
@@ -56,23 +58,31 @@ class Journal:
 
     def append(self, entry: Entry) -> None:
         """Write an answer down; it survives this process at once, and the machine after `sync`. Raises OSError."""
-        line = json.dumps(vars(entry)).encode() + b"\n"
+        line = _line(entry)
         size = -(-len(line) // _BLOCK) * _BLOCK
-        place = self._free[size].pop() if self._free[size] else self._end
-        self._end = max(self._end, place + size)
-        self._places[entry] = (place, size)
+        place = self._free[size][-1] if self._free[size] else self._end
         _write(self._descriptor, line.ljust(size, b"\n"), place)
+        if place == self._end:
+            self._end += size
+        else:
+            self._free[size].pop()
+        self._places[entry] = (place, size)
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether the answer is written down, so that it outlives this process."""
+        return entry in self._places
 
     def sync(self) -> None:
         """Return when what was appended before would survive a power cut. Raises OSError."""
         os.fdatasync(self._descriptor)
 
     def remove(self, entry: Entry) -> None:
-        """Forget an answer that is stored."""
+        """Forget an answer that is stored. Where its line can't be overwritten, it is stored again, to no effect."""
         if entry in self._places:
             place, size = self._places.pop(entry)
-            _write(self._descriptor, b"\n" * size, place)
-            self._free[size].append(place)
+            with suppress(OSError):
+                _write(self._descriptor, b"\n" * size, place)
+                self._free[size].append(place)
 
     def close(self) -> None:
         """Leave the file to whoever takes over what is in it; if that is nothing, remove it."""
@@ -100,20 +110,29 @@ def new_journal(folder: Path, owner: UUID) -> Iterator[Journal]:
     """Yield the journal of the run `owner`. Raises RenewalError where there can be none."""
     try:
         _make(folder)
-        # It gets its name when it is locked: a file of that name without a lock is a dead run's.
-        unnamed, path = folder / f".{owner}", folder / f"{owner}{_SUFFIX}"
-        descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _give_to_owner_of(folder, unnamed)
-        unnamed.rename(path)
-        _sync_folder(folder)
+        journal = _create(folder, owner)
     except OSError as error:
         raise _can_not_keep(folder, error.strerror or type(error).__name__) from error
-    journal = Journal(path, descriptor)
     try:
         yield journal
     finally:
         journal.close()
+
+
+def _create(folder: Path, owner: UUID) -> Journal:
+    # It gets its name when it is locked: a file of that name without a lock is a dead run's.
+    unnamed, path = folder / f".{owner}", folder / f"{owner}{_SUFFIX}"
+    descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _give_to_owner_of(folder, unnamed)
+        unnamed.rename(path)
+        _sync_folder(folder)
+    except OSError:
+        os.close(descriptor)
+        unnamed.unlink(missing_ok=True)
+        raise
+    return Journal(path, descriptor)
 
 
 def require_writable(folder: Path) -> None:
@@ -157,10 +176,22 @@ def _read(owner: UUID, path: Path, descriptor: int) -> LeftJournal:
     entries, unreadable = [], 0
     for line in lines:
         try:
-            entries.append(Entry(**json.loads(line)))
+            entries.append(_entry(line))
         except (ValueError, TypeError):
             unreadable += 1
     return LeftJournal(owner, tuple(entries), path, unreadable)
+
+
+def _line(entry: Entry) -> bytes:
+    text = json.dumps(vars(entry)).encode()
+    return b"%08x %b\n" % (crc32(text), text)
+
+
+def _entry(line: bytes) -> Entry:
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % crc32(text):
+        raise ValueError("torn")
+    return Entry(**json.loads(text))
 
 
 def _write(descriptor: int, data: bytes, place: int) -> None:

@@ -1,5 +1,6 @@
 """The journal of answers: what is in it survives, what is stored is gone from it, and one process owns it."""
 
+import resource
 from pathlib import Path
 from uuid import uuid4
 
@@ -68,6 +69,50 @@ def test_a_line_that_a_crash_has_cut_off_costs_no_other(tmp_path: Path, damage: 
         again.write(damage + b"\n")
     [found] = left_journals(tmp_path)
     assert (found.entries, found.unreadable) == ((entry(1),), 1)
+
+
+def test_half_of_one_line_and_half_of_another_are_no_line(tmp_path: Path) -> None:
+    """What a power cut may leave of a place that was used again: both are JSON, and so is their mixture."""
+    with new_journal(tmp_path, uuid4()) as journal:
+        [file] = files(tmp_path)
+        images = []
+        for id, letter in ((1, "A"), (2, "B")):
+            each = entry(id, letter * 600, f"refresh-{letter}")
+            journal.append(each)
+            images.append(file.read_bytes())
+            journal.remove(each)
+        journal.keep = True
+    one, other = images
+    assert len(one) == len(other) == 1024
+    file.write_bytes(other[:512] + one[512:])
+    [found] = left_journals(tmp_path)
+    assert (found.entries, found.unreadable) == ((), 1)
+
+
+def test_an_answer_that_could_not_be_written_down_is_not_held(tmp_path: Path) -> None:
+    with new_journal(tmp_path, uuid4()) as journal:
+        journal.append(entry(1))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+        try:
+            with pytest.raises(OSError, match="large"):
+                journal.append(entry(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (journal.holds(entry(1)), journal.holds(entry(2))) == (True, False)
+        journal.remove(entry(2))
+        journal.append(entry(3))
+    assert {each.id for each in left(tmp_path)} == {1, 3}
+
+
+def test_a_journal_that_can_not_be_made_leaves_nothing_behind(tmp_path: Path) -> None:
+    owner = uuid4()
+    (tmp_path / f"{owner}.journal" / "in the way").mkdir(parents=True)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(RenewalError), new_journal(tmp_path, owner):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    assert files(tmp_path) == []
 
 
 def test_an_empty_one_that_has_to_stay_stays(tmp_path: Path) -> None:

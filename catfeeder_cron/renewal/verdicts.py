@@ -1,0 +1,105 @@
+"""What answers without a token do to a row: it backs off, is in doubt, comes last, or waits for a new login."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import LiteralString
+from uuid import UUID
+
+from psycopg import sql
+
+from catfeeder_cron.database import Database, single
+from catfeeder_cron.renewal.links import IN_DOUBT, Links, Window
+
+BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
+
+# A refresh token that was called dead is so only if the row still holds it: else somebody else has renewed it. Nobody
+# else may ask for it until the run has made up its mind. `sent_at` stays, as for what is stored: it tells that the row
+# has had its turn.
+_SETTLE = """
+    UPDATE catfeeder_cron.oauth_tokens t SET
+        owner = CASE WHEN is_dead THEN t.owner END,
+        lease_until = CASE WHEN is_dead THEN now() + %(in_doubt)s END,
+        sent = CASE WHEN n.in_doubt THEN t.sent END,
+        sent_at = CASE WHEN n.in_doubt THEN now() ELSE t.sent_at END,
+        failures = t.failures + (n.failed OR n.comes_last)::int,
+        not_before = CASE WHEN n.failed THEN now() + {back_off} END,
+        refused = CASE WHEN is_dead THEN n.sent END,
+        refused_by = CASE WHEN is_dead THEN n.lane END
+    FROM unnest(%(ids)s::bigint[], %(sent)s::bytea[], %(dead)s::boolean[], %(failed)s::boolean[],
+                %(doubtful)s::boolean[], %(comes_last)s::boolean[], %(lanes)s::uuid[])
+            AS n(id, sent, dead, failed, in_doubt, comes_last, lane),
+        LATERAL (SELECT n.dead AND EXISTS (SELECT FROM {active} a WHERE a.id = n.id AND {hash} = n.sent) AS is_dead) v
+    WHERE t.oauth_id = n.id AND t.sent = n.sent AND t.owner = %(owner)s"""
+
+# By every process that works in the same round: each alone may have too few answers to judge by.
+_CALLED_DEAD = """
+    SELECT count(*) FILTER (WHERE t.refused IS NOT NULL OR t.dead_since >= %(round_began)s),
+           count(*) FILTER (WHERE t.lease_until IS NULL OR t.refused IS NOT NULL)
+    FROM catfeeder_cron.oauth_tokens t JOIN {active} a ON a.id = t.oauth_id JOIN {services} s ON s.id = a.service_id
+    WHERE t.sent_at >= %(round_began)s AND s.name = %(provider)s"""
+
+_CONFIRM = """
+    UPDATE catfeeder_cron.oauth_tokens
+    SET dead = refused, dead_since = now(), refused = NULL, refused_by = NULL, failures = 0,
+        owner = NULL, lease_until = NULL
+    WHERE oauth_id IN (SELECT oauth_id FROM catfeeder_cron.oauth_tokens WHERE refused_by = %(lane)s
+                       ORDER BY oauth_id LIMIT 500)
+    RETURNING oauth_id"""
+
+# `refused` stays, so that it still counts as called dead in this round.
+_DISMISS = """
+    UPDATE catfeeder_cron.oauth_tokens t
+    SET refused_by = NULL, failures = t.failures + 1, not_before = now() + {back_off}, owner = NULL, lease_until = NULL
+    WHERE refused_by = %(lane)s"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a request that brought no token. Where it is nothing of this, it is not the row's fault."""
+
+    id: int
+    sent: bytes
+    lane: UUID
+    dead: bool = False
+    failed: bool = False
+    in_doubt: bool = False
+    comes_last: bool = False
+    """It may be the row's fault: it must not stand in the way of the others."""
+
+
+def settle(database: Database, links: Links, owner: UUID, verdicts: Sequence[Verdict]) -> None:
+    """Record verdicts, and end the leases of their rows, except of dead ones. Raises DatabaseError."""
+    if not verdicts:
+        return
+    parameters = {
+        "owner": owner,
+        "in_doubt": IN_DOUBT,
+        "ids": [each.id for each in verdicts],
+        "sent": [each.sent for each in verdicts],
+        "dead": [each.dead for each in verdicts],
+        "failed": [each.failed for each in verdicts],
+        "doubtful": [each.in_doubt for each in verdicts],
+        "comes_last": [each.comes_last for each in verdicts],
+        "lanes": [each.lane for each in verdicts],
+    }
+    with database.transaction() as connection:
+        connection.execute(links.statement(_SETTLE, back_off=sql.SQL(BACK_OFF)), parameters)
+
+
+def called_dead(database: Database, links: Links, provider: str, window: Window) -> tuple[int, int]:
+    """Return how many of a provider's answers in this round called a token dead, and how many there were."""
+    parameters = {"provider": provider, "round_began": window.round_began}
+    with database.transaction() as connection:
+        dead, answers = single(connection, links.statement(_CALLED_DEAD), parameters)
+    return dead, answers
+
+
+def confirm_dead(database: Database, lane: UUID) -> list[int]:
+    """Make up to 500 of the rows that this lane's provider has called dead wait for a new login; return which."""
+    return [id for (id,) in database.query(_CONFIRM, {"lane": lane})]
+
+
+def dismiss_dead(database: Database, lane: UUID) -> None:
+    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good."""
+    with database.transaction() as connection:
+        connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"lane": lane})
