@@ -160,7 +160,7 @@ class Timetable:
         if dispatch is None:
             return  # a reload has taken it off the schedule
         begun = datetime.now(UTC)
-        report = self._run(job_id, lambda: dispatch.claim(trigger))
+        report = self._run(job_id, lambda: dispatch.claim(trigger), dispatch.due())
         if report is None:
             return
         interval = dispatch.interval(begun)
@@ -177,9 +177,9 @@ class Timetable:
             if self._dispatches.get(job_id) is dispatch:
                 dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
 
-    def _run(self, job_id: str, claim: Callable[[], int | None]) -> JobReport | None:
+    def _run(self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None) -> JobReport | None:
         try:
-            report = self._workshop.run(job_id, claim)
+            report = self._workshop.run(job_id, claim, slot=slot)
         except UnknownJob:
             return None  # a reload has removed it at this moment
         except (DatabaseUnavailable, JobInterrupted):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
@@ -64,8 +65,8 @@ class Workshop:
         settings = self._settings
         return schedule_for(job_id, settings.require_job(job_id), settings.scheduler.timezone)
 
-    def context(self, job_id: str, progress: Progress = no_progress) -> JobContext:
-        """Return what a run of a job is given. Raises UnknownJob."""
+    def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
+        """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
         settings = self._settings
         return JobContext(
             database=self._database,
@@ -74,16 +75,23 @@ class Workshop:
             actions=settings.actions,
             progress=progress,
             schedule=self.schedule(job_id),
+            slot=slot,
             oauth=self._oauth,
         )
 
-    def run(self, job_id: str, claim: Callable[[], int | None], progress: Progress = no_progress) -> JobReport | None:
+    def run(
+        self,
+        job_id: str,
+        claim: Callable[[], int | None],
+        progress: Progress = no_progress,
+        slot: datetime | None = None,
+    ) -> JobReport | None:
         """Do the run that `claim` gets, in this thread, and return what is to be told of it; None when it gets none.
 
         Raises UnknownJob, what Supervisor.begin raises, and what `claim` does.
         """
         job, settings = self.find(job_id)
-        run = self._supervisor.begin(job_id, self.context(job_id, progress), claim)
+        run = self._supervisor.begin(job_id, self.context(job_id, progress, slot), claim)
         return None if run is None else self._work(run, job, settings)
 
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
