@@ -280,6 +280,7 @@ class Database:
             )
         defaults: dict[str, int | str] = {
             **_KEEPALIVES,
+            "client_encoding": "utf8",  # whatever the database's is
             "application_name": self._application_name,
             "connect_timeout": max(2, round(self._settings.connect_timeout.total_seconds())),
         }
@@ -334,7 +335,8 @@ def translate(error: Exception) -> DatabaseError:
     match error:
         case pg.QueryCanceled():
             return StatementTimeout(message)
-        case pg.LockNotAvailable() | pg.DeadlockDetected():
+        # The last: a row that has moved to another partition while it was waited for.
+        case pg.LockNotAvailable() | pg.DeadlockDetected() | pg.SerializationFailure():
             return LockTimeout(message)
         case pg.IntegrityError():
             return ConstraintViolation(message, error.diag.constraint_name)

@@ -21,6 +21,7 @@ def recover(context: JobContext) -> None:
     from catfeeder_cron.renewal import takeover
 
     takeover.recover(context)
+    takeover.forget_deleted(context)
 
 
 JOB = Job(

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from catfeeder_cron.config import OAuthSettings
@@ -23,11 +24,14 @@ class OAuthClient:
         self._certificates: ssl.SSLContext | None = None
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator["Session"]:
-        """Yield what sends requests in the running event loop; its connections are closed at the end."""
+    async def session(self, request_timeout: timedelta) -> AsyncIterator["Session"]:
+        """Yield what sends requests in the running event loop; its connections are closed at the end.
+
+        A request as a whole may take `request_timeout`.
+        """
         from catfeeder_cron.oauth.session import Session, real_transport
 
-        timeout = self.settings.request_timeout.total_seconds()
+        timeout = request_timeout.total_seconds()
         if self._transport is not None:
             yield Session(self._transport, timeout)
             return

@@ -26,6 +26,7 @@ _REFUSED = {
     *("invalid_client", "unauthorized_client", "unsupported_grant_type", "invalid_scope", "invalid_request"),
     "incorrect_client_credentials",  # GitHub, inside a 200
 }
+_OUT_OF_ORDER = {"server_error", "temporarily_unavailable", "internal_failure"}
 _MAY_HAVE_ROTATED = {502, 504}
 
 _NUMBER = re.compile(r"\s*[+-]?\d{1,30}(\.\d{0,30})?([eE][+-]?\d{1,3})?\s*", re.ASCII)
@@ -90,9 +91,7 @@ def _read_error(status: int, code: str, fields: Mapping[str, Any], reason: str) 
         return Dead(reason)
     if code in _REFUSED:
         return Refused(reason, authentication=status == 401 and code == "invalid_client")
-    # server_error, temporarily_unavailable, internal_failure, and codes that nobody knows: those may be about one
-    # user alone, so they must not stop all the others.
-    return Transient(reason, processed=True)
+    return Transient(reason, processed=True, unknown=status < 500 and code not in _OUT_OF_ORDER)
 
 
 def _blames_refresh_token(fields: Mapping[str, Any]) -> bool:

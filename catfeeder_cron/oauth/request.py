@@ -15,6 +15,8 @@ class TokenRequest:
     url: str
     headers: dict[str, str] = field(repr=False)
     content: bytes = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    """What must not be told of it, in each form in which it is sent."""
 
 
 def build(provider: Provider, refresh_token: str, client_auth: ClientAuth) -> TokenRequest:
@@ -36,7 +38,9 @@ def build(provider: Provider, refresh_token: str, client_auth: ClientAuth) -> To
         form["client_id"] = provider.client_id
         if provider.client_secret:
             form["client_secret"] = provider.client_secret
-    return TokenRequest(_without_fragment(provider.url), headers, urlencode(form).encode())
+    plain = (refresh_token, provider.client_secret)
+    secrets = (*plain, *map(quote_plus, plain), headers.get("authorization", "").removeprefix("Basic "))
+    return TokenRequest(_without_fragment(provider.url), headers, urlencode(form).encode(), secrets)
 
 
 def other_method(client_auth: ClientAuth) -> ClientAuth:

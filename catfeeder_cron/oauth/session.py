@@ -16,7 +16,7 @@ import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
-from catfeeder_cron.oauth.answers import Ambiguous, Answer, Transient
+from catfeeder_cron.oauth.answers import Ambiguous, Answer, Refused, Transient
 from catfeeder_cron.oauth.presets import ClientAuth
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.oauth.reading import MOST_BYTES, read
@@ -46,15 +46,17 @@ class Session:
                     break
             else:
                 return Ambiguous(f"no answer within {self._timeout:g} s")
-            return self._read(exchange, (refresh_token, provider.client_secret))
+            return self._read(exchange, request.secrets)
         finally:
             if not exchange.done():
                 exchange.cancel()
                 await asyncio.wait((exchange,), timeout=_GRACE_SECONDS)
 
-    def _read(self, exchange: "asyncio.Future[tuple[int, httpx.Headers, bytes]]", secrets: tuple[str, str]) -> Answer:
+    def _read(self, exchange: "asyncio.Future[tuple[int, httpx.Headers, bytes]]", secrets: tuple[str, ...]) -> Answer:
         try:
             status, headers, body = exchange.result()
+        except httpx.InvalidURL:
+            return Refused("its token_grabber_base_url is no URL")
         except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError) as error:
             # Only the kind of an error is told: its text may quote what was sent.
             kind = type(error.__cause__ or error).__name__

@@ -9,6 +9,7 @@ lane        2. the requests of one provider, a few at a time
 patience    when a provider is left alone, and for how long
 journal     3. an answer is written to the local disk the moment it is there
 outbox      what the lanes hand in is stored in batches as it comes in
+verdicts    what an answer without a token does to its row
 storing     4. an answer goes into the row, if that still holds the token that was sent
 takeover    what dead processes have left in their journals is stored, and their leases are freed
 providers   who is asked and how; pauses that every daemon knows and that outlive a restart

@@ -9,11 +9,11 @@ from psycopg import sql
 
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
-from catfeeder_cron.renewal.links import EXPIRES, Links, Window, is_free
+from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
 
 # The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
 # row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
-# the call before, so rows that can't be had are passed once in a run; and rows that have failed come after all others.
+# the call before, so rows that can't be had are passed once in a pass; and rows that have failed come after all others.
 # So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead.
 _CLAIM = """
     WITH due AS MATERIALIZED (
@@ -25,7 +25,7 @@ _CLAIM = """
           AND NOT EXISTS (SELECT FROM catfeeder_cron.oauth_providers p WHERE p.provider = %(provider)s
                           AND p.fingerprint = %(fingerprint)s AND p.paused_until > now())
         ORDER BY {order} LIMIT %(limit)s
-        FOR UPDATE OF a SKIP LOCKED),
+        FOR NO KEY UPDATE OF a SKIP LOCKED),
     claimed AS (
         INSERT INTO catfeeder_cron.oauth_tokens AS t (oauth_id, owner, lease_until, sent, sent_at)
         SELECT id, %(owner)s, now() + %(lease)s, hash, now() FROM due
@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass
 class Claimer:
-    """Claims the due rows of one provider, the oldest expiry first, each at most once, those that have failed last."""
+    """Claims the due rows of one provider, the oldest expiry first, each once, those that have failed last."""
 
     links: Links
     window: Window
@@ -84,6 +84,10 @@ class Claimer:
     _failed: bool = False
     _expiry: str | None = "-infinity"
     _id: int = _BEFORE_ALL_IDS
+
+    def begin_again(self) -> None:
+        """Go back to the oldest. What has had its turn is not claimed again."""
+        self._failed, self._expiry, self._id = False, "-infinity", _BEFORE_ALL_IDS
 
     def claim(self, context: JobContext, limit: int) -> list[Claim]:
         """Return up to `limit` rows; none when there is nothing left to claim. Raises JobInterrupted."""
@@ -133,7 +137,7 @@ class Claimer:
             place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
             order=sql.SQL("a.token_expiration, a.id" if known else "a.id"),
             order_of_due=sql.SQL("due.token_expiration, due.id"),
-            free_now=is_free(sql.SQL("excluded.sent")),
+            free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
         )
 
 

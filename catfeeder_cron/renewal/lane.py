@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from catfeeder_cron.errors import DatabaseUnavailable, JobInterrupted
+from catfeeder_cron.errors import DatabaseUnavailable, JobInterrupted, LockTimeout
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.presets import ClientAuth
@@ -19,7 +19,7 @@ from catfeeder_cron.renewal.claims import Claim, Claimer
 from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.outbox import Outbox, Settlement
 from catfeeder_cron.renewal.patience import Patience
-from catfeeder_cron.renewal.storing import Verdict
+from catfeeder_cron.renewal.verdicts import Verdict
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _ASK_AGAIN_SECONDS = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of asking. `in_doubt`: the provider may have acted without our knowing how."""
+
+    at: float
+    answer: Answer
+    in_doubt: bool
 
 
 @dataclass(eq=False)
@@ -40,12 +49,17 @@ class Lane:
     counts: Counter[str] = field(default_factory=Counter)
     _lifespan_missed: bool = False
     _failure: Exception | None = None
-    _auth: ClientAuth = "basic"
     _told: bool = False
 
+    def __post_init__(self) -> None:
+        self._auth: ClientAuth = self.provider.client_auth
+
     async def renew(self) -> None:
-        """Renew what is due, until that is all, the provider is left alone, or the run ends."""
-        self._auth = self.provider.client_auth
+        """Renew what is due, until that is all, the provider is left alone, or the run ends.
+
+        A second call takes what the first could not have: rows that somebody had locked, or that were given back.
+        """
+        self.claimer.begin_again()
         room: asyncio.Queue[Claim | None] = asyncio.Queue(maxsize=self.provider.concurrency)
         workers = [asyncio.create_task(self._work(room)) for _ in range(self.provider.concurrency)]
         try:
@@ -63,18 +77,18 @@ class Lane:
     async def _feed(self, room: "asyncio.Queue[Claim | None]") -> None:
         while not self._is_over():
             await self.patience.rested()
-            rests, claimer = self.patience.rests, replace(self.claimer)
+            rests = self.patience.rests
             try:
                 claims = await self.outbox.in_thread(self.claimer.claim, self.outbox.context, self.provider.concurrency)
             except JobInterrupted:
                 return
-            except DatabaseUnavailable:
+            except (DatabaseUnavailable, LockTimeout):
                 await self.outbox.wait_for_database()
                 continue
             if not claims and rests == self.patience.rests:
                 return
             if not claims:
-                self.claimer = claimer  # it took the rest that has begun for the end of the rows
+                self.claimer.begin_again()  # it took the rest that has begun for the end of the rows
             for claim in claims:
                 await room.put(claim)
 
@@ -87,59 +101,68 @@ class Lane:
 
     async def _serve(self, claim: Claim) -> None:
         await self.patience.rested()
-        async with self.outbox.slots:
-            asked = await self._ask(claim) if self._may_send(claim) else None
+        asked = await self._ask(claim)
         if asked is None:
             await self.outbox.put(Settlement(claim, self.counts))
         else:
-            await self._take(claim, *asked)
+            await self._take(claim, asked)
 
-    async def _ask(self, claim: Claim) -> tuple[float, Answer]:
+    async def _ask(self, claim: Claim) -> "Asked | None":
         """Ask, by the other method too where that may help, and once more where nobody knows what happened."""
         used = self._auth
-        asked_at, answer = await self._send(claim, used)
-        if isinstance(answer, Refused) and answer.authentication and not self.provider.auth_is_configured:
+        asked = await self._send(claim, used)
+        if asked and self._may_be_let_in_otherwise(asked.answer):
             # A client that isn't let in spends no refresh token.
             another = self._auth if self._auth != used else other_method(used)
-            asked_again_at, other_answer = await self._send(claim, another)
-            if not isinstance(other_answer, Refused):
-                asked_at, answer = asked_again_at, other_answer
-            if isinstance(answer, Renewed | Partial | Dead):
+            again = await self._send(claim, another)
+            if again and not isinstance(again.answer, Refused):
+                asked, used = again, another
+            if again and isinstance(again.answer, Renewed | Partial | Dead):
                 self._auth = another
-        if isinstance(answer, Ambiguous):
-            log.debug("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=answer.reason)
+        if asked and isinstance(asked.answer, Ambiguous):
+            log.debug("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason)
             await asyncio.sleep(random.uniform(*_ASK_AGAIN_SECONDS))  # noqa: S311
-            if self._may_send(claim):
-                asked_at, answer = await self._send(claim, self._auth)
-        return asked_at, answer
+            again = await self._send(claim, used)
+            if again:
+                known = isinstance(again.answer, Renewed | Partial | Dead)
+                asked = replace(again, in_doubt=not known)
+        return asked
 
-    async def _send(self, claim: Claim, client_auth: ClientAuth) -> tuple[float, Answer]:
-        asked_at = time.time()
-        return asked_at, await self.session.refresh(self.provider, claim.refresh_token, client_auth)
+    async def _send(self, claim: Claim, client_auth: ClientAuth) -> "Asked | None":
+        """Send one request as soon as there is room for it; None when it must not be sent any more."""
+        async with self.outbox.slots:
+            if not self._may_send(claim):
+                return None
+            asked_at = time.time()
+            answer = await self.session.refresh(self.provider, claim.refresh_token, client_auth)
+            return Asked(asked_at, answer, in_doubt=isinstance(answer, Ambiguous))
 
-    async def _take(self, claim: Claim, asked_at: float, answer: Answer) -> None:
+    async def _take(self, claim: Claim, asked: "Asked") -> None:
+        answer = asked.answer
         pause = self.patience.heed(answer)
         if isinstance(answer, Renewed | Partial):
-            entry = self._entry(claim, asked_at, answer)
+            entry = self._entry(claim, asked.at, answer)
             self.outbox.write_down(entry)
             settlement = Settlement(claim, self.counts, entry=entry)
         else:
-            settlement = Settlement(claim, self.counts, verdict=self._verdict(claim, answer))
+            settlement = Settlement(claim, self.counts, verdict=self._verdict(claim, answer, in_doubt=asked.in_doubt))
         if not isinstance(answer, Renewed):
             self._tell(claim, answer.reason)
         await self.outbox.put(settlement)
         if pause:
             await self.patience.keep(pause)
 
-    def _verdict(self, claim: Claim, answer: Dead | Refused | Transient | Ambiguous) -> Verdict:
-        match answer:
-            case Dead():
-                return Verdict(claim.id, claim.sent, self.id, dead=True)
-            case Refused() | Transient(throttled=True):
-                return Verdict(claim.id, claim.sent, self.id)
-            case Transient() | Ambiguous():
-                in_doubt = isinstance(answer, Ambiguous)
-                return Verdict(claim.id, claim.sent, self.id, failed=True, in_doubt=in_doubt)
+    def _verdict(self, claim: Claim, answer: Dead | Refused | Transient | Ambiguous, *, in_doubt: bool) -> Verdict:
+        throttled = isinstance(answer, Transient) and answer.throttled
+        return Verdict(
+            claim.id,
+            claim.sent,
+            self.id,
+            dead=isinstance(answer, Dead),
+            failed=in_doubt or (isinstance(answer, Transient) and not throttled),
+            in_doubt=in_doubt,
+            comes_last=isinstance(answer, Refused),
+        )
 
     def _entry(self, claim: Claim, asked_at: float, answer: Renewed | Partial) -> Entry:
         if isinstance(answer, Partial):
@@ -159,12 +182,15 @@ class Lane:
             refresh_lifespan=answer.refresh_lifespan,
         )
 
+    def _may_be_let_in_otherwise(self, answer: Answer) -> bool:
+        return isinstance(answer, Refused) and answer.authentication and not self.provider.auth_is_configured
+
     def _may_send(self, claim: Claim) -> bool:
         """Not when the lease could end before the request does, as after a freeze of this process."""
         settings = self.outbox.settings
         if self._is_over() or not self.patience.may_send:
             return False
-        return claim.good_for(settings.lease) > settings.request_timeout.total_seconds()
+        return claim.good_for(settings.lease) > self.outbox.longest_request.total_seconds()
 
     def _is_over(self) -> bool:
         return self.patience.halted is not None or self.outbox.is_ending()

@@ -31,25 +31,26 @@ EXPIRES: LiteralString = """
         THEN least(%(margin)s, least(a.token_lifespan, 315360000) * interval '0.25 s') ELSE %(margin)s END"""
 
 # A token that lives so short a time that it is due again as soon as it has been renewed: once in a round is enough.
-# What was stored leaves behind when it was sent.
 RENEWED: LiteralString = "(t.held = {hash} AND t.sent_at >= %(round_began)s) IS TRUE"
 
-# A row that a process has under its lease; that was sent to the provider without a known end; that backs off; whose
-# refresh token is dead; that has had its turn. `t` is a row of oauth_tokens, if any.
+# Not: a row that a process has under its lease; that was sent to the provider without a known end; that backs off;
+# whose refresh token is dead; that has had its turn in this round. `t` is a row of oauth_tokens, if any.
 FREE: LiteralString = """
     (t.lease_until IS NULL OR t.lease_until <= now())
     AND (t.sent IS NULL OR t.sent_at <= now() - %(in_doubt)s OR t.sent <> {hash})
     AND (t.not_before IS NULL OR t.not_before <= now())
     AND (t.dead IS NULL OR t.dead <> {hash})
-    AND NOT {renewed}"""
+    AND (t.sent_at IS NULL OR t.sent_at < %(round_began)s)"""
 
-# When a token was handed out, whoever stored it. least() keeps the product within an interval's range.
-ISSUED: LiteralString = "(a.token_expiration - least(a.token_lifespan, 3153600000) * interval '1 s')::timestamptz"
+# When a token was handed out, whoever stored it. The bounds keep the product within an interval's range.
+ISSUED: LiteralString = """
+    (a.token_expiration - greatest(0, least(a.token_lifespan, 3153600000)) * interval '1 s')::timestamptz"""
 
 # Dead ones are not due: they wait for their user, whatever we do.
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
            count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
+           count(*) FILTER (WHERE t.sent = {hash} AND (t.lease_until IS NULL OR t.lease_until <= now())),
            count(*) FILTER (WHERE t.not_before > now()), min(t.not_before) FILTER (WHERE t.not_before > now())
     FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id
     LEFT JOIN {providers} p ON p.provider_name = s.name
@@ -68,25 +69,25 @@ _NO_STATE = """
 
 @dataclass(frozen=True)
 class Due:
-    """How many rows of one provider are due: `leased` by some process, `free`, `backing_off`, or in doubt."""
+    """How many rows of one provider are due: `leased` by some process, `free`, `in_doubt`, `backing_off`."""
 
     provider: str | None
     service: str | None
     rows: int
     leased: int
     free: int
+    in_doubt: int
     backing_off: int
     next_try: datetime | None
     """When the first of those that back off may be asked for."""
 
     def why_not_free(self) -> str | None:
         """Say why rows that nobody has under a lease are left alone."""
-        in_doubt = self.rows - self.leased - self.free - self.backing_off
         told = []
         if self.next_try:
             told.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
-        if in_doubt > 0:
-            told.append(f"{in_doubt} were sent without a known answer and rest for {IN_DOUBT.seconds // 60} minutes")
+        if self.in_doubt:
+            told.append(f"{self.in_doubt} were sent, with no known answer, and rest for {IN_DOUBT.seconds // 60} min")
         return "; ".join(told) or None
 
 
@@ -103,7 +104,7 @@ class Links:
             "hash": sql.SQL(HASH),
             "renewable": sql.SQL(RENEWABLE),
             "expires": sql.SQL(EXPIRES),
-            "free": is_free(sql.SQL(HASH)),
+            "free": sql.SQL(FREE).format(hash=sql.SQL(HASH)),
             "renewed": sql.SQL(RENEWED).format(hash=sql.SQL(HASH)),
             "issued": sql.SQL(ISSUED),
         }
@@ -150,11 +151,6 @@ class Window:
             "round_began": self.round_began,
             "in_doubt": IN_DOUBT,
         }
-
-
-def is_free(hash: sql.Composable) -> sql.Composed:
-    """Return the condition FREE for a row whose refresh token has this hash."""
-    return sql.SQL(FREE).format(hash=hash, renewed=sql.SQL(RENEWED).format(hash=hash))
 
 
 def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:

@@ -4,7 +4,10 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar
 from uuid import UUID
 
@@ -15,7 +18,8 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.claims import Claim, release
 from catfeeder_cron.renewal.journal import Entry, Journal
 from catfeeder_cron.renewal.links import Links
-from catfeeder_cron.renewal.storing import Stored, Verdict, settle, store
+from catfeeder_cron.renewal.storing import Stored, store
+from catfeeder_cron.renewal.verdicts import Verdict, settle
 
 log = get_logger(__name__)
 
@@ -58,23 +62,24 @@ class Outbox:
         """Answers that are in the journal alone, because storing them was given up."""
         self.broken: str | None = None
         """Why this run can't go on."""
+        self.longest_request = min(settings.request_timeout, context.timeout / 2)
+        """No request is given longer, so that none outlives the job's time."""
         self._links = links
         self._owner = owner
         self._journal = journal
         self._stored = stored
-        self._threads = asyncio.Semaphore(_STATEMENTS_AT_ONCE)
+        # Not asyncio's own threads, which look up names: a name server that is silent must not hold up statements.
+        self._threads = ThreadPoolExecutor(_STATEMENTS_AT_ONCE, thread_name_prefix="renew-oauth")
         self._queue: asyncio.Queue[Settlement | None] = asyncio.Queue(maxsize=2 * settings.concurrency)
-        # Nothing is sent any more when its answer could come after the job's time.
-        self._last_seconds = min(settings.request_timeout, context.timeout / 2)
 
     def is_ending(self) -> bool:
-        """Whether nothing new may be sent."""
-        return self.context.stopping or self.broken is not None or self.context.overdue() > -self._last_seconds
+        """Whether nothing new may be sent: its answer could come after the job's time, too."""
+        return self.context.stopping or self.broken is not None or self.context.overdue() > -self.longest_request
 
     async def in_thread(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
         """Call what waits for the database."""
-        async with self._threads:
-            return await asyncio.to_thread(function, *arguments, **keywords)
+        call = partial(copy_context().run, function, *arguments, **keywords)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def wait_for_database(self) -> None:
         await asyncio.sleep(_TRY_AGAIN_SECONDS)
@@ -89,6 +94,10 @@ class Outbox:
     async def put(self, settlement: Settlement) -> None:
         """Have it stored. Waits while there is much to store, as when the database is away."""
         await self._queue.put(settlement)
+
+    async def flush(self) -> None:
+        """Return when all that was put before was tried to be stored."""
+        await self._queue.join()
 
     async def end(self) -> None:
         """Let `run` return when all that was put before is dealt with."""
@@ -113,6 +122,9 @@ class Outbox:
                 failure, locked = error, []
                 self._journal.keep = True
                 self._break(f"{type(error).__name__} while answers were stored")
+            for _ in batch:
+                self._queue.task_done()
+        self._threads.shutdown(wait=False)
         if failure:
             raise failure
 
@@ -132,20 +144,26 @@ class Outbox:
         while batch:
             try:
                 locked = self._account(batch, await self.in_thread(self._store_batch, batch))
-                if not self._gives_up():
-                    return locked
-                batch = locked
+                return self._leave_to_journal(locked) if self._gives_up() else locked
             except (DatabaseUnavailable, LockTimeout, StatementTimeout) as error:
                 log.debug("oauth_answers_not_stored_yet", answers=len(batch), reason=str(error))
             except DatabaseError as error:
                 self._break(str(error))
-            if batch and self._gives_up():
-                self.unstored += sum(each.entry is not None for each in batch)
-                self._journal.keep = True
-                return []
+            if self._gives_up():
+                batch = self._leave_to_journal(batch)
             if batch:
                 await asyncio.sleep(_TRY_AGAIN_SECONDS)
         return []
+
+    def _leave_to_journal(self, batch: list[Settlement]) -> list[Settlement]:
+        """Give up on what is in the journal; return the answers that are not, and would be lost."""
+        nowhere_else = [each for each in batch if each.entry and not self._journal.holds(each.entry)]
+        for each in batch:
+            if each.entry and each not in nowhere_else:
+                self.unstored += 1
+                each.counts["postponed"] += 1
+                self._journal.keep = True
+        return nowhere_else
 
     def _gives_up(self) -> bool:
         """Whether what could not be stored at once is left to the journal."""
@@ -159,7 +177,7 @@ class Outbox:
             except OSError as error:
                 self._break(f"the journal can't be written to the disk: {error.strerror}")
         database = self.context.database
-        settle(database, self._links, [each.verdict for each in batch if each.verdict])
+        settle(database, self._links, self._owner, [each.verdict for each in batch if each.verdict])
         release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.verdict)])
         # The last, because it alone is counted by what it changes: repeated, it would find nothing to change.
         return store(database, self._links, entries, time.time())
@@ -177,8 +195,8 @@ class Outbox:
                 self._journal.remove(each.entry)
                 if each.claim.id in stored:
                     each.counts["renewed" if each.entry.token else "failed"] += 1
-            elif each.verdict and each.verdict.failed:
-                each.counts["failed"] += 1
+            elif each.verdict and not each.verdict.dead:
+                each.counts["failed" if each.verdict.failed else "postponed"] += 1
         left = [each for each in batch if each.entry and each.claim.id in locked]
         self._stored(len(batch) - len(left))
         return left

@@ -4,7 +4,7 @@ import asyncio
 
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Refused, Renewed, Transient
+from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import clock
@@ -35,6 +35,7 @@ class Patience:
         self.refused = False
         """Whether it is halted because the provider refuses us."""
         self.rests = 0
+        self._served = 0
         self._outbox = outbox
         self._provider = provider
         self._standing = standing
@@ -55,21 +56,27 @@ class Patience:
         """Stop sending at once where the answer asks for it; return the pause that then is to be kept, by `keep`."""
         self.answers += 1
         match answer:
-            case Renewed():
+            case Renewed() | Partial():
                 self._troubles, self._fruitful = 0, True
+                self._served += 1
             case Dead(reason):
                 self._troubles = 0
+                self._served += 1
                 self.dead += 1
-                if self.answers >= _ANSWERS_TO_JUDGE_BY and self.dead * 2 > self.answers:
-                    self._suspect()
-            case Refused(reason):
-                return self._begin(providers.refused(reason))
+                self.judge(self.dead, self.answers)
+            case Refused(reason, authentication):
+                self._troubles += 1
+                # One that serves others may mean this token alone; one that does not know us means us.
+                if not self._served or authentication or self._troubles >= _TROUBLES_IN_A_ROW:
+                    return self._begin(providers.refused(reason))
             case Transient(reason, throttled=True) as throttled:
                 return self._begin(providers.throttled(reason, throttled.retry_after))
+            case Transient(reason, retry_after=float(seconds)):
+                return self._begin(providers.throttled(reason, seconds))
+            case Transient(unknown=True):
+                pass
             case Transient(reason) | Ambiguous(reason):
                 self._troubles += 1
-                if isinstance(answer, Transient) and answer.retry_after is not None:
-                    return self._begin(providers.throttled(reason, answer.retry_after))
                 if self._troubles >= _TROUBLES_IN_A_ROW:
                     return self._begin(providers.out_of_order(reason))
         return None
@@ -92,9 +99,21 @@ class Patience:
         finally:
             self._awake.set()
 
+    def judge(self, dead: int, answers: int) -> None:
+        """Suspect the provider, not its users, where it calls more than half of the tokens dead."""
+        if answers >= _ANSWERS_TO_JUDGE_BY and dead * 2 > answers and not self.suspect:
+            self.suspect, self.halted = True, "it calls most tokens invalid"
+            log.error(
+                "oauth_provider_suspected",
+                provider=self._provider.name,
+                invalid=dead,
+                answers=answers,
+                reason="half of its users can't have lost their link at once, so nobody is asked to log in again",
+            )
+
     async def end(self) -> None:
-        """Forget the pauses before this run, and its rests, if the provider answers again."""
-        if self.answers and (self._standing.failures or self.rests) and self.halted is None:
+        """Forget the pauses before this run, and its rests, if the provider serves us again."""
+        if self._served and (self._standing.failures or self.rests) and self.halted is None:
             await self._outbox.in_thread(providers.resume, self._outbox.context.database, self._provider)
 
     def _begin(self, pause: Pause) -> Pause | None:
@@ -107,14 +126,3 @@ class Patience:
         else:
             self.halted, self.refused = pause.reason, pause.refused
         return pause
-
-    def _suspect(self) -> None:
-        if not self.suspect:
-            self.suspect, self.halted = True, "it calls most tokens invalid"
-            log.error(
-                "oauth_provider_suspected",
-                provider=self._provider.name,
-                invalid=self.dead,
-                answers=self.answers,
-                reason="half of its users can't have lost their link at once, so nobody is asked to log in again",
-            )

@@ -33,21 +33,28 @@ _PAUSE = """
         failures = CASE WHEN o.fingerprint <> excluded.fingerprint THEN 1
                         WHEN o.paused_until > now() THEN o.failures ELSE o.failures + 1 END,
         paused_until = CASE
-            WHEN o.fingerprint = excluded.fingerprint AND %(given)s IS NULL
-            THEN greatest(CASE WHEN o.paused_until > now() THEN o.paused_until END,
-                          now() + least(%(longest)s, %(first)s * 2 ^ least(o.failures, 12))
-                                  * (0.9 + random() / 5) * interval '1 s')
-            ELSE excluded.paused_until END
+            WHEN o.fingerprint <> excluded.fingerprint THEN excluded.paused_until
+            ELSE greatest(o.paused_until,
+                          CASE WHEN %(given)s IS NOT NULL THEN excluded.paused_until
+                               ELSE now() + least(%(longest)s, %(first)s * 2 ^ least(o.failures, 12))
+                                            * (0.9 + random() / 5) * interval '1 s' END) END
     RETURNING extract(epoch FROM paused_until - now())::float8"""
 
+# Not what another process has met meanwhile.
 _RESUME = """
     UPDATE catfeeder_cron.oauth_providers
-    SET paused_until = NULL, refused = false, reason = NULL, failures = 0 WHERE provider = %(provider)s"""
+    SET paused_until = NULL, refused = false, reason = NULL, failures = 0
+    WHERE provider = %(provider)s AND fingerprint = %(fingerprint)s AND paused_until <= now()"""
 
 _LEARN = """
     INSERT INTO catfeeder_cron.oauth_providers AS o (provider, fingerprint, client_auth)
     VALUES (%(provider)s, %(fingerprint)s, %(client_auth)s)
-    ON CONFLICT (provider) DO UPDATE SET client_auth = excluded.client_auth, fingerprint = excluded.fingerprint"""
+    ON CONFLICT (provider) DO UPDATE SET
+        client_auth = excluded.client_auth, fingerprint = excluded.fingerprint,
+        paused_until = CASE WHEN o.fingerprint = excluded.fingerprint THEN o.paused_until END,
+        refused = o.refused AND o.fingerprint = excluded.fingerprint,
+        reason = CASE WHEN o.fingerprint = excluded.fingerprint THEN o.reason END,
+        failures = CASE WHEN o.fingerprint = excluded.fingerprint THEN o.failures ELSE 0 END"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def pause(database: Database, provider: Provider, pause: Pause) -> float:
 
 def resume(database: Database, provider: Provider) -> None:
     """Forget pauses that are over: it answers again."""
-    database.execute(_RESUME, {"provider": provider.name})
+    database.execute(_RESUME, {"provider": provider.name, "fingerprint": provider.fingerprint})
 
 
 def learn(database: Database, provider: Provider, client_auth: ClientAuth) -> None:

@@ -20,13 +20,16 @@ from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.outbox import Outbox
 from catfeeder_cron.renewal.patience import Patience
 from catfeeder_cron.renewal.providers import Standing
-from catfeeder_cron.renewal.storing import confirm_dead, dismiss_dead
 from catfeeder_cron.renewal.takeover import journal_folder, recover
+from catfeeder_cron.renewal.verdicts import called_dead, confirm_dead, dismiss_dead
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session
 
 log = get_logger(__name__)
+
+# Somebody who had locked a row for a moment is done with it by then.
+_SECOND_LOOK_SECONDS = 0.5
 
 COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
 
@@ -129,18 +132,33 @@ class Run:
         outbox = Outbox(self._context, self._client.settings, self._links, self._owner, journal, self._progress)
         self._outbox = outbox
         self._progress(0)
-        async with self._client.session() as session:
+        async with self._client.session(outbox.longest_request) as session:
             storing = asyncio.create_task(outbox.run())
             self._lanes = [self._lane(each, outbox, session) for each in waiting]
-            ended = await asyncio.gather(*(lane.renew() for lane in self._lanes), return_exceptions=True)
+            ended = await self._pass(self._lanes, outbox)
+            while lanes := await outbox.in_thread(self._lanes_with_rows_left):
+                answers = self._answers()
+                await asyncio.sleep(_SECOND_LOOK_SECONDS)
+                ended += await self._pass(lanes, outbox)
+                if self._answers() == answers:
+                    break
+            for lane in self._lanes:
+                await outbox.in_thread(self._judge, lane)
             await outbox.end()
             await storing
-        for lane in self._lanes:
-            await outbox.in_thread(self._judge, lane)
         for each in ended:
             if isinstance(each, BaseException):
                 journal.keep = True
                 raise each
+
+    async def _pass(self, lanes: list[Lane], outbox: Outbox) -> list[BaseException | None]:
+        """Have the lanes go over their rows; return when what came of it is stored."""
+        ended = await asyncio.gather(*(lane.renew() for lane in lanes), return_exceptions=True)
+        await outbox.flush()
+        return ended
+
+    def _answers(self) -> int:
+        return sum(lane.patience.answers for lane in self._lanes)
 
     def _lane(self, due: Due, outbox: Outbox, session: "Session") -> Lane:
         assert due.provider is not None
@@ -159,6 +177,7 @@ class Run:
         if not lane.patience.dead:
             return
         try:
+            lane.patience.judge(*called_dead(self._context.database, self._links, lane.provider.name, self._window))
             if lane.patience.suspect:
                 dismiss_dead(self._context.database, lane.id)
                 lane.counts["failed"] += lane.patience.dead
@@ -176,7 +195,8 @@ class Run:
 
     def _tell(self, hindrances: dict[str, Hindrance]) -> None:
         """Count what was left, in all and by provider."""
-        left = self._left()
+        left = self._left() if self._outbox else {}
+        self._cut_short = self._outbox is not None and self._outbox.is_ending() and any(left.values())
         self._count()
         lanes = {lane.provider.name: lane for lane in self._lanes}
         for each in self._due:
@@ -184,7 +204,7 @@ class Run:
             lane, hindrance = lanes.get(name), hindrances.get(name)
             counts = Counter({key: lane.counts[key] if lane else 0 for key in COUNTS})
             backing_off = each.rows - each.leased - each.free
-            counts["postponed"] = backing_off + (left.get(name, 0) if lane else each.free)
+            counts["postponed"] += backing_off + (left.get(name, 0) if lane else each.free)
             counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
             if counts["due"]:
                 self._context.by_provider[name] = counts
@@ -197,24 +217,26 @@ class Run:
 
     def _left(self) -> dict[str, int]:
         """Count the rows that could be claimed still: not reached, locked by somebody, or given back."""
-        if self._outbox is None:
-            return {}
-        self._cut_short = self._outbox.is_ending()
         try:
             with self._context.database.transaction() as connection:
                 due = self._links.count(connection, self._window)
         except DatabaseError:
             return {}
-        left = {_name(each): each.free for each in due}
-        self._cut_short = self._cut_short and any(left.values())
-        return left
+        return {_name(each): each.free for each in due}
+
+    def _lanes_with_rows_left(self) -> list[Lane]:
+        assert self._outbox is not None
+        if self._outbox.is_ending():
+            return []
+        left = self._left()
+        return [lane for lane in self._lanes if lane.patience.may_send and left.get(lane.provider.name)]
 
     def _raise_what_went_wrong(self, hindrances: dict[str, Hindrance]) -> None:
         outbox = self._outbox
         if outbox and outbox.unstored:
             raise DatabaseUnavailable(
                 f"{outbox.unstored} answers could not be stored; they are kept in the journal, to be stored as soon as "
-                "the database can be reached"
+                "the database can be reached and their rows are not locked"
             )
         if outbox and outbox.broken:
             raise RenewalError(outbox.broken)

@@ -1,19 +1,21 @@
-"""Put answers into the database: tokens into their rows, verdicts into the daemon's own schema."""
+"""Put the tokens of answers into their rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, LiteralString
-from uuid import UUID
 
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
+from catfeeder_cron.oauth.quoting import quote
 from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.links import Links
+from catfeeder_cron.renewal.verdicts import BACK_OFF
 
-# How long a batch waits for one row that somebody else has locked.
+# How long a batch waits for a row that somebody else has locked, and then for each further one: a stop waits, too.
 _LOCK_TIMEOUT = "500ms"
+_NEXT_LOCK_TIMEOUT = "10ms"
 
 _ENTRIES: LiteralString = """
     unnest(%(ids)s::bigint[], %(sent)s::bytea[], %(tokens)s::text[], %(refresh_tokens)s::text[],
@@ -36,8 +38,6 @@ _STORE = """
         WHERE a.id = n.id AND {hash} = n.sent
         RETURNING a.id)
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
-
-_BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
 
 # For an answer that was not stored, because the row is gone or holds a newer login, only the lease goes. One without
 # a token, that of a partial answer, is a failure. `sent_at` stays: it tells when the row had its turn.
@@ -64,44 +64,9 @@ _HOLD_BACK = """
     UPDATE catfeeder_cron.oauth_tokens SET not_before = now() + interval '1 day', failures = failures + 1
     WHERE oauth_id = %(id)s"""
 
-# A refresh token that was called dead is so only if the row still holds it: else somebody else has renewed it.
-_SETTLE = """
-    UPDATE catfeeder_cron.oauth_tokens t SET
-        owner = NULL, lease_until = NULL,
-        sent = CASE WHEN n.in_doubt THEN t.sent END,
-        sent_at = CASE WHEN n.in_doubt THEN now() END,
-        failures = t.failures + n.failed::int,
-        not_before = CASE WHEN n.failed THEN now() + {back_off} END,
-        refused = CASE WHEN n.dead THEN n.sent END,
-        refused_by = CASE WHEN n.dead AND EXISTS (SELECT FROM {active} a WHERE a.id = n.id AND {hash} = n.sent)
-                          THEN n.lane END
-    FROM unnest(%(ids)s::bigint[], %(sent)s::bytea[], %(dead)s::boolean[], %(failed)s::boolean[],
-                %(in_doubt)s::boolean[], %(lanes)s::uuid[]) AS n(id, sent, dead, failed, in_doubt, lane)
-    WHERE t.oauth_id = n.id AND t.sent = n.sent"""
-
-_CONFIRM = """
-    UPDATE catfeeder_cron.oauth_tokens
-    SET dead = refused, dead_since = now(), refused = NULL, refused_by = NULL, failures = 0
-    WHERE oauth_id IN (SELECT oauth_id FROM catfeeder_cron.oauth_tokens WHERE refused_by = %(lane)s
-                       ORDER BY oauth_id LIMIT 500)
-    RETURNING oauth_id"""
-
-_DISMISS = """
-    UPDATE catfeeder_cron.oauth_tokens t
-    SET refused = NULL, refused_by = NULL, failures = t.failures + 1, not_before = now() + {back_off}
-    WHERE refused_by = %(lane)s"""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of a request that brought no token. None of `dead`, `failed`, `in_doubt`: it is not the row's fault."""
-
-    id: int
-    sent: bytes
-    lane: UUID
-    dead: bool = False
-    failed: bool = False
-    in_doubt: bool = False
+_KEEP_IN_DOUBT = """
+    UPDATE catfeeder_cron.oauth_tokens t SET sent_at = now()
+    FROM unnest(%(ids)s::bigint[], %(sent)s::bytea[]) AS n(id, sent) WHERE t.oauth_id = n.id AND t.sent = n.sent"""
 
 
 @dataclass
@@ -120,7 +85,9 @@ class Stored:
         self.refused += other.refused
 
 
-def store(database: Database, links: Links, entries: Sequence[Entry], now: float) -> Stored:
+def store(
+    database: Database, links: Links, entries: Sequence[Entry], now: float, lock_timeout: str = _LOCK_TIMEOUT
+) -> Stored:
     """Store answers; `now` is the wall clock's. Raises DatabaseUnavailable, and then all may be tried again.
 
     An answer that its row can't take, or whose row is locked, holds up no other.
@@ -128,7 +95,7 @@ def store(database: Database, links: Links, entries: Sequence[Entry], now: float
     if not entries:
         return Stored()
     try:
-        with database.transaction(lock_timeout=_LOCK_TIMEOUT) as connection:
+        with database.transaction(lock_timeout=lock_timeout) as connection:
             return _store(connection, links, entries, now)
     except DatabaseUnavailable:
         raise
@@ -137,39 +104,24 @@ def store(database: Database, links: Links, entries: Sequence[Entry], now: float
             return Stored(locked=[entries[0]])
     except DatabaseError as error:
         if len(entries) == 1:
-            database.execute(_HOLD_BACK, {"id": entries[0].id})
-            return Stored(refused=[(entries[0], str(error))])
+            return Stored(refused=[(entries[0], _hold_back(database, entries[0], error))])
     outcome = Stored()
     for entry in entries:
-        outcome.add(store(database, links, [entry], now))
+        outcome.add(store(database, links, [entry], now, _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout))
     return outcome
 
 
-def settle(database: Database, links: Links, verdicts: Sequence[Verdict]) -> None:
-    """Record verdicts, and end the leases of their rows. Raises DatabaseError."""
-    if not verdicts:
-        return
-    parameters = {
-        "ids": [each.id for each in verdicts],
-        "sent": [each.sent for each in verdicts],
-        "dead": [each.dead for each in verdicts],
-        "failed": [each.failed for each in verdicts],
-        "in_doubt": [each.in_doubt for each in verdicts],
-        "lanes": [each.lane for each in verdicts],
-    }
-    with database.transaction() as connection:
-        connection.execute(links.statement(_SETTLE, back_off=sql.SQL(_BACK_OFF)), parameters)
+def _hold_back(database: Database, entry: Entry, error: DatabaseError) -> str:
+    """Return why the row doesn't take its answer. A trigger may quote what it was given."""
+    database.execute(_HOLD_BACK, {"id": entry.id})
+    return quote(str(error), [secret for secret in (entry.token, entry.refresh_token) if secret])
 
 
-def confirm_dead(database: Database, lane: UUID) -> list[int]:
-    """Make up to 500 of the rows that this lane's provider has called dead wait for a new login; return which."""
-    return [id for (id,) in database.query(_CONFIRM, {"lane": lane})]
-
-
-def dismiss_dead(database: Database, lane: UUID) -> None:
-    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good."""
-    with database.transaction() as connection:
-        connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(_BACK_OFF)), {"lane": lane})
+def keep_in_doubt(database: Database, entries: Sequence[Entry]) -> None:
+    """Let nobody send again what these entries answer: they are in a journal still, because their rows are locked."""
+    if entries:
+        parameters = {"ids": [each.id for each in entries], "sent": [bytes.fromhex(each.sent) for each in entries]}
+        database.execute(_KEEP_IN_DOUBT, parameters)
 
 
 def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> Stored:
@@ -186,7 +138,7 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: 
     parts = sql.SQL(_ENTRIES)
     stored: dict[int, str | None] = dict(connection.execute(links.statement(_STORE, entries=parts), parameters))
     parameters |= {"stored": list(stored), "issued": list(stored.values())}
-    after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(_BACK_OFF))
+    after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(BACK_OFF))
     connection.execute(after, parameters)
     return Stored(
         stored=[entry for entry in entries if entry.id in stored],

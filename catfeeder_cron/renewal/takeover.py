@@ -10,11 +10,15 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.claims import free_leases
 from catfeeder_cron.renewal.journal import left_journals
 from catfeeder_cron.renewal.links import Links
-from catfeeder_cron.renewal.storing import store
+from catfeeder_cron.renewal.storing import keep_in_doubt, store
 
 log = get_logger(__name__)
 
 _BATCH = 100
+
+_FORGET = """
+    DELETE FROM catfeeder_cron.oauth_tokens t WHERE (t.lease_until IS NULL OR t.lease_until <= now())
+    AND NOT EXISTS (SELECT FROM {active} a WHERE a.id = t.oauth_id)"""
 
 
 def journal_folder(context: JobContext) -> Path:
@@ -37,6 +41,7 @@ def take_over(database: Database, links: Links, folder: Path) -> None:
             outcome = store(database, links, journal.entries[start : start + _BATCH], time.time())
             for entry, reason in outcome.refused:
                 log.error("oauth_answer_refused", oauth_id=entry.id, journal=str(journal.path), reason=reason)
+            keep_in_doubt(database, outcome.locked)
             kept = kept or bool(outcome.refused or outcome.locked)
             log.info("oauth_answers_taken_over", stored=len(outcome.stored), outdated=len(outcome.outdated))
         if kept:
@@ -47,6 +52,12 @@ def take_over(database: Database, links: Links, folder: Path) -> None:
         if journal.unreadable:
             log.warning("oauth_journal_damaged", lines=journal.unreadable)
         journal.remove()
+
+
+def forget_deleted(context: JobContext) -> None:
+    """Forget what is known of links that are gone. It reads all of them, so not at every run. Raises DatabaseError."""
+    with context.database.transaction() as connection:
+        connection.execute(Links(context.tables).statement(_FORGET))
 
 
 def recover(context: JobContext) -> None:

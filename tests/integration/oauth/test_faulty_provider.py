@@ -289,6 +289,7 @@ def test_a_provider_that_asks_for_a_short_rest_is_waited_for(world: World, serve
 
 
 def test_a_stop_waits_for_no_rest(world: World, serve: Serve) -> None:
+    world.settings["providers"] = {"acme": {"concurrency": 1}}
     context = world.context()
 
     def one_then_rest(request: Request) -> Raw:
@@ -298,7 +299,6 @@ def test_a_stop_waits_for_no_rest(world: World, serve: Serve) -> None:
         return reply(429, b"", {"retry-after": "30"})
 
     provider = serve(script=one_then_rest)
-    world.settings["providers"] = {"acme": {"concurrency": 1}}
     world.add_provider(provider)
     for number in range(5):
         world.add_link(provider.log_in(f"user{number}"))

@@ -5,8 +5,10 @@ import json
 import logging
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import httpx
 import pytest
@@ -88,6 +90,36 @@ def test_whatever_a_provider_quotes_is_not_told(world: World, serve: Serve, log:
     assert "oauth_provider_paused" in text
     assert "oauth_needs_new_login" in text
     assert leaks(text, secrets) == set()
+
+
+def test_nor_in_the_forms_in_which_it_was_sent(world: World, serve: Serve, log: io.StringIO) -> None:
+    secret = "a secret with : and % and +"
+    basic = b64encode(f"client-id:{quote_plus(secret)}".encode()).decode()
+    for number, quoted in enumerate((basic, quote_plus(secret), quote(secret))):
+        told_back = {"error": "invalid_scope", "error_description": f"you sent {quoted}"}
+        name = f"provider-{number}"
+        world.settings.setdefault("providers", {})[name] = {"client_auth": "basic"}
+        world.add_provider(serve(script=lambda _, back=told_back: reply(400, back)), name, secret)
+        world.add_link("refresh-0123456789", name)
+    assert world.renew().outcome == "failed"
+    text = told(world, log)
+    assert "invalid_scope" in text
+    assert leaks(text, {secret, quote_plus(secret), quote(secret), basic}) == set()
+
+
+def test_a_trigger_that_quotes_a_token_is_not_quoted(world: World, provider: Provider, log: io.StringIO) -> None:
+    world.connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'no %', NEW.token; END $$"
+    )
+    world.connection.execute(
+        'CREATE TRIGGER refuse BEFORE UPDATE ON "ActiveOauths" FOR EACH ROW EXECUTE FUNCTION refuse()'
+    )
+    world.add_link(provider.log_in("tom"))
+    assert world.renew().counts["failed"] == 1
+    text = told(world, log)
+    assert "oauth_answer_refused" in text
+    assert leaks(text, provider.secrets) == set()
 
 
 def test_a_database_that_refuses_a_token_does_not_quote_it(world: World, serve: Serve, log: io.StringIO) -> None:
