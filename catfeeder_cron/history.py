@@ -10,7 +10,7 @@ from catfeeder_cron.schedule import timestamp
 
 _RUNS = """
     SELECT run_id, job, slot, last_slot, missed, trigger, outcome, reason, counts, started_at, finished_at, host, pid,
-           daemon
+           daemon, runs
     FROM catfeeder_cron.job_runs
     WHERE %(job)s::text IS NULL OR job = %(job)s
     ORDER BY run_id DESC LIMIT %(limit)s"""
@@ -25,7 +25,7 @@ _DURATIONS = """
     SELECT job, count(*), percentile_cont(0.5) WITHIN GROUP (ORDER BY finished_at - started_at),
            max(finished_at - started_at)
     FROM catfeeder_cron.job_runs
-    WHERE outcome = 'succeeded' AND (%(job)s::text IS NULL OR job = %(job)s) GROUP BY job ORDER BY job"""
+    WHERE outcome = 'succeeded' AND runs = 1 AND (%(job)s::text IS NULL OR job = %(job)s) GROUP BY job ORDER BY job"""
 
 
 # Each of the two is one step into an index, whatever the history's length.
@@ -38,7 +38,7 @@ _ACCOUNTS = """
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run, finished or under way, or a stretch of `missed` slots that did not run."""
+    """A run, finished or under way; `runs` between slots; or a stretch of `missed` slots that did not run."""
 
     run_id: int
     job: str
@@ -54,6 +54,7 @@ class PastRun:
     host: str
     pid: int
     daemon: UUID
+    runs: int
 
     @property
     def duration(self) -> timedelta | None:
@@ -77,6 +78,7 @@ class PastRun:
             "first_slot": timestamp(self.slot) if self.missed else None,
             "last_slot": timestamp(self.last_slot),
             "missed": self.missed,
+            "runs": self.runs,
         }
 
 

@@ -132,11 +132,32 @@ _UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs
     WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
 
-# Repeated after an answer that was lost, it finds its own work done.
+# Repeated after an answer that was lost, it finds its own work done. A run between slots takes in the one before it, if
+# that was of this kind, too: where there is always something due, there would be a row for every second.
 _CLOSE = """
-    WITH closed AS (
+    WITH earlier AS (
+        SELECT before.* FROM catfeeder_cron.job_runs this, LATERAL (
+            SELECT * FROM catfeeder_cron.job_runs r
+            WHERE r.job = this.job AND r.daemon = this.daemon AND r.run_id < this.run_id
+            ORDER BY r.run_id DESC LIMIT 1) before
+        WHERE this.run_id = %(run_id)s AND this.outcome IS NULL AND %(outcome)s = 'succeeded'
+          AND (this.slot, this.trigger) IS NOT DISTINCT FROM (NULL, 'schedule')
+          AND (before.slot, before.trigger, before.outcome) IS NOT DISTINCT FROM (NULL, 'schedule', 'succeeded')
+          AND before.started_at > now() - interval '1 hour'),
+    taken_in AS (
+        DELETE FROM catfeeder_cron.job_runs WHERE run_id IN (SELECT run_id FROM earlier)
+        RETURNING started_at, runs, counts),
+    closed AS (
         UPDATE catfeeder_cron.job_runs
-        SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, counts = %(counts)s, finished_at = now()
+        SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, finished_at = now(),
+            started_at = coalesce((SELECT started_at FROM taken_in), started_at),
+            runs = runs + coalesce((SELECT runs FROM taken_in), 0),
+            counts = (SELECT coalesce(jsonb_object_agg(key, number), '{}')
+                      FROM (SELECT key, sum(value::bigint) AS number
+                            FROM (SELECT * FROM jsonb_each_text(%(counts)s)
+                                  UNION ALL
+                                  SELECT each.* FROM taken_in, jsonb_each_text(taken_in.counts) AS each) both_of
+                            GROUP BY key) summed)
         WHERE run_id = %(run_id)s AND outcome IS NULL
         RETURNING run_id)
     SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
@@ -258,7 +279,11 @@ class Ledger:
         return rows[0] if rows else None
 
     def close(self, run_id: int, report: JobReport) -> bool:
-        """Record how a run ended. True when another has closed it before, having taken this process for dead."""
+        """Record how a run ended. True when another has closed it before, having taken this process for dead.
+
+        Runs between slots that follow each other, and succeed, become one row: `runs` says how many, the counts are
+        their sums. It begins anew every hour.
+        """
         parameters = {
             "run_id": run_id,
             "outcome": report.outcome,

@@ -113,6 +113,8 @@ def print_forecast(links: Sequence[LoginNeeded]) -> None:
 
 def _in_cells(run: PastRun) -> tuple[str, ...]:
     details = [*([run.reason] if run.reason else []), *_counts(run.counts)]
+    if run.runs > 1:
+        details.append(f"{run.runs} runs between slots")
     if run.missed and run.last_slot:
         details.append(f"{run.missed} slots until {_clock(run.last_slot)}")
     return (

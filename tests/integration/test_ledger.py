@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -369,3 +370,46 @@ def scanned(admin: psycopg.Connection) -> int:
     row = admin.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'job_runs'").fetchone()
     assert row
     return int(row[0])
+
+
+def woken_run(ledger: Ledger, outcome: str = "succeeded", **counts: int) -> int:
+    run_id = ledger.claim_woken("job", shared=True)
+    assert run_id is not None
+    ledger.close(run_id, replace(report(outcome), counts=counts))
+    ledger.close(run_id, replace(report(outcome), counts=counts))  # repeated, as after a lost answer
+    return run_id
+
+
+def test_runs_between_slots_that_follow_each_other_are_one_row(ledger: Ledger, admin: psycopg.Connection) -> None:
+    woken_run(ledger, due=2, done=2)
+    woken_run(ledger, due=3, done=2, retried=1)
+    last = woken_run(ledger)
+
+    assert rows(admin, "run_id, slot, trigger, outcome, runs, counts") == [
+        (last, None, "schedule", "succeeded", 3, {"due": 5, "done": 4, "retried": 1})
+    ]
+    assert rows(admin, "started_at < finished_at") == [(True,)]
+
+    admin.execute("UPDATE catfeeder_cron.job_runs SET started_at = started_at - interval '61 min'")
+    woken_run(ledger, due=1)
+    assert rows(admin, "runs") == [(3,), (1,)]
+
+
+def test_a_run_between_slots_is_taken_in_by_no_other_kind(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    """Not by one that failed, had a slot, was begun by hand or is another daemon's; nor does it take in those."""
+    woken_run(ledger)
+    woken_run(ledger, "failed")
+    woken_run(ledger)
+    manual = ledger.claim_manual("job", shared=True)
+    assert manual is not None
+    ledger.close(manual, report())
+    woken_run(ledger)
+    slot = claim(ledger, 0, 1, shared=True)
+    assert slot.run_id is not None
+    ledger.close(slot.run_id, report())
+    woken_run(open_ledger())
+    woken_run(ledger)
+
+    assert rows(admin, "runs") == [(1,)] * 8
