@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,6 +19,8 @@ from catfeeder_cron.errors import (
     DatabaseError,
     JobAborted,
     JobIsRunning,
+    PermissionDenied,
+    SchemaProblem,
     UnknownJob,
 )
 
@@ -128,7 +131,7 @@ def start(context: typer.Context) -> None:
 
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
-    daemon.run(settings, lambda: _load(context))
+    daemon.run(settings, lambda: _read(settings.path))
 
 
 @app.command("list")
@@ -174,6 +177,8 @@ def run_once(
 
     settings = _load(context)
     _log_warnings(settings)
+    if _one_terminal() and settings.logging.level != "debug":
+        logging.getLogger("catfeeder_cron.runner.result").setLevel(logging.CRITICAL)
     reports: list[dict[str, Any]] = []
     with StopSignals() as signals, Crons(config=settings) as crons:
         signals.on_request(crons.request_stop)
@@ -200,13 +205,20 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
         with terminal.progress_bar(job) as progress:
             report = crons.run(job, dry_run=dry_run, wait=wait, progress=progress)
     except JobIsRunning as error:
-        _complain(error, RUNNING_ELSEWHERE)
+        if not _one_terminal():
+            _complain(error, RUNNING_ELSEWHERE)
         return not_run(job, "skipped", str(error), dry_run=dry_run), RUNNING_ELSEWHERE
     except (DatabaseError, JobAborted) as error:
-        _complain(f"{job}: {error}", FAILED)
+        if not _one_terminal():
+            _complain(f"{job}: {error}", FAILED)
         outcome: Outcome = "aborted" if isinstance(error, JobAborted) else "failed"
         return not_run(job, outcome, str(error), dry_run=dry_run), FAILED
     return report, 0 if report.outcome in ("succeeded", "skipped") else FAILED
+
+
+def _one_terminal() -> bool:
+    """Whether results and errors are read in one place, where a failure's reason need not be said twice."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 @app.command()
@@ -362,18 +374,25 @@ def init_db(
     settings = _load(context)
     _log_nothing()
     tables = settings.database.tables
-    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
+    jobs = built_in().values()
+    wanted = [index for job in jobs for index in job.wanted_indexes]
+    enabled = [job for job in jobs if settings.jobs[job.id].enabled]
+    needed = [use.table for job in enabled for use in job.tables if not use.optional]
+    if with_app_tables and dry_run:
+        needed = []  # they would be there by then
     done = False
     with Database(settings.database) as database:
         steps = [schema.upgrade(database, dry_run=dry_run)]
         if with_app_tables:
             steps.append(create_tables(database, tables, dry_run=dry_run))
         if with_indexes:
-            steps.append(create_indexes(database, tables, wanted, dry_run=dry_run))
-        for step in steps:
-            for line in step:
+            steps.append(create_indexes(database, tables, wanted, needed=needed, dry_run=dry_run))
+        try:
+            for line in chain.from_iterable(steps):
                 done = True
                 print(line, flush=True)
+        except PermissionDenied as error:
+            raise SchemaProblem(f"{error.found}; run `init-db` as the owner of the database and its tables") from None
     if not done:
         print("nothing to do")
 
@@ -387,10 +406,14 @@ def demo() -> None:
 
 
 def _load(context: typer.Context) -> "Settings":
+    return _read(context.obj)
+
+
+def _read(path: Path | None) -> "Settings":
     from catfeeder_cron.config import load
     from catfeeder_cron.jobs import built_in
 
-    return load(context.obj, jobs={job.id: job.settings for job in built_in().values()})
+    return load(path, jobs={job.id: job.settings for job in built_in().values()})
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
 from catfeeder_cron.job import Job, JobReport
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.reload import log_findings, reload
+from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 
 log = get_logger(__name__)
@@ -50,20 +50,12 @@ def run(
             on_turn=lambda: herald.turned(),
             turn_every_seconds=turn_every.total_seconds(),
         )
-
-        # In a thread of its own: a callable that hangs while it is imported must not hold up the first heartbeat.
-        def begin_to_check() -> None:
-            def work() -> None:
-                log_findings(check(crons.settings, database), signals)
-
-            threading.Thread(target=work, name="check", daemon=True).start()
-
         with Crons(
             config=settings,
             database=database,
             background_tasks=tasks,
             jobs=jobs,
-            on_contact=begin_to_check,
+            on_contact=lambda: begin_to_check(check(crons.settings, database), signals),
             on_change=lambda report: herald.changed(report),
         ) as crons:
             condition = Condition(crons, database, turn_every)

@@ -26,6 +26,7 @@ from catfeeder_cron.errors import (
     DatabaseError,
     DatabaseUnavailable,
     LockTimeout,
+    PermissionDenied,
     SchemaProblem,
     StatementTimeout,
 )
@@ -41,12 +42,16 @@ EMBEDDED = "embedded:"
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 
+_CLOSED = "the program has closed its connections to the database, because it ends"
+
+
 class AllInUse(DatabaseUnavailable):
     """The server is there, but every connection of this process stayed in use."""
 
 
 class Database:
-    """A pool of connections that is opened by its first use and closed with `close`. Safe to use from any thread.
+    """A pool of connections that is opened by its first use and closed for good with `close`. Safe to use from any
+    thread; one that comes after `close` is answered with DatabaseUnavailable.
 
     With an `embedded:PATH` address the first use starts that private server, and `close` leaves it.
     """
@@ -60,6 +65,7 @@ class Database:
         self._reachable = False  # as far as is known
         self._outage = False  # as far as was told
         self._trouble = ""
+        self._closed = False
         self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -154,8 +160,7 @@ class Database:
     def close(self) -> None:
         """Close every connection; leave the embedded server, if this object started one. Idempotent."""
         with self._lock:
-            self._pool = None
-            self._conninfo = None
+            self._closed = True
             self._opened.close()
 
     @contextmanager
@@ -166,9 +171,10 @@ class Database:
         except AllInUse:
             raise
         except DatabaseUnavailable as error:
-            self._trouble = str(error)
-            if self._is_news(outage=True):
-                log.error("database_unreachable", reason=str(error))
+            if not self._closed:
+                self._trouble = str(error)
+                if self._is_news(outage=True):
+                    log.error("database_unreachable", reason=str(error))
             raise
 
     def _answered(self) -> None:
@@ -241,6 +247,8 @@ class Database:
 
     def _address(self) -> str:
         with self._lock:
+            if self._closed:
+                raise DatabaseUnavailable(_CLOSED)
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
                 if not conninfo and self._settings.url_file:
@@ -316,8 +324,10 @@ def _translated() -> Iterator[None]:
 
 def translate(error: Exception) -> DatabaseError:
     """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
+    if isinstance(error, PoolClosed):
+        return DatabaseUnavailable(_CLOSED)
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | PoolClosed):
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
         return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
     message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
@@ -328,7 +338,9 @@ def translate(error: Exception) -> DatabaseError:
             return LockTimeout(message)
         case pg.IntegrityError():
             return ConstraintViolation(message, error.diag.constraint_name)
-        case pg.InsufficientPrivilege() | pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
+        case pg.InsufficientPrivilege():
+            return PermissionDenied(message)
+        case pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
             return SchemaProblem(message)
         case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
             return DatabaseUnavailable(message)

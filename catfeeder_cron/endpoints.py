@@ -18,6 +18,7 @@ from catfeeder_cron.logs import get_logger
 log = get_logger(__name__)
 
 _CLIENT_TIMEOUT_SECONDS = 10
+_ACCEPT_AGAIN_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.address_family = family
         self.pages = pages
         self._ending = threading.Event()
+        self._refused = False
         super().__init__(name, _Handler)
 
     def run(self) -> None:
@@ -79,6 +81,18 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._ending.set()
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes `run`
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            request = super().get_request()
+        except OSError as error:
+            # Out of file descriptors: the connection stays in the queue, so waiting for one would end at once.
+            if not self._ending.wait(_ACCEPT_AGAIN_SECONDS) and not self._refused:
+                self._refused = True
+                log.warning("connection_not_accepted", reason=error.strerror or str(error))
+            raise
+        self._refused = False
+        return request
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         log.debug("request_broken_off", exc_info=True)

@@ -10,6 +10,7 @@ CatfeederCronError
 │   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
 │   ├── ConstraintViolation   a constraint keeps the change from being made
 │   └── SchemaProblem         a table, a column or a privilege is missing
+│       └── PermissionDenied  the server refused it to this role
 ├── HopelessAction            trying this action again would not help
 ├── PostponedAction           this attempt of an action failed, and when the next one may be is known
 ├── RenewalError              no OAuth token could be renewed, for a reason of ours
@@ -71,6 +72,14 @@ class ConstraintViolation(DatabaseError):
 
 class SchemaProblem(DatabaseError):
     """A table, a column or a privilege that is needed is missing."""
+
+
+class PermissionDenied(SchemaProblem):
+    """The server refused a statement to this role. `found` is what it said, for those who know a better remedy."""
+
+    def __init__(self, found: str) -> None:
+        self.found = found
+        super().__init__(f"{found}; `catfeeder-cron check` says what this role lacks")
 
 
 class HopelessAction(CatfeederCronError):

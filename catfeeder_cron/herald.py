@@ -1,5 +1,6 @@
 """Passes on what happens in the daemon to those outside: systemd, and the metrics where there are any."""
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -23,16 +24,15 @@ class Herald:
         self._started = False
         self._refused: str | None = None  # why the last reload was
         self._told = ""
+        # What is told last must be the newest, so the condition is looked at and told in one go.
+        self._telling = threading.Lock()
 
     def turned(self) -> None:
         """The schedule's loop has turned, which is what being alive means. The first time, the start is over."""
         self._condition.turned()
         self._notifier.alive()
-        if self._started:
-            self._tell()
-        else:
-            self._started = True
-            self._ready()
+        first, self._started = not self._started, True
+        self._tell(ready=first)
 
     def changed(self, report: JobReport | None) -> None:
         """A run began or ended (then with its report), or the database was tried."""
@@ -50,13 +50,14 @@ class Herald:
         try:
             self._refused = read_again()
         finally:  # systemd waits for this, whatever happened
-            self._ready()
+            self._tell(ready=True)
 
     def stopping(self) -> None:
         """Nothing new begins; jobs that are running end."""
-        self._condition.stopping()
-        self._told = self._condition.in_words()
-        self._notifier.stopping(self._told)
+        with self._telling:
+            self._condition.stopping()
+            self._told = self._condition.in_words()
+            self._notifier.stopping(self._told)
         self.still_stopping()
 
     def still_stopping(self) -> None:
@@ -64,18 +65,17 @@ class Herald:
         self._notifier.extend_timeout(_PATIENCE)
         self._notifier.alive()
 
-    def _ready(self) -> None:
-        self._told = self._in_words()
-        self._notifier.ready(self._told)
+    def _tell(self, *, ready: bool = False) -> None:
+        with self._telling:
+            words = self._in_words()
+            if ready:
+                self._notifier.ready(words)
+            elif words != self._told:
+                self._notifier.status(words)
+            self._told = words
 
     def _in_words(self) -> str:
         words = self._condition.in_words()
         if self._refused:
             return f"reload refused, the old configuration stays: {self._refused}; {words}"
         return words
-
-    def _tell(self) -> None:
-        words = self._in_words()
-        if words != self._told:
-            self._told = words
-            self._notifier.status(words)

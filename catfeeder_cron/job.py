@@ -109,6 +109,8 @@ class JobContext:
     """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
     schedule: Schedule | None = None
     """The job's slots."""
+    slot: datetime | None = None
+    """The one that this run is for; None for a run between them."""
     oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
     state_directory: Path = field(default_factory=state_directory)
     """Where the job may keep what must survive the process; it need not exist."""
@@ -118,6 +120,8 @@ class JobContext:
     """Whether the run has been answered that it should end."""
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
     """The same, for a job that works with OAuth providers, by their names."""
+    provider_reasons: dict[str, str] = field(default_factory=dict)
+    """Why there is something left to do at a provider."""
     _started: float = field(default_factory=time.monotonic)
 
     @property
@@ -205,6 +209,9 @@ class JobReport:
     duration: timedelta
     dry_run: bool
     by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
+    provider_reasons: dict[str, str] = field(default_factory=dict)
+    run_id: int | None = None
+    """Its number in the ledger, if it has one."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -215,5 +222,11 @@ class JobReport:
             "started_at": timestamp(self.started_at),
             "duration_seconds": round(self.duration.total_seconds(), 3),
             "dry_run": self.dry_run,
-            **({"providers": self.by_provider} if self.by_provider else {}),
+            **({"providers": self._providers()} if self.by_provider else {}),
+        }
+
+    def _providers(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {**counts, **({"reason": self.provider_reasons[name]} if name in self.provider_reasons else {})}
+            for name, counts in self.by_provider.items()
         }

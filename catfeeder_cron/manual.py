@@ -7,6 +7,25 @@ import typer
 from catfeeder_cron import __version__
 from catfeeder_cron.cli import app
 
+_ENVIRONMENT = {
+    "CATFEEDER_CRON_CONFIG": "The configuration, where --config names none.",
+    "CATFEEDER_CRON_DATABASE_URL": "The database's address; goes before every other place where one stands.",
+    "CREDENTIALS_DIRECTORY": "Set by systemd. The file database-url in it holds the database's address; goes before "
+    "url and url_file in the configuration.",
+    "STATE_DIRECTORY": "Set by systemd. Where received OAuth tokens are kept until they are stored; must survive a "
+    "restart.",
+    "PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE, PGSSLMODE, ...": "libpq's own, as is ~/.pgpass: for what the "
+    "database's address leaves out.",
+    "NO_COLOR": "Log entries on a terminal have no colours.",
+}
+_FILES = {
+    "./config.toml, /etc/catfeeder-cron/config.toml": "The configuration: the first of them, where none is named. One "
+    "that others may write is refused.",
+    "/etc/catfeeder-cron/database-url": "The database's address on an installed machine, for root alone (mode 0600).",
+    "/var/lib/catfeeder-cron, ~/.local/state/catfeeder-cron": "In place of $STATE_DIRECTORY: the first where it is "
+    "there and may be written to, else the second.",
+}
+
 
 def page() -> str:
     """Return the page in the man macros of roff (man(7))."""
@@ -28,7 +47,7 @@ def page() -> str:
         arguments = " ".join(map(_usage, _parameters(command, "argument")))
         lines += [f".SS {_escaped(name)} {_escaped(arguments)}".rstrip(), _escaped(command.help), *_options(command)]
     lines += [".SH EXIT STATUS", _escaped(program.epilog.removeprefix("Exit status: "))]
-    lines += [".SH FILES", _escaped("./config.toml, /etc/catfeeder-cron/config.toml")]
+    lines += [".SH ENVIRONMENT", *_list(_ENVIRONMENT), ".SH FILES", *_list(_FILES)]
     lines += [".SH SEE ALSO", ".BR crontab (5),", ".BR journalctl (1)"]
     return "\n".join(lines) + "\n"
 
@@ -51,9 +70,13 @@ def _options(command: Any) -> list[str]:
     return lines
 
 
+def _list(explained: dict[str, str]) -> list[str]:
+    return [line for name, text in explained.items() for line in (".TP", f"\\fB{_escaped(name)}\\fR", _escaped(text))]
+
+
 def _escaped(text: str) -> str:
     """Keep roff from reading anything into the text."""
-    escaped = text.replace("\\", "\\e").replace("-", "\\-")
+    escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("~", "\\(ti")
     lines = (line.strip() for line in escaped.strip().splitlines())
     return "\n".join(f"\\&{line}" if line.startswith((".", "'")) else line or ".PP" for line in lines)
 

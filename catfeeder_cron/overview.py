@@ -6,7 +6,7 @@ from typing import Any
 from catfeeder_cron import pauses
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import ConfigurationError, DatabaseError, SchemaProblem
+from catfeeder_cron.errors import ConfigurationError, DatabaseError, PermissionDenied, SchemaProblem
 from catfeeder_cron.history import last_runs
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
 from catfeeder_cron.logs import get_logger
@@ -78,10 +78,10 @@ def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], l
     try:
         with Database(settings.database) as database:
             return last_runs(database, list(settings.jobs)), pauses.in_force(database)
-    except SchemaProblem:
-        pass  # before `init-db` there is no ledger
     except (DatabaseError, ConfigurationError) as error:
-        log.warning("last_runs_unknown", reason=str(error))
+        # Before `init-db` there is no ledger.
+        if not isinstance(error, SchemaProblem) or isinstance(error, PermissionDenied):
+            log.warning("last_runs_unknown", reason=str(error))
     return {}, []
 
 
@@ -102,6 +102,8 @@ def _described(
         "paused": pause is not None,
         "paused_until": timestamp(pause.until) if pause else None,
         "paused_because": pause.because if pause else None,
+        "paused_at": timestamp(pause.paused_at) if pause else None,
+        "paused_by": pause.host if pause else None,
     }
 
 

@@ -1,5 +1,6 @@
 """Take over the configuration as it is now, in a daemon that runs on."""
 
+import threading
 from collections.abc import Callable, Iterable
 
 from catfeeder_cron import logs
@@ -27,28 +28,36 @@ def reload(
         settings = read_again()
     except ConfigurationError as error:
         for fault in error.faults:
-            log.error("reload_refused", fault=fault)
+            log.error("reload_refused", fault=fault, in_force="the old configuration")
         return error.faults[0]
+    logs.configure(settings.logging.level, settings.logging.format, standard_error())
     try:
         crons.reload(settings)
     except CatfeederCronError as error:
         log.error("reload_incomplete", reason=str(error))
-    logs.configure(settings.logging.level, settings.logging.format, standard_error())
-    log.info("reloaded", config=str(settings.path), jobs=sum(job.enabled for job in settings.jobs.values()))
+    else:
+        log.info("reloaded", config=str(settings.path), jobs=sum(job.enabled for job in settings.jobs.values()))
     for key in _settled_at_start(started_with, settings):
         log.warning("restart_needed", key=key)
     if _callables(before) != _callables(settings):
-        log_findings(check_callables(settings), signals)
+        begin_to_check(check_callables(settings), signals)
     return None
 
 
-def log_findings(findings: Iterable[Finding], signals: StopSignals) -> None:
-    """Log what a check finds, each finding at its own level."""
-    for finding in findings:
-        if signals.requested.is_set():  # what is being closed now would be found missing
-            return
-        level = {"ok": log.debug, "warning": log.warning, "error": log.error}[finding.level]
-        level("check_finding", subject=finding.subject, message=finding.message)
+def begin_to_check(findings: Iterable[Finding], signals: StopSignals) -> None:
+    """Log what a check finds, each finding at its own level, in a thread of its own.
+
+    A callable that hangs while it is imported must hold up neither the first heartbeat nor a reload.
+    """
+
+    def work() -> None:
+        for finding in findings:
+            if signals.requested.is_set():  # what is being closed now would be found missing
+                return
+            level = {"ok": log.debug, "warning": log.warning, "error": log.error}[finding.level]
+            level("check_finding", subject=finding.subject, message=finding.message)
+
+    threading.Thread(target=work, name="check", daemon=True).start()
 
 
 def _settled_at_start(before: Settings, after: Settings) -> list[str]:

@@ -11,6 +11,8 @@ from catfeeder_cron.job import Job, JobContext, JobReport, Outcome
 from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
+# By itself, so that a command that prints the result can leave it out.
+log_of_results = get_logger(f"{__name__}.result")
 
 
 def run_job(
@@ -39,6 +41,8 @@ def run_job(
             duration=timedelta(seconds=time.monotonic() - begun),
             dry_run=context.dry_run,
             by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
+            provider_reasons=dict(context.provider_reasons),
+            run_id=run_id,
         )
         _tell(report, known_reason)
     return report
@@ -70,7 +74,11 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
 
 
 def _tell(report: JobReport, known_reason: str | None) -> None:
-    """Log the one canonical event of a run. A run that found nothing to do is no news."""
+    """Log the one canonical event of a run. A run that found nothing to do is no news.
+
+    A job that counts nothing, such as a custom callable, has done what it does whenever it succeeds.
+    """
+    did_something = any(report.counts.values()) if report.counts else report.outcome == "succeeded"
     fields = {
         "outcome": report.outcome,
         **({"reason": report.reason} if report.reason else {}),
@@ -79,10 +87,10 @@ def _tell(report: JobReport, known_reason: str | None) -> None:
         **({"dry_run": True} if report.dry_run else {}),
     }
     if report.outcome in ("failed", "timed_out"):
-        log.error("job_finished", **fields)
+        log_of_results.error("job_finished", **fields)
     elif report.outcome == "aborted":
-        log.warning("job_finished", **fields)
-    elif any(report.counts.values()) or (report.reason and report.reason != known_reason):
-        log.info("job_finished", **fields)
+        log_of_results.warning("job_finished", **fields)
+    elif did_something or (report.reason and report.reason != known_reason):
+        log_of_results.info("job_finished", **fields)
     else:
-        log.debug("job_finished", **fields)
+        log_of_results.debug("job_finished", **fields)

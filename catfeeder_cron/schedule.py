@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from typing import Protocol, overload
 from zoneinfo import ZoneInfo
 
@@ -17,6 +18,7 @@ from catfeeder_cron.errors import ConfigurationError
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+_WEEK = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,19 @@ def schedule_for(job_id: str, settings: JobSettings, default_zone: ZoneInfo) -> 
     if settings.date is not None:
         return DateSchedule(settings.date)
     raise ConfigurationError(f"jobs.{job_id}: got no trigger, expected interval, cron or date")
+
+
+def longest_gap(schedule: Schedule, after: datetime) -> timedelta | None:
+    """Return how far apart two slots in a row lie at most, as the first two and the week from `after` on show.
+
+    None for a schedule that has one slot or none.
+    """
+    if isinstance(schedule, IntervalSchedule):
+        return schedule.interval
+    slots = [schedule.next_after(after)]
+    while slots[-1] and (len(slots) == 1 or slots[-1] < after + _WEEK):
+        slots.append(schedule.next_after(slots[-1]))
+    return max((following - slot for slot, following in pairwise(slots) if slot and following), default=None)
 
 
 def stable_hash(text: str) -> int:

@@ -87,6 +87,11 @@ class Supervisor:
         with self._changed:
             return sorted(run.job_id for run in self._runs if run.context.overdue() >= _STUCK_AFTER)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether every run was asked to end, and none may begin."""
+        return self._stop_reason is not None
+
     def start(self) -> None:
         """Begin the heartbeats, the first of them at once. Idempotent."""
         with self._changed:

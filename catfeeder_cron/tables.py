@@ -86,9 +86,12 @@ def in_words(report: JobReport) -> str:
         *_counts(report.counts),
     ]
     line = f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
-    return "\n".join(
-        [line, *(f"  {provider}: {', '.join(_counts(counts))}" for provider, counts in report.by_provider.items())]
-    )
+    return "\n".join([line, *(_of_provider(name, report) for name in report.by_provider)])
+
+
+def _of_provider(name: str, report: JobReport) -> str:
+    reason = report.provider_reasons.get(name)
+    return f"  {name}: {', '.join(_counts(report.by_provider[name]))}" + (f" ({reason})" if reason else "")
 
 
 def print_forecast(links: Sequence[LoginNeeded]) -> None:
@@ -128,7 +131,8 @@ def _notes(job: dict[str, Any]) -> str:
     notes = []
     if job["paused"]:
         until = f" until {_second(job['paused_until'])}" if job["paused_until"] else ""
-        notes.append(f"paused{until}" + (f": {job['paused_because']}" if job["paused_because"] else ""))
+        because = f": {job['paused_because']}" if job["paused_because"] else ""
+        notes.append(f"paused since {_second(job['paused_at'])}{until} by {job['paused_by']}{because}")
     if job.get("overdue_since"):
         notes.append(f"overdue since {_second(job['overdue_since'])}")
     return ", ".join(notes)

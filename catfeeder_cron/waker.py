@@ -1,8 +1,8 @@
 """Has a job run as soon as there is something to do for it, without waiting for its next slot.
 
 Two things tell: a notification in PostgreSQL, and the time at which the next thing known is due. LISTEN needs a
-session to itself, so it has a connection beside the pool; behind a transaction pooler no notification arrives, and the
-waker looks by itself every 30 seconds.
+session to itself, so it has a connection beside the pool; where that can't be had, and behind a transaction pooler,
+where no notification arrives, the waker looks by itself every 30 seconds.
 """
 
 import os
@@ -10,7 +10,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from psycopg import sql
 
@@ -25,6 +25,8 @@ _LOOK_EVERY_SECONDS = 30.0
 # From one run to the next: longer and longer while what is due stays undone (paused, locked, running elsewhere).
 _SHORTEST_PAUSE_SECONDS = 0.5
 _RECONNECT_SECONDS = 5.0
+# Trying costs up to the echo's time, in which nothing is looked at.
+_LISTEN_AGAIN_SECONDS = 300.0
 _CLOSE_SECONDS = 3.0
 # How long our own notification may take.
 _ECHO_SECONDS = 5.0
@@ -33,7 +35,8 @@ _ECHO_SECONDS = 5.0
 class Waker:
     """A thread that calls `run` whenever `due_in` says that something is due, from `start` to `close`.
 
-    `run` is not to wait for the job's end; `ran` tells of it. Either may raise CatfeederCronError.
+    `run` is not to wait for the job's end; `ran` tells of it. Either may raise CatfeederCronError. While no
+    notification arrives, that is tried again every `listen_again_seconds`.
     """
 
     def __init__(
@@ -43,16 +46,19 @@ class Waker:
         channel: str,
         due_in: Callable[[], float | None],
         run: Callable[[], None],
+        listen_again_seconds: float = _LISTEN_AGAIN_SECONDS,
     ) -> None:
         self._job_id = job_id
         self._database = database
         self._channel = channel
         self._due_in = due_in
         self._run = run
+        self._listen_again_seconds = listen_again_seconds
         self._closing = False
         self._pause = _SHORTEST_PAUSE_SECONDS
         self._ran_at = float("-inf")
         self._complaint = ""
+        self._deaf = False  # as far as was told
         self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"wake-{job_id}", daemon=True)
@@ -86,18 +92,10 @@ class Waker:
                     os.write(self._write_end, b"!")
 
     def _work(self) -> None:
-        listens = True
         while not self._closing:
             try:
-                if listens:
-                    with self._listening() as connection:
-                        listens = self._hears(connection)
-                        if listens:
-                            self._watch(connection)
-                        elif not self._closing:
-                            log.info("notifications_do_not_arrive", job=self._job_id, look_every=_LOOK_EVERY_SECONDS)
-                else:
-                    self._watch(None)
+                deaf = self._listen()
+                self._watch(None, deaf)
             except DatabaseUnavailable:
                 self._wait(None, _RECONNECT_SECONDS)  # told by the database itself
             except CatfeederCronError as error:
@@ -106,6 +104,18 @@ class Waker:
             except Exception:
                 log.exception("waker_failed", job=self._job_id)
                 self._wait(None, _LOOK_EVERY_SECONDS)
+
+    def _listen(self) -> str:
+        """Watch for as long as notifications arrive; return why none do."""
+        with ExitStack() as opened:
+            try:
+                connection = opened.enter_context(self._listening())
+            except DatabaseUnavailable as error:
+                return str(error)
+            if not self._hears(connection):
+                return f"our own did not come back within {_ECHO_SECONDS:g} s"
+            self._watch(connection)
+        return ""
 
     @contextmanager
     def _listening(self) -> Iterator[Connection]:
@@ -124,9 +134,11 @@ class Waker:
                 return True
         return False
 
-    def _watch(self, connection: Connection | None) -> None:
-        while not self._closing:
+    def _watch(self, connection: Connection | None, deaf: str = "") -> None:
+        until = float("inf") if connection else time.monotonic() + self._listen_again_seconds
+        while not self._closing and time.monotonic() < until:
             due_in = self._due_in()
+            self._tell(deaf)  # now that the rest of the database is there: an outage is told by the database itself
             if due_in is None or due_in > 0:
                 self._pause = _SHORTEST_PAUSE_SECONDS
                 self._wait(connection, min(_LOOK_EVERY_SECONDS, due_in or _LOOK_EVERY_SECONDS))
@@ -149,6 +161,13 @@ class Waker:
         if connection is None or connection.fileno() not in ready:
             return False
         return bool(self._database.notifications(connection))
+
+    def _tell(self, deaf: str) -> None:
+        if deaf and not self._deaf:
+            log.warning("notifications_do_not_arrive", job=self._job_id, reason=deaf, look_every=_LOOK_EVERY_SECONDS)
+        elif self._deaf and not deaf:
+            log.info("notifications_arrive_again", job=self._job_id)
+        self._deaf = bool(deaf)
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:

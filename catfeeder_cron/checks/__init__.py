@@ -9,11 +9,12 @@ from pathlib import Path
 from catfeeder_cron import schema
 from catfeeder_cron.callables import find_callable
 from catfeeder_cron.checks.finding import Finding, Level
-from catfeeder_cron.checks.providers import check_providers
+from catfeeder_cron.checks.renewal import check_providers, check_state_directory
+from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
 from catfeeder_cron.database import Connection, Database, single
-from catfeeder_cron.errors import ConfigurationError, DatabaseError
+from catfeeder_cron.errors import ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.output import captured_output
 
@@ -37,18 +38,28 @@ def check(settings: Settings, database: Database) -> Iterator[Finding]:
     yield from _files(settings)
     yield from check_callables(settings)
     try:
-        with database.transaction() as connection:
-            yield from _server(connection)
+        yield from _in_database(settings, database)
     except (DatabaseError, ConfigurationError) as error:
-        yield Finding("error", "database", str(error))
-        return
+        yield Finding("error", "database", f"{error}; the rest was not looked at")
+
+
+def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
+    """Raises DatabaseUnavailable as soon as the server can't be reached: not a finding for each job."""
+    with database.transaction() as connection:
+        server = list(_server(connection))
+    yield from server
     yield from _schema(database)
     jobs = built_in()
     for job_id, job_settings in settings.jobs.items():
         if job_settings.enabled and job_id in jobs:
-            yield from check_job(database, settings, jobs[job_id])
-    if (renewal := settings.jobs.get("renew-oauth")) and renewal.enabled:
-        yield from check_providers(database, settings)
+            found = list(check_job(database, settings, jobs[job_id]))
+            yield from found
+            if job_id == "renew-oauth":
+                yield check_state_directory()
+                # Where the tables are not as they should be, that is all there is to say.
+                if all(finding.level != "error" for finding in found):
+                    yield from check_providers(database, settings, job_settings)
+    yield from check_statements(database, settings)
 
 
 def check_callables(settings: Settings) -> Iterator[Finding]:
@@ -105,7 +116,11 @@ def _server(connection: Connection) -> Iterator[Finding]:
     if version < _OLDEST_SERVER:
         yield Finding("error", "database", f"PostgreSQL {name} is too old; upgrade the server to 14 or newer")
     else:
-        yield Finding("ok", "database", f"PostgreSQL {name}, as {connection.info.user} on {connection.info.dbname}")
+        yield Finding(
+            "ok",
+            "database",
+            f"PostgreSQL {name}, as {connection.info.user} on {connection.info.dbname} at {connection.info.host}",
+        )
     here = datetime.fromtimestamp((asked + time.time()) / 2, UTC)
     difference = abs((clock - here).total_seconds())
     if difference > _MOST_CLOCK_DIFFERENCE_SECONDS:
@@ -120,6 +135,8 @@ def _schema(database: Database) -> Iterator[Finding]:
             installed = schema.installed_version(connection)
             role, lacking, may_create = single(connection, _LEDGER_PRIVILEGES)
         schema.refuse_unknown(installed)
+    except DatabaseUnavailable:
+        raise
     except DatabaseError as error:
         yield Finding("error", "schema", str(error))
         return

@@ -8,7 +8,7 @@ from catfeeder_cron.catalog import Leaf
 from catfeeder_cron.checks.finding import Finding
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Connection, Database, single
-from catfeeder_cron.errors import CatfeederCronError, SchemaProblem
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, SchemaProblem
 from catfeeder_cron.job import Job, TableUse
 
 _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
@@ -19,14 +19,19 @@ _ACCESS = """
 
 
 def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:
-    """Yield what is missing for a job: tables, columns and their types, privileges, indexes."""
+    """Yield what is missing for a job: tables, columns and their types, privileges, indexes.
+
+    Raises DatabaseUnavailable.
+    """
     try:
         missing = [finding for use in job.tables for finding in _table(database, settings, job.id, use)]
-        yield from missing
+        yield from dict.fromkeys(missing)  # a schema that may not be used is met with each table
         if not missing:
             if job.tables:
                 yield Finding("ok", job.id, "tables, columns and privileges are there")
             yield from _indexes(database, settings, job)
+    except DatabaseUnavailable:
+        raise
     except CatfeederCronError as error:
         yield Finding("error", job.id, str(error))
 

@@ -41,7 +41,7 @@ def _read_job(
         return None
     if job not in kinds:
         if table.keys().isdisjoint(("call", "sql")) and (meant := did_you_mean(job, kinds)):
-            faults.add(where, f"unknown job{meant}")
+            faults.add(where, f"unknown job{meant} A job of your own needs call or sql")
             return None
         for fault in _custom_job_faults(job, table):
             faults.add(where, fault)

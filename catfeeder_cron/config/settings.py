@@ -1,7 +1,6 @@
 """The tables of config.toml with their keys, types and defaults. What they mean is said in config.toml."""
 
 from datetime import timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
@@ -10,6 +9,7 @@ from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validat
 
 from catfeeder_cron.config.durations import Duration, StatementTimeout, within
 from catfeeder_cron.config.job_settings import JobSettings
+from catfeeder_cron.config.suggestions import nearest
 from catfeeder_cron.config.values import (
     Address,
     Conninfo,
@@ -130,8 +130,7 @@ class Settings(Table):
         """Return the settings of a job. Raises UnknownJob, which names the nearest id."""
         if job_id in self.jobs:
             return self.jobs[job_id]
-        nearest = get_close_matches(job_id, self.jobs, n=1, cutoff=0)
-        raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest[0]}"')
+        raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest(job_id, self.jobs, least=0)}"')
 
 
 SECTIONS = {

@@ -20,8 +20,8 @@ class CheckActions(AlwaysOnJobSettings):
     interval: Duration | None = timedelta(seconds=300)
     concurrency: int = Field(default=8, ge=1, le=100)
     """Actions that one process performs at the same time."""
-    action_timeout: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)
-    """How long one attempt may take."""
+    action_timeout: Annotated[Duration, within(_SECOND)] = timedelta(seconds=30)
+    """How long one attempt may take. A stop waits for it, within `shutdown_grace`."""
     retry_after: Duration = timedelta(seconds=10)
     """The pause before the second attempt; before each further one it is twice as long."""
     lease: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)

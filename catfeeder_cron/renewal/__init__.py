@@ -5,7 +5,8 @@ or a second request logs a user out. Any number of processes may do this at once
 
 links       which rows of "ActiveOauths" are due, and may be asked for
 claims      1. a row is claimed under a lease, its refresh token read again under lock, and marked as sent
-lane        2. the requests of one provider, a few at a time, and when to leave it alone
+lane        2. the requests of one provider, a few at a time
+patience    when a provider is left alone, and for how long
 journal     3. an answer is written to the local disk the moment it is there
 outbox      what the lanes hand in is stored in batches as it comes in
 storing     4. an answer goes into the row, if that still holds the token that was sent

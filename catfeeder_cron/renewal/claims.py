@@ -9,7 +9,7 @@ from psycopg import sql
 
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
-from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
+from catfeeder_cron.renewal.links import EXPIRES, Links, Window, is_free
 
 # The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
 # row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
@@ -133,7 +133,7 @@ class Claimer:
             place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
             order=sql.SQL("a.token_expiration, a.id" if known else "a.id"),
             order_of_due=sql.SQL("due.token_expiration, due.id"),
-            free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
+            free_now=is_free(sql.SQL("excluded.sent")),
         )
 
 

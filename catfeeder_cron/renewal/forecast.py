@@ -22,8 +22,7 @@ _FORECAST = """
                t.dead IS NOT DISTINCT FROM {hash} AS is_dead, t.dead_since,
                CASE WHEN t.held = {hash} THEN t.refresh_expires_at END AS said,
                CASE WHEN l.extends OR t.held IS DISTINCT FROM {hash}
-                    THEN (a.token_expiration - least(a.token_lifespan, 3153600000) * interval '1 s')::timestamptz
-                    ELSE t.consented_at END + l.seconds * interval '1 s' AS known
+                    THEN {issued} ELSE t.consented_at END + l.seconds * interval '1 s' AS known
         FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id
         LEFT JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
         LEFT JOIN lifetimes l ON l.provider = s.name

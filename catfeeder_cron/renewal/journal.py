@@ -108,15 +108,28 @@ def new_journal(folder: Path, owner: UUID) -> Iterator[Journal]:
         unnamed.rename(path)
         _sync_folder(folder)
     except OSError as error:
-        raise RenewalError(
-            f"no token is sent, because answers can't be kept in {folder}: {error.strerror}; "
-            "make that directory writable or set STATE_DIRECTORY"
-        ) from error
+        raise _can_not_keep(folder, error.strerror or type(error).__name__) from error
     journal = Journal(path, descriptor)
     try:
         yield journal
     finally:
         journal.close()
+
+
+def require_writable(folder: Path) -> None:
+    """Raise RenewalError where `folder` could not be written to or made. Nothing is created."""
+    place = next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK))
+    if not place.is_dir():
+        raise _can_not_keep(folder, f"{place} is no directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _can_not_keep(folder, f"{place} is not writable by this user")
+
+
+def _can_not_keep(folder: Path, reason: str) -> RenewalError:
+    return RenewalError(
+        f"no token is sent, because answers can't be kept in {folder}: {reason}; "
+        "make that directory writable or set STATE_DIRECTORY"
+    )
 
 
 def left_journals(folder: Path) -> Iterator[LeftJournal]:

@@ -30,40 +30,64 @@ EXPIRES: LiteralString = """
     AND a.token_expiration < %(next_run)s::timestamptz + CASE WHEN a.token_lifespan > 0
         THEN least(%(margin)s, least(a.token_lifespan, 315360000) * interval '0.25 s') ELSE %(margin)s END"""
 
+# A token that lives so short a time that it is due again as soon as it has been renewed: once in a round is enough.
+# What was stored leaves behind when it was sent.
+RENEWED: LiteralString = "(t.held = {hash} AND t.sent_at >= %(round_began)s) IS TRUE"
+
 # A row that a process has under its lease; that was sent to the provider without a known end; that backs off; whose
-# refresh token is dead. `t` is a row of oauth_tokens, if any.
+# refresh token is dead; that has had its turn. `t` is a row of oauth_tokens, if any.
 FREE: LiteralString = """
     (t.lease_until IS NULL OR t.lease_until <= now())
     AND (t.sent IS NULL OR t.sent_at <= now() - %(in_doubt)s OR t.sent <> {hash})
     AND (t.not_before IS NULL OR t.not_before <= now())
-    AND (t.dead IS NULL OR t.dead <> {hash})"""
+    AND (t.dead IS NULL OR t.dead <> {hash})
+    AND NOT {renewed}"""
+
+# When a token was handed out, whoever stored it. least() keeps the product within an interval's range.
+ISSUED: LiteralString = "(a.token_expiration - least(a.token_lifespan, 3153600000) * interval '1 s')::timestamptz"
 
 # Dead ones are not due: they wait for their user, whatever we do.
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
-           count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free})
+           count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
+           count(*) FILTER (WHERE t.not_before > now()), min(t.not_before) FILTER (WHERE t.not_before > now())
     FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id
     LEFT JOIN {providers} p ON p.provider_name = s.name
     LEFT JOIN {state} t ON t.oauth_id = a.id
     WHERE {renewable} AND ({expires} OR a.token_expiration IS NULL) AND (t.dead IS NULL OR t.dead <> {hash})
+      AND NOT {renewed}
     GROUP BY p.provider_name, s.name ORDER BY s.name"""
 
 
 # What a dry run finds before the daemon's schema was created.
 _NO_STATE = """
     (SELECT NULL::bigint AS oauth_id, NULL::timestamptz AS lease_until, NULL::bytea AS sent,
-            NULL::timestamptz AS sent_at, NULL::timestamptz AS not_before, NULL::bytea AS dead WHERE false)"""
+            NULL::timestamptz AS sent_at, NULL::timestamptz AS not_before, NULL::bytea AS dead, NULL::bytea AS held
+     WHERE false)"""
 
 
 @dataclass(frozen=True)
 class Due:
-    """How many rows of one provider are due: `leased` by some process, and `free` for the asking."""
+    """How many rows of one provider are due: `leased` by some process, `free`, `backing_off`, or in doubt."""
 
     provider: str | None
     service: str | None
     rows: int
     leased: int
     free: int
+    backing_off: int
+    next_try: datetime | None
+    """When the first of those that back off may be asked for."""
+
+    def why_not_free(self) -> str | None:
+        """Say why rows that nobody has under a lease are left alone."""
+        in_doubt = self.rows - self.leased - self.free - self.backing_off
+        told = []
+        if self.next_try:
+            told.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
+        if in_doubt > 0:
+            told.append(f"{in_doubt} were sent without a known answer and rest for {IN_DOUBT.seconds // 60} minutes")
+        return "; ".join(told) or None
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,9 @@ class Links:
             "hash": sql.SQL(HASH),
             "renewable": sql.SQL(RENEWABLE),
             "expires": sql.SQL(EXPIRES),
-            "free": sql.SQL(FREE).format(hash=sql.SQL(HASH)),
+            "free": is_free(sql.SQL(HASH)),
+            "renewed": sql.SQL(RENEWED).format(hash=sql.SQL(HASH)),
+            "issued": sql.SQL(ISSUED),
         }
         return sql.SQL(text).format(**names, **parts)
 
@@ -97,12 +123,8 @@ class Links:
             for leaf in catalog.leaves(connection, oid, "token_expiration"):
                 catalog.require_privileges(connection, leaf, "SELECT", "UPDATE")
 
-    def count(self, context: JobContext, window: "Window") -> list[Due]:
-        """Count what is due, by provider."""
-        with context.transaction() as connection:
-            return self.count_with(connection, window)
-
-    def count_with(self, connection: Connection, window: "Window") -> list[Due]:
+    def count(self, connection: Connection, window: "Window") -> list[Due]:
+        """Count what is due, by provider, and has not been renewed in this round."""
         (exists,) = single(connection, "SELECT to_regclass('catfeeder_cron.oauth_tokens') IS NOT NULL")
         state = sql.SQL("catfeeder_cron.oauth_tokens" if exists else _NO_STATE)
         statement = self.statement(_COUNT, state=state)
@@ -118,9 +140,21 @@ class Window:
 
     next_run: datetime
     margin: timedelta
+    round_began: datetime
+    """What was sent since then has had its turn: the slot, for which several daemons work, or the run's beginning."""
 
     def parameters(self) -> dict[str, Any]:
-        return {"next_run": self.next_run, "margin": self.margin, "in_doubt": IN_DOUBT}
+        return {
+            "next_run": self.next_run,
+            "margin": self.margin,
+            "round_began": self.round_began,
+            "in_doubt": IN_DOUBT,
+        }
+
+
+def is_free(hash: sql.Composable) -> sql.Composed:
+    """Return the condition FREE for a row whose refresh token has this hash."""
+    return sql.SQL(FREE).format(hash=hash, renewed=sql.SQL(RENEWED).format(hash=hash))
 
 
 def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
@@ -130,6 +164,7 @@ def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
     of the two clocks counts.
     """
     with context.transaction() as connection:
-        (now,) = single(connection, "SELECT greatest(now(), %s)", [datetime.now().astimezone()])
+        began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now().astimezone()])
     next_slot = context.schedule.next_after(now) if context.schedule else None
-    return Window(next_slot + jitter if next_slot else now, margin)
+    round_began = min(context.slot, began) if context.slot else began
+    return Window(next_slot + jitter if next_slot else now, margin, round_began)

@@ -14,10 +14,11 @@ from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claimer
-from catfeeder_cron.renewal.journal import Journal, new_journal
+from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
 from catfeeder_cron.renewal.lane import Lane
 from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.outbox import Outbox
+from catfeeder_cron.renewal.patience import Patience
 from catfeeder_cron.renewal.providers import Standing
 from catfeeder_cron.renewal.storing import confirm_dead, dismiss_dead
 from catfeeder_cron.renewal.takeover import journal_folder, recover
@@ -42,11 +43,12 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         context.counts.update(dict.fromkeys(COUNTS, 0))
         recover(context)
     due_window = window(context, client.settings.renew_before, jitter)
-    due = links.count(context, due_window)
     with context.transaction() as connection:
+        due = links.count(connection, due_window)
         known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
     if context.dry_run:
         _count_only(context, due, known)
+        require_writable(context.state_directory)
         return
     Run(context, client, links, due_window, due, known).go()
 
@@ -59,6 +61,8 @@ def _count_only(context: JobContext, due: list[Due], known: dict[str, tuple[Prov
         context.by_provider[name] = Counter(
             would_renew=0 if hindrance else each.free, postponed=each.rows if hindrance else each.rows - each.free
         )
+        if reason := hindrance.reason if hindrance else each.why_not_free():
+            context.provider_reasons[name] = reason
 
 
 def _name(due: Due) -> str:
@@ -143,7 +147,7 @@ class Run:
         provider, standing = self._known[due.provider]
         lease, fingerprint = self._client.settings.lease, provider.fingerprint
         claimer = Claimer(self._links, self._window, self._owner, lease, provider.name, fingerprint)
-        return Lane(outbox, session, provider, standing, claimer)
+        return Lane(outbox, session, provider, Patience(outbox, provider, standing), claimer)
 
     def _progress(self, settled: int) -> None:
         self._settled += settled
@@ -152,12 +156,12 @@ class Run:
 
     def _judge(self, lane: Lane) -> None:
         """Make up the mind about tokens that the provider has called dead, now that all its answers are known."""
-        if not lane.dead:
+        if not lane.patience.dead:
             return
         try:
-            if lane.suspect:
+            if lane.patience.suspect:
                 dismiss_dead(self._context.database, lane.id)
-                lane.counts["failed"] += lane.dead
+                lane.counts["failed"] += lane.patience.dead
                 return
             while ids := confirm_dead(self._context.database, lane.id):
                 lane.counts["needs_reauth"] += len(ids)
@@ -184,23 +188,24 @@ class Run:
             counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
             if counts["due"]:
                 self._context.by_provider[name] = counts
-                reason = hindrance.reason if hindrance else lane.halted if lane else None
+                reason = hindrance.reason if hindrance else (lane and lane.patience.halted) or each.why_not_free()
+                if reason:
+                    self._context.provider_reasons[name] = reason
                 log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
         for key in ("due", "postponed"):
             self._context.counts[key] = sum(counts[key] for counts in self._context.by_provider.values())
 
     def _left(self) -> dict[str, int]:
-        """Count the rows that could have been claimed and were not, or were given back."""
+        """Count the rows that could be claimed still: not reached, locked by somebody, or given back."""
         if self._outbox is None:
             return {}
         self._cut_short = self._outbox.is_ending()
-        if not self._cut_short and not any(lane.halted or lane.given_back for lane in self._lanes):
-            return {}
         try:
             with self._context.database.transaction() as connection:
-                left = {_name(each): each.free for each in self._links.count_with(connection, self._window)}
+                due = self._links.count(connection, self._window)
         except DatabaseError:
             return {}
+        left = {_name(each): each.free for each in due}
         self._cut_short = self._cut_short and any(left.values())
         return left
 
@@ -218,7 +223,8 @@ class Run:
             raise JobTimedOut(f"not done within its timeout of {self._context.timeout.total_seconds():g} s")
         counts = self._context.counts
         reasons = {name: hindrance.reason for name, hindrance in hindrances.items() if hindrance.ours}
-        reasons |= {lane.provider.name: lane.halted for lane in self._lanes if lane.refused and lane.halted}
+        refusing = [lane for lane in self._lanes if lane.patience.refused]
+        reasons |= {lane.provider.name: lane.patience.halted or "" for lane in refusing}
         if reasons and counts["due"] and not (counts["renewed"] or counts["needs_reauth"] or counts["failed"]):
             told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
             raise RenewalError(f"nothing could be renewed: {told}")

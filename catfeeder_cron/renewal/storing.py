@@ -24,9 +24,7 @@ _ENTRIES: LiteralString = """
 # that comes late still lands. The time that has passed since the question is taken off the token's life.
 _STORE = """
     WITH before AS MATERIALIZED (
-        SELECT a.id,
-               (a.token_expiration - least(a.token_lifespan, 3153600000) * interval '1 s')::timestamptz AS issued_at
-        FROM {active} a WHERE a.id = ANY (%(ids)s)),
+        SELECT a.id, {issued} AS issued_at FROM {active} a WHERE a.id = ANY (%(ids)s)),
     stored AS (
         UPDATE {active} a SET
             token = coalesce(n.token, a.token),
@@ -39,10 +37,15 @@ _STORE = """
         RETURNING a.id)
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
 
-# For an answer that was not stored, because the row is gone or holds a newer login, only the lease goes.
+_BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
+
+# For an answer that was not stored, because the row is gone or holds a newer login, only the lease goes. One without
+# a token, that of a partial answer, is a failure. `sent_at` stays: it tells when the row had its turn.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
-        owner = NULL, lease_until = NULL, sent = NULL, sent_at = NULL, failures = 0, not_before = NULL,
+        owner = NULL, lease_until = NULL, sent = NULL,
+        failures = CASE WHEN is_stored AND n.token IS NULL THEN t.failures + 1 ELSE 0 END,
+        not_before = CASE WHEN is_stored AND n.token IS NULL THEN now() + {back_off} END,
         refused = NULL, refused_by = NULL, dead = NULL, dead_since = NULL,
         held = CASE WHEN NOT is_stored THEN t.held
                     WHEN n.refresh_token IS NULL THEN n.sent ELSE sha256(convert_to(n.refresh_token, 'UTF8')) END,
@@ -60,8 +63,6 @@ _AFTER_STORE = """
 _HOLD_BACK = """
     UPDATE catfeeder_cron.oauth_tokens SET not_before = now() + interval '1 day', failures = failures + 1
     WHERE oauth_id = %(id)s"""
-
-_BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
 
 # A refresh token that was called dead is so only if the row still holds it: else somebody else has renewed it.
 _SETTLE = """
@@ -185,7 +186,8 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: 
     parts = sql.SQL(_ENTRIES)
     stored: dict[int, str | None] = dict(connection.execute(links.statement(_STORE, entries=parts), parameters))
     parameters |= {"stored": list(stored), "issued": list(stored.values())}
-    connection.execute(links.statement(_AFTER_STORE, entries=parts), parameters)
+    after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(_BACK_OFF))
+    connection.execute(after, parameters)
     return Stored(
         stored=[entry for entry in entries if entry.id in stored],
         outdated=[entry for entry in entries if entry.id not in stored],

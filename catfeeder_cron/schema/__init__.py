@@ -5,7 +5,7 @@ from importlib.resources import files
 from typing import LiteralString
 
 from catfeeder_cron.database import Connection, Database, single
-from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.errors import PermissionDenied, SchemaProblem
 
 # One number for all who create or upgrade the schema; the lock ends with its transaction.
 LOCK = "SELECT pg_advisory_xact_lock(7241386209)"
@@ -90,11 +90,11 @@ def ensure(database: Database) -> None:
     try:
         for _ in upgrade(database):
             pass
-    except SchemaProblem as error:
+    except PermissionDenied as error:
         state = "missing" if installed == 0 else f"at version {installed}, older than this program"
         raise SchemaProblem(
             f"the schema catfeeder_cron is {state}, and this role can't change that: run `catfeeder-cron init-db` "
-            f"as the database's owner ({error})"
+            f"as the database's owner ({error.found})"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The indexes that make the jobs cheap, created beside the running web server."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from psycopg import sql
 
@@ -9,7 +9,7 @@ from catfeeder_cron import catalog
 from catfeeder_cron.catalog import Leaf, WantedIndex
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database, single
-from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
 from catfeeder_cron.schema import told
 
 _STATE = """
@@ -23,26 +23,44 @@ _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(7241386209 + {})"
 
 
 def create_indexes(
-    database: Database, tables: DatabaseTables, wanted: Iterable[WantedIndex], *, dry_run: bool = False
+    database: Database,
+    tables: DatabaseTables,
+    wanted: Iterable[WantedIndex],
+    *,
+    needed: Collection[str] = (),
+    dry_run: bool = False,
 ) -> Iterator[str]:
     """Create the wanted indexes that are missing, on every leaf of a table, and yield a line for each.
 
     CONCURRENTLY: reading and writing go on, an interruption rolls nothing back, and no statement timeout applies.
-    What an interrupted try left is rebuilt; what another process is building is left to it.
+    What an interrupted try left is rebuilt; what another process is building is left to it. A table that is missing or
+    lacks the column is no failure unless its key is one of those `needed`. Raises SchemaProblem at the end, with a line
+    for each index that could not be created.
     """
+    problems = []
     for each in wanted:
         name, column = getattr(tables, each.table), each.column
+        described = f'index on "{tables.schema_}"."{name}" ({column})'
         try:
             with database.transaction() as connection:
                 oid, _ = catalog.find_table(connection, tables.schema_, name, column)
                 leaves = catalog.leaves(connection, oid, column, each.state)
         except SchemaProblem as error:
-            missing = f'index on "{tables.schema_}"."{name}" ({column})'
-            yield f"{told(dry_run)} {missing}, once the table is there" if dry_run else f"no {missing}: {error}"
+            if each.table in needed:
+                problems.append(f"no {described}: {error}")
+            elif dry_run:
+                yield f"{told(dry_run)} {described}, once the table is there"
+            else:
+                yield f"no {described}: {error}"
             continue
         for leaf in leaves:
             if not leaf.indexed:
-                yield from _create_index(database, leaf, each, dry_run)
+                try:
+                    yield from _create_index(database, leaf, each, dry_run)
+                except SchemaProblem as error:
+                    problems.append(str(error))
+    if problems:
+        raise SchemaProblem("\n".join(problems))
 
 
 def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: bool) -> Iterator[str]:
@@ -52,12 +70,20 @@ def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: 
     if dry_run:
         yield f"{told(dry_run)} {described}"
         return
-    # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits for.
-    with database.transaction(idle_in_transaction_session_timeout=0) as connection:
-        if single(connection, sql.SQL(_TRY_LOCK).format(sql.Literal(leaf.oid)))[0]:
-            yield from _create_alone(database, leaf, wanted, described)
-        else:
-            yield f"{described}: left to the process that is creating it"
+    try:
+        # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits
+        # for.
+        with database.transaction(idle_in_transaction_session_timeout=0) as connection:
+            if single(connection, sql.SQL(_TRY_LOCK).format(sql.Literal(leaf.oid)))[0]:
+                yield from _create_alone(database, leaf, wanted, described)
+            else:
+                yield f"{described}: left to the process that is creating it"
+    except DatabaseUnavailable:
+        raise
+    except PermissionDenied as error:
+        raise SchemaProblem(f"no {described}: {error.found}; run `init-db` as the owner") from None
+    except DatabaseError as error:
+        raise SchemaProblem(f"no {described}: {error}") from None
 
 
 def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described: str) -> Iterator[str]:

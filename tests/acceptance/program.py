@@ -211,10 +211,14 @@ class Program:
 
     def run_on_terminal(self, *arguments: str, width: int = 160, seconds: float = 60) -> tuple[int, str]:
         """Run a command on a terminal of this width; return its exit status and all that the terminal was sent."""
+        return self.run_command_on_terminal(*command(), *arguments, width=width, seconds=seconds)
+
+    def run_command_on_terminal(self, *words: str, width: int = 160, seconds: float = 60) -> tuple[int, str]:
+        """Do as `run_on_terminal` with any other command."""
         ours, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
         process = subprocess.Popen(
-            [*command(), *arguments],
+            words,
             cwd=self.folder,
             env=self._environment({"TERM": "xterm-256color"}),
             stdin=its,

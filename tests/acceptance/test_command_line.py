@@ -64,12 +64,13 @@ def test_wrong_usage_is_told_in_one_line_with_status_2(program: Program, argumen
     assert told in failed.error
 
 
-@pytest.mark.parametrize("arguments", [["run-once", "clean-tokns"], ["history", "clean-tokns"]])
-def test_an_unknown_job_is_wrong_usage_and_the_nearest_is_named(program: Program, arguments: list[str]) -> None:
+@pytest.mark.parametrize("job", ["clean-tokns", "CLEAN-TOKENS"])
+@pytest.mark.parametrize("name", ["run-once", "history"])
+def test_an_unknown_job_is_wrong_usage_and_the_nearest_is_named(program: Program, name: str, job: str) -> None:
     program.configure(NO_DATABASE)
-    failed = program.run(*arguments)
+    failed = program.run(name, job)
     assert (failed.status, failed.stdout) == (2, "")
-    assert '"clean-tokns"' in failed.error
+    assert f'"{job}"' in failed.error
     assert '"clean-tokens"' in failed.error
 
 

@@ -36,6 +36,27 @@ def test_it_creates_what_is_asked_for_and_says_so_once(
     assert (again.status, again.stdout, again.stderr) == (0, "nothing to do\n", "")
 
 
+def test_an_index_on_a_table_that_an_enabled_job_needs_and_that_is_missing_is_a_failure(
+    program: Program, database_url: str, admin: psycopg.Connection
+) -> None:
+    program.configure(database_url, "[jobs.clean-verification]\nenabled = false\n")
+    for arguments in (["--dry-run"], []):
+        failed = program.run("init-db", "--with-indexes", *arguments)
+        assert failed.status == 84
+        assert [line.split()[4] for line in failed.stderr.splitlines()] == [
+            '"public"."Connections"',
+            '"public"."ActiveOauths"',
+        ]
+        assert failed.stderr.count("`catfeeder-cron init-db --with-app-tables`") == 2
+        assert "Actions" in failed.stdout
+        assert "Verification" in failed.stdout
+
+    admin.execute('CREATE TABLE "Connections" (expiration_date timestamptz)')
+    admin.execute('CREATE TABLE "ActiveOauths" (token_expiration timestamptz)')
+    done = program.run("init-db", "--with-indexes")
+    assert (done.status, done.stderr) == (0, "")
+
+
 def test_several_at_once_do_it_once(program: Program, database_url: str, admin: psycopg.Connection) -> None:
     program.configure(database_url)
     racing = [program.start("init-db", "--with-app-tables", "--with-indexes") for _ in range(4)]
@@ -75,6 +96,7 @@ def test_who_may_not_is_told_so_in_one_line(program: Program, database_url: str,
             failed = program.run(*command)
             assert (failed.status, failed.stdout.count("\n")) == (84, 1 if command[0] == "run-once" else 0)
         assert "init-db" in failed.error
+        assert "as the owner" in program.run("init-db").error
         daemon = program.daemon()
         daemon.wait_for_text("init-db")
         assert daemon.stop().status == 0

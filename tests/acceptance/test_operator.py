@@ -1,6 +1,8 @@
 """What an operator does, with two daemons on one database: pause, resume, status, reload, check, custom jobs."""
 
 import json
+import platform
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ enabled = false
 enabled = false
 """
 
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 PAUSED = "catfeeder_cron.job_runs WHERE job IN ('tick', 'tock') AND reason = 'paused' AND missed > 0"
 
 # Every slot of a job that falls into a stretch of time is a run or part of a missed stretch, once.
@@ -82,8 +85,9 @@ def test_a_pause_from_one_shell_stops_both_daemons_within_a_second(
     assert runs_since(admin, "tick", before) == 0
     listed = {job["job"]: job for job in program.run("list", "--json").document}
     assert (listed["tick"]["paused"], listed["tock"]["paused"]) == (True, False)
-    assert "paused: the table is being moved" in program.run("list").stdout
-    assert "paused: the table is being moved" in program.run("status").stdout
+    told = rf"paused since {MOMENT} by {re.escape(platform.node())}: the table is being moved"
+    assert re.search(told, program.run("list").stdout)
+    assert re.search(told, program.run("status").stdout)
     stretch = history(program, "tick", 1)[0]
     assert (stretch["outcome"], stretch["reason"]) == ("skipped", "paused: the table is being moved")
     assert stretch["missed"] >= 2
@@ -105,6 +109,8 @@ def test_a_pause_of_all_jobs_ends_by_itself(
 
     jobs = program.run("status", "--json").document["jobs"]
     assert all(job["paused"] and job["paused_until"].endswith("Z") for job in jobs)
+    assert all(job["paused_at"] < job["paused_until"] and job["paused_by"] == platform.node() for job in jobs)
+    assert re.search(rf"paused since {MOMENT} until {MOMENT} by ", program.run("status").stdout)
     eventually(lambda: count(admin, PAUSED) == 2, "a slot of both goes by")
     assert not any(runs_since(admin, job, run_id) for job, run_id in before.items())
     # All but a second of the hour goes by.
@@ -222,12 +228,43 @@ def test_a_faulty_file_is_refused_with_all_its_faults_and_the_old_one_stays(
     daemon.signal(signal.SIGHUP)
     daemon.wait_for("reload_refused", count=2)
 
-    faults = [(entry["level"], entry["fault"]) for entry in daemon.events("reload_refused")]
-    assert [level for level, _ in faults] == ["error", "error"]
-    assert any("jobs.tick.interval" in fault for _, fault in faults)
-    assert any("did you mean `max_workers`?" in fault for _, fault in faults)
+    told = daemon.events("reload_refused", level="error", in_force="the old configuration")
+    assert len(told) == 2
+    assert any("jobs.tick.interval" in entry["fault"] for entry in told)
+    assert any("did you mean `max_workers`?" in entry["fault"] for entry in told)
     before = last_run(admin, "tick")
     eventually(lambda: runs_since(admin, "tick", before), "the old schedule stays")
+
+
+def test_a_reload_reads_the_file_that_was_found_at_the_start(
+    program: Program, app_tables: None, database_url: str
+) -> None:
+    found = program.configure(database_url, TICK)
+    daemon = program.daemon()
+
+    found.rename(program.folder / "moved.toml")
+    daemon.signal(signal.SIGHUP)
+
+    assert daemon.wait_for("reload_refused")["fault"].startswith(f"{found}: no such file")
+
+
+def test_a_reload_that_the_database_refuses_is_incomplete_and_not_called_anything_else(
+    program: Program, app_tables: None, database_url: str, admin: psycopg.Connection
+) -> None:
+    program.configure(database_url, TICK)
+    daemon = program.daemon()
+    eventually(lambda: runs_since(admin, "tick", 0), "the schema is there")
+
+    program.configure(database_url, f'{TICK}[jobs.more]\ninterval = 3600\nsql = "SELECT 1"')
+    admin.execute("ALTER TABLE catfeeder_cron.schedule RENAME TO away")
+    daemon.signal(signal.SIGHUP)
+    assert "schedule" in daemon.wait_for("reload_incomplete", level="error")["reason"]
+    admin.execute("ALTER TABLE catfeeder_cron.away RENAME TO schedule")
+    program.configure(database_url, "")
+    daemon.signal(signal.SIGHUP)
+
+    daemon.wait_for("reloaded", jobs=4)
+    assert len(daemon.events("reloaded")) == 1
 
 
 def test_what_needs_a_restart_is_said_key_by_key(program: Program, app_tables: None, database_url: str) -> None:
@@ -336,6 +373,19 @@ def test_a_role_with_too_little_is_told_what_it_lacks_by_check_and_at_the_start(
     daemon = program.daemon()
     for job in errors:
         assert daemon.wait_for("check_finding", subject=job, level="error")["message"] == errors[job]
+
+
+def test_last_runs_that_a_role_may_not_see_are_no_jobs_that_never_ran(
+    program: Program, app_tables: None, admin: psycopg.Connection, make_role: Callable[[str], str]
+) -> None:
+    program.configure(make_role("GRANT USAGE ON SCHEMA catfeeder_cron TO {role}"))
+    admin.execute("REVOKE SELECT ON catfeeder_cron.job_runs FROM PUBLIC")
+
+    listed = program.run("list")
+
+    assert listed.status == 0
+    assert "last_runs_unknown" in listed.stderr
+    assert "permission denied for table job_runs" in listed.stderr
 
 
 def test_check_tells_the_faults_of_a_configuration_as_a_document_too(program: Program) -> None:

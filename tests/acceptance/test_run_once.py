@@ -1,6 +1,7 @@
 """`run-once`: what it prints and returns, and what it leaves in the database, however it ends."""
 
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, command, count, eventually
 
 INSTANT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)"
 EXPIRED = '"Connections" WHERE expiration_date < now()'
@@ -214,6 +215,36 @@ def test_progress_is_drawn_on_a_terminal(program: Program, admin: psycopg.Connec
     assert "clean-tokens: succeeded, deleted 1000, remaining 0" in shown
 
 
+@pytest.mark.parametrize("lines", ["", "[logging]\nlevel = 'debug'\n"])
+def test_on_a_terminal_a_failure_is_told_by_the_result_alone(
+    program: Program, app_tables: None, admin: psycopg.Connection, database_url: str, lines: str
+) -> None:
+    program.configure(database_url, lines)
+    admin.execute('DROP TABLE "Connections"')
+    reason = 'there is no table "public"."Connections"'
+
+    status, shown = program.run_on_terminal("run-once", "clean-tokens")
+
+    assert status == 84
+    assert f"clean-tokens: failed, {reason}" in shown
+    assert shown.count(reason) == (2 if lines else 1)  # debugging, one wants to see the entries
+    # Where only the result is piped away, the terminal shows the error.
+    program.configure(database_url)
+    call = shlex.join([*command(), "run-once", "clean-tokens"])
+    _, shown = program.run_command_on_terminal("sh", "-c", f"{call} > result")
+    assert shown.count(reason) == 1
+    assert reason in (program.folder / "result").read_text()
+
+
+def test_on_a_terminal_a_database_that_is_away_is_told_once(program: Program) -> None:
+    program.configure("postgresql://cat@127.0.0.1:1/nowhere")
+
+    status, shown = program.run_on_terminal("run-once", "clean-tokens")
+
+    assert status == 84
+    assert shown.count("Connection refused") == 1
+
+
 def test_a_server_that_goes_away_in_the_middle_is_one_line_and_finished_batches_stay(
     program: Program, own_server: EmbeddedServer
 ) -> None:
@@ -248,9 +279,9 @@ def test_a_wrong_password_is_one_line_that_does_not_repeat_it(program: Program, 
         rules = Path(hba)
         rules.write_text("local all cat scram-sha-256\n" + rules.read_text())
         admin.execute("SELECT pg_reload_conf()")
-    for command in (["run-once", "clean-tokens"], ["init-db"], ["history"]):
+    for arguments in (["run-once", "clean-tokens"], ["init-db"], ["history"]):
         program.configure(make_conninfo(own_server.conninfo, user="cat", password="hunter2"))
-        failed = program.run(*command)
+        failed = program.run(*arguments)
         assert failed.status == 84
         assert "password authentication failed" in failed.error
         assert "hunter2" not in failed.stdout + failed.stderr
@@ -258,8 +289,8 @@ def test_a_wrong_password_is_one_line_that_does_not_repeat_it(program: Program, 
 
 def test_a_server_that_is_not_there_is_one_line(program: Program) -> None:
     program.configure("postgresql://cat@127.0.0.1:1/nowhere")
-    for command in (["run-once", "clean-tokens"], ["history"], ["init-db"]):
-        failed = program.run(*command)
+    for arguments in (["run-once", "clean-tokens"], ["history"], ["init-db"]):
+        failed = program.run(*arguments)
         assert failed.status == 84
         assert "Connection refused" in failed.error
     tried = program.run("run-once", "clean-tokens", "--dry-run")

@@ -117,8 +117,13 @@ class Office:
 
 def heart(crons: Crons) -> None:
     """Have it beat now."""
-    crons._supervise().beat()
+    crons._open().supervisor.beat()
+
+
+def has_account(crons: Crons, job_id: str = "work") -> bool:
+    """Whether it knows how far the job's slots are accounted for."""
+    return crons._open().timetable._dispatches[job_id].accounted_until is not None
 
 
 def tasks_of(crons: Crons) -> BackgroundTasks:
-    return crons._background_tasks()
+    return crons._open().tasks

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -10,9 +11,10 @@ import pytest
 
 from catfeeder_cron import schema
 from catfeeder_cron.checks import Finding, check
-from catfeeder_cron.checks.providers import check_providers
-from catfeeder_cron.config import DatabaseTables, load
+from catfeeder_cron.checks.renewal import check_providers
+from catfeeder_cron.config import DatabaseTables, JobSettings, load
 from catfeeder_cron.database import Database
+from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
@@ -247,6 +249,38 @@ def test_no_database_is_one_error_and_the_rest_is_told_still(findings: Findings)
     found = findings("[jobs.report]\ncall = 'nowhere:main'\ninterval = 60", "postgresql://127.0.0.1:1/none")
 
     assert [finding.subject for finding in found if finding.level == "error"] == ["report", "database"]
+    assert found[-1].message.endswith("; the rest was not looked at")
+
+
+def test_a_database_that_goes_away_meanwhile_is_one_error(
+    mortal_server: EmbeddedServer, stop_server: Callable[[str], Callable[[], None]], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[database]\nurl = '{mortal_server.conninfo}'\nconnect_timeout = 1\n")
+    settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+    with Database(settings.database) as database:
+        to_come = check(settings, database)
+        while next(to_come).subject != "schema":
+            pass
+        stop_server("fast")
+
+        (found,) = to_come
+
+    assert (found.level, found.subject) == ("error", "database")
+
+
+def test_nothing_is_said_twice(
+    findings: Findings, complete: None, admin: psycopg.Connection, role: Callable[..., tuple[str, str]]
+) -> None:
+    _, url = role()
+    lacking_tables = findings("", url)
+    admin.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    lacking_schema = findings("", url)
+
+    for found in (lacking_tables, lacking_schema):
+        assert len(found) == len(set(found)), found
+        # The table of the providers has its line among those of the job that reads it.
+        assert "providers" not in {finding.subject for finding in found}
 
 
 @pytest.mark.parametrize(("enabled", "level"), [("true", "error"), ("false", "warning")])
@@ -258,6 +292,83 @@ def test_a_callable_that_can_not_be_imported_is_told(findings: Findings, enabled
         "\"nowhere:main\" can't be imported: ModuleNotFoundError: No module named 'nowhere'; "
         "install its package where catfeeder-cron is installed"
     )
+
+
+CHECKED = "[jobs.report]\ninterval = 60\nsql = '''{}'''"
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("DELETE FORM news", 'syntax error at or near "FORM"; correct it, or create what it needs'),
+        ("DELETE FROM olds", 'relation "olds" does not exist; correct it, or create what it needs'),
+        ("SELECT name FROM news", 'column "name" does not exist; correct it, or create what it needs'),
+        ("DELETE FROM news; SELECT 1", "cannot insert multiple commands into a prepared statement; correct it, or"),
+        ("DELETE FROM news WHERE id = $1", "it has parameters ($1), and a job has nothing to give for them"),
+        ("SELECT id FROM news WHERE id = 'tom'", 'invalid input syntax for type integer: "tom"'),
+    ],
+)
+def test_a_statement_that_the_server_refuses_is_told_with_its_reason(
+    findings: Findings, complete: None, admin: psycopg.Connection, statement: str, told: str
+) -> None:
+    admin.execute("CREATE TABLE news (id int)")
+
+    for enabled, level in (("true", "error"), ("false", "warning")):
+        found = worst(findings(f"{CHECKED.format(statement)}\nenabled = {enabled}"), "report")
+        assert found.level == level
+        assert found.message.startswith(f"sql: {told}")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM news WHERE title LIKE '%s' OR title = '{x}'",
+        "SELECT purge();",
+        "SELECT purge_while_planning()",
+        "-- nothing",
+        "CALL purge_all()",
+        "CREATE TABLE olds AS SELECT * FROM news",
+        "CREATE INDEX ON news (title)",
+        "ANALYZE news",
+        "TRUNCATE news",
+        "WITH gone AS (DELETE FROM news RETURNING id) SELECT count(*) FROM gone",
+    ],
+)
+def test_a_statement_that_is_right_is_ok_and_nothing_of_it_is_run(
+    findings: Findings, complete: None, admin: psycopg.Connection, statement: str
+) -> None:
+    admin.execute("""
+        CREATE TABLE news (id int, title text);
+        INSERT INTO news VALUES (1, 'old');
+        CREATE FUNCTION purge() RETURNS void LANGUAGE sql AS 'TRUNCATE news';
+        CREATE FUNCTION purge_while_planning() RETURNS int IMMUTABLE LANGUAGE plpgsql
+            AS 'BEGIN PERFORM purge(); RETURN 1; END';
+        CREATE PROCEDURE purge_all() LANGUAGE sql AS 'TRUNCATE news'""")
+
+    assert worst(findings(CHECKED.format(statement)), "report").level == "ok"
+
+    assert admin.execute("SELECT id FROM news").fetchall() == [(1,)]
+    assert admin.execute("SELECT FROM pg_class WHERE relname IN ('olds', 'news_title_idx')").rowcount == 0
+
+
+@pytest.mark.parametrize("statement", ["SELECT id FROM hidden.news", "UPDATE cats SET id = 2"])
+def test_what_a_statement_may_not_do_is_told_with_the_role(
+    findings: Findings,
+    complete: None,
+    admin: psycopg.Connection,
+    role: Callable[..., tuple[str, str]],
+    statement: str,
+) -> None:
+    name, url = role()
+    grant(admin, name)
+    admin.execute("CREATE SCHEMA hidden; CREATE TABLE hidden.news (id int); CREATE TABLE cats (id int)")
+
+    found = worst(findings(CHECKED.format(statement), url), "report")
+
+    assert found.level == "error"
+    assert found.message.startswith("sql: permission denied for ")
+    assert f'its owner can say: GRANT ... ON ... TO "{name}"' in found.message
+    assert "`catfeeder-cron check`" not in found.message
 
 
 def test_the_handler_of_an_action_is_imported_too(findings: Findings) -> None:
@@ -333,7 +444,7 @@ def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
             [name, client, endpoint],
         )
 
-    found = list(check_providers(database, load(path, environ={})))
+    found = list(check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30))))
 
     assert {finding.subject: finding.level for finding in found} == {
         "provider safe": "ok",
@@ -353,6 +464,101 @@ def test_providers_that_can_not_be_read_are_an_error(database: Database, databas
     path = tmp_path / "config.toml"
     path.write_text(f'[database]\nurl = "{database_url}"\n')
 
-    (found,) = check_providers(database, load(path, environ={}))
+    (found,) = check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30)))
 
     assert found.level == "error"
+
+
+@pytest.fixture
+def ten_links(complete: None, admin: psycopg.Connection) -> None:
+    """Of google, whose tokens live an hour, in a table that may say nothing of it."""
+    admin.execute('ALTER TABLE "ActiveOauths" ALTER token_lifespan DROP NOT NULL')
+    admin.execute("INSERT INTO \"Services\" (name) VALUES ('google')")
+    admin.execute(
+        'INSERT INTO "UserOauthConnection" (provider_name, client_id, token_grabber_base_url)'
+        " VALUES ('google', 'me', 'https://example.org/token')"
+    )
+    admin.execute(
+        'INSERT INTO "ActiveOauths" (token, refresh_link, token_lifespan, service_id, user_id)'
+        " SELECT 't', 'r' || n, 3600, (SELECT id FROM \"Services\"), 1 FROM generate_series(1, 10) n"
+    )
+
+
+LIFESPAN: LiteralString = 'UPDATE "ActiveOauths" SET token_lifespan = %s WHERE id <= %s'
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "rows", "job", "message"),
+    [
+        (3600, 10, "", None),
+        (1801, 10, "", None),
+        (0, 10, "", None),  # never renewed
+        (
+            1200,
+            3,
+            "",
+            "its tokens live 20m (3 of its 10 links), and up to 30m pass between two runs of renew-oauth, so those "
+            'links are dead in between; set jobs.renew-oauth.interval = "900s" or less',
+        ),
+        (1801, 10, 'jitter = "1m"', 'links are dead in between; set jobs.renew-oauth.interval = "1441s" or less'),
+        (3600, 10, 'cron = "*/10 9-17 * * *"', "up to 910m pass"),
+        (None, 4, "interval = 7200", "its tokens live 1h (10 of its 10 links), and up to 2h pass"),
+        (None, 4, "interval = 1800", None),
+        (600, 10, "date = 2099-01-01T00:00:00Z", None),
+    ],
+)
+def test_a_provider_whose_tokens_end_between_two_runs_needs_a_shorter_interval(
+    findings: Findings,
+    ten_links: None,
+    admin: psycopg.Connection,
+    lifespan: int | None,
+    rows: int,
+    job: str,
+    message: str | None,
+) -> None:
+    admin.execute(LIFESPAN, [lifespan, rows])
+
+    found = worst(findings(f"[jobs.renew-oauth]\n{job}"), "provider google")
+
+    assert found.level == ("warning" if message else "ok"), found
+    assert (message or "can be asked") in found.message
+
+
+def test_the_interval_that_it_names_is_short_enough(
+    findings: Findings, ten_links: None, admin: psycopg.Connection
+) -> None:
+    for lifespan in (1, 30, 600, 1700):
+        admin.execute(LIFESPAN, [lifespan, 10])
+        warning = worst(findings(), "provider google").message
+        (interval,) = re.findall(r'interval = "(\w+)"', warning)
+
+        found = worst(findings(f"[jobs.renew-oauth]\ninterval = '{interval}'"), "provider google")
+
+        assert found.level == ("ok" if lifespan > 1 else "warning"), (lifespan, interval)
+
+
+def test_links_of_a_service_without_a_provider_are_named(
+    findings: Findings, ten_links: None, admin: psycopg.Connection
+) -> None:
+    admin.execute("UPDATE \"Services\" SET name = 'Google'")
+
+    assert worst(findings(), "provider Google") == Finding(
+        "warning",
+        "provider Google",
+        '10 links can\'t be renewed: their service has no row in "UserOauthConnection"; its provider_name must be the '
+        "service's name",
+    )
+
+
+def test_a_place_for_the_answers_of_providers_is_needed(
+    findings: Findings, complete: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "not" / "there" / "yet"))
+    assert worst(findings(), "renew-oauth").level == "ok"
+    assert not (tmp_path / "not").exists()
+
+    (tmp_path / "not").write_text("a file")
+    found = worst(findings(), "renew-oauth")
+
+    assert found.level == "error"
+    assert f"{tmp_path / 'not'} is no directory; make that directory writable or set STATE_DIRECTORY" in found.message

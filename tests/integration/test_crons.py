@@ -22,7 +22,17 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobIsRunning
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import built_in
-from tests.integration.daemons import SECOND, STARTED_LONG_AGO, Office, Work, heart, rows, tasks_of, wait_for
+from tests.integration.daemons import (
+    SECOND,
+    STARTED_LONG_AGO,
+    Office,
+    Work,
+    has_account,
+    heart,
+    rows,
+    tasks_of,
+    wait_for,
+)
 
 Events = Callable[[], list[str]]
 
@@ -128,7 +138,7 @@ def test_a_restart_between_two_slots_runs_nothing_and_loses_nothing(office: Offi
     for _ in range(3):
         with office.open(work) as crons:
             crons.inject_crons()
-            wait_for(lambda: crons._dispatches["work"].accounted_until)
+            wait_for(lambda: has_account(crons))
     assert work.runs == 0
     assert admin.execute("SELECT accounted_until FROM catfeeder_cron.schedule").fetchall() == before
 
@@ -138,7 +148,7 @@ def test_another_trigger_starts_a_new_account(office: Office, admin: psycopg.Con
     absent(admin, office, work)
     crons = office.open(work, interval=7200)
     crons.inject_crons()
-    wait_for(lambda: crons._dispatches["work"].accounted_until)
+    wait_for(lambda: has_account(crons))
     heart(crons)
     assert rows(admin, "*") == []
 
@@ -153,7 +163,7 @@ def test_a_date_that_passed_while_no_daemon_lived_is_caught_up_once(office: Offi
     for wait in (lambda: opened(admin), lambda: work.runs, lambda: True):
         with Crons(config=config, jobs={"work": work.job}) as crons:
             assert crons.inject_crons() == 0
-            wait_for(lambda: crons._dispatches["work"].accounted_until)
+            wait_for(lambda: has_account(crons))
             wait_for(wait)
         if work.runs == 0:
             time.sleep(max(0.0, (date - datetime.now(UTC)).total_seconds()))
@@ -267,9 +277,9 @@ def test_a_stuck_job_is_reported_and_the_others_go_on_in_its_place(
         crons.inject_crons()
         wait_for(lambda: stuck.runs)
         held = other.runs
-        (run,) = [run for run in crons._supervise()._runs if run.job_id == "stuck"]
+        (run,) = [run for run in crons._open().supervisor._runs if run.job_id == "stuck"]
         run.context._started -= 60
-        crons._supervise()._wake.set()
+        crons._open().supervisor._wake.set()
         wait_for(lambda: other.runs > held + 1)
         assert events().count("job_stuck") == 1
         assert rows(admin, "outcome", "job = 'stuck' AND missed IS NULL") == [(None,)], "it does run, so none other may"
@@ -440,7 +450,7 @@ def test_a_clock_that_was_put_back_does_not_keep_the_jobs_waiting(office: Office
     wait_for(lambda: work.runs)
     tasks_of(crons)._scheduler.get_job("work").modify(next_run_time=datetime.now(UTC) + timedelta(hours=2))
     runs = work.runs
-    crons._presence.seen(datetime.now(UTC) + timedelta(hours=2))
+    crons._open().timetable._presence.seen(datetime.now(UTC) + timedelta(hours=2))
     heart(crons)
     wait_for(lambda: work.runs > runs + 1)
 

@@ -13,7 +13,7 @@ import pytest
 
 from catfeeder_cron import Crons
 from catfeeder_cron.errors import JobAborted
-from catfeeder_cron.job import JobContext, JobReport, no_progress
+from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.runner import run_job
 
 CALLABLES = """
@@ -170,7 +170,7 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
     def prepare(lines: str) -> tuple[JobContext, Callable[[], Any]]:
         crons = crons_for(lines)
         job, settings = crons.find("report")
-        given = crons._context("report", settings, no_progress)
+        given = crons._open().workshop.context("report")
         reports: list[JobReport] = []
         thread = threading.Thread(target=lambda: reports.append(run_job(job, given, settings)))
 
@@ -345,6 +345,24 @@ def test_a_keyboard_interrupt_in_a_worker_thread_is_a_failure_like_any_other(con
     _, end = context('call = "feeders:interrupt"')
 
     assert (end().outcome, end().reason) == ("failed", "it raised KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    ("lines", "level"),
+    [
+        ('call = "feeders:note"', "INFO"),
+        ("sql = \"UPDATE news SET title = 'x' WHERE id = 1\"", "INFO"),
+        ('sql = "DELETE FROM news WHERE id < 0"', "DEBUG"),
+    ],
+)
+def test_a_success_is_news_unless_there_was_nothing_to_do(
+    run: Run, news: psycopg.Connection, caplog: pytest.LogCaptureFixture, lines: str, level: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "catfeeder_cron")
+
+    run(lines)
+
+    assert [record.levelname for record in caplog.records if "job_finished" in record.getMessage()] == [level]
 
 
 def test_a_dry_run_of_a_callable_says_that_it_can_not_tell(run: Run, callables: Any) -> None:

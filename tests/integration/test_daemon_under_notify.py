@@ -158,3 +158,19 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
             "SELECT outcome, counts FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' ORDER BY run_id"
         ).fetchall()
         assert (outcome, counts["deleted"]) in [("succeeded", 10), ("aborted", 10)]
+
+
+def test_a_reload_is_over_though_a_callable_hangs_while_it_is_imported(
+    manager: Manager, tmp_path: Path, database_url: str
+) -> None:
+    (tmp_path / "hangs.py").write_text("import threading\nthreading.Event().wait()\n")
+    with daemon(manager, tmp_path, config(database_url), PYTHONPATH=str(tmp_path)) as process:
+        manager.wait_for("READY=1")
+        job = '[jobs.report]\ncall = "hangs:main"\ninterval = "1d"\n'
+        (tmp_path / "config.toml").write_text(config(database_url, job))
+        process.send_signal(signal.SIGHUP)
+        manager.wait_for("RELOADING=1")
+        manager.wait_for("READY=1", anew=True)
+        assert manager.heard[-1].endswith("(5 scheduled)")
+        process.terminate()
+        assert process.wait(SOON) == 0

@@ -24,6 +24,7 @@ from catfeeder_cron.errors import (
     DatabaseError,
     DatabaseUnavailable,
     LockTimeout,
+    PermissionDenied,
     SchemaProblem,
     StatementTimeout,
 )
@@ -197,6 +198,19 @@ def test_psycopgs_errors_are_told_in_our_terms(
     assert "\n" not in str(caught.value)
 
 
+def test_what_the_role_may_not_do_is_told_with_the_command_that_says_more(
+    admin: psycopg.Connection, open_database: OpenDatabase, role: Callable[..., tuple[str, str]]
+) -> None:
+    admin.execute("CREATE TABLE cats ()")
+    _, url = role()
+
+    with pytest.raises(PermissionDenied) as caught:
+        open_database(url).query("SELECT FROM cats", {})
+
+    assert caught.value.found == "permission denied for table cats (SQLSTATE 42501)"
+    assert str(caught.value) == f"{caught.value.found}; `catfeeder-cron check` says what this role lacks"
+
+
 def test_more_threads_than_connections_wait_for_each_other(open_database: OpenDatabase) -> None:
     database, busy, most = open_database(pool_max_size=2), [], []
 
@@ -227,8 +241,8 @@ def test_a_pool_that_is_used_up_says_so_and_is_no_outage(
         pass
 
 
-def test_a_database_is_opened_by_its_first_use_and_again_after_it_was_closed(
-    admin: psycopg.Connection, database: Database
+def test_a_database_is_opened_by_its_first_use_and_closed_for_good(
+    admin: psycopg.Connection, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     def backends() -> int:
         query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'catfeeder-cron'"
@@ -237,15 +251,35 @@ def test_a_database_is_opened_by_its_first_use_and_again_after_it_was_closed(
         return int(row[0])
 
     assert backends() == 0
-    for _ in range(2):
-        with database.transaction() as connection:
-            assert single(connection, "SELECT 1") == (1,)
-        assert backends() > 0
-        database.close()
-        database.close()
+    with database.transaction() as connection:
+        assert single(connection, "SELECT 1") == (1,)
+    assert backends() > 0
+    database.close()
+    database.close()
+
+    for late in (lambda: fill_pool(database, 1), lambda: database.query("SELECT 1", {}), database.probe):
+        with pytest.raises(DatabaseUnavailable, match="has closed its connections"):
+            late()
+    assert (events(caplog), database.trouble) == ([], ""), "it is no outage"
+    deadline = time.monotonic() + 5
+    while backends():
+        assert time.monotonic() < deadline
+
+
+def test_who_waits_for_a_connection_when_the_database_is_closed_is_told_so(
+    open_database: OpenDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = open_database(pool_max_size=1)
+    with ThreadPoolExecutor(1) as thread, database.transaction():
+        waits = thread.submit(fill_pool, database, 1)
         deadline = time.monotonic() + 5
-        while backends():
+        while not database.pool_use["waiting"]:
             assert time.monotonic() < deadline
+        database.close()
+
+        with pytest.raises(DatabaseUnavailable, match="has closed its connections"):
+            waits.result()
+    assert events(caplog) == []
 
 
 def test_closing_lets_a_transaction_end(database: Database, admin: psycopg.Connection) -> None:
@@ -261,17 +295,16 @@ def test_closing_lets_a_transaction_end(database: Database, admin: psycopg.Conne
 def test_an_embedded_server_is_started_by_the_first_use_and_stopped_by_closing(tmp_path_factory: Any) -> None:
     folder = Path(tmp_path_factory.mktemp("e"))
     folder.chmod(0o755)
-    database = Database(DatabaseSettings.model_validate({"url": f"embedded:{folder}/db"}))
+    settings = DatabaseSettings.model_validate({"url": f"embedded:{folder}/db"})
 
     for number in range(2):
-        with database.transaction() as connection:
+        with Database(settings) as database, database.transaction() as connection:
             connection.execute("CREATE TABLE IF NOT EXISTS starts (number int)")
             connection.execute("INSERT INTO starts VALUES (%s)", [number])
             address = connection.info.dsn
-        database.close()
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(address)
-    with database, database.transaction() as connection:
+    with Database(settings) as database, database.transaction() as connection:
         assert connection.execute("SELECT number FROM starts").fetchall() == [(0,), (1,)]
 
 

@@ -254,6 +254,44 @@ def test_the_server_sleeps_between_requests_and_ends_when_it_is_told() -> None:
         get(port, "/")
 
 
+OUT_OF_FILES = """
+import os, resource, socket, sys, time
+from contextlib import suppress
+from catfeeder_cron import logs
+from catfeeder_cron.endpoints import Endpoints, Page
+
+logs.configure("info", "json")
+logs.get_logger("test").info("begun")  # which imports what logging needs
+endpoints = Endpoints("127.0.0.1:0", {"/": lambda: Page(200, "text/plain", b"hello")})
+endpoints.open()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+client, taken = socket.socket(), []
+with suppress(OSError):
+    while True:
+        taken.append(os.dup(0))
+before = time.process_time()
+client.connect(("127.0.0.1", endpoints.port))
+client.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+time.sleep(2.2)  # in which a server that tries again at once does nothing else, and ours tries twice
+print(time.process_time() - before)
+for each in taken:
+    os.close(each)
+print(client.makefile().read().splitlines()[-1])
+endpoints.close()
+"""
+
+
+def test_a_server_without_a_free_file_descriptor_waits_for_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_FILES], capture_output=True, text=True, timeout=SOON, check=True
+    )
+
+    busy, answer = done.stdout.split()
+    assert float(busy) < 0.3
+    assert answer == "hello"
+    assert done.stderr.count("connection_not_accepted") == 1
+
+
 def test_a_page_that_fails_is_an_error_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> Page:
         raise RuntimeError("broken")

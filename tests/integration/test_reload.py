@@ -12,6 +12,7 @@ from catfeeder_cron import Crons
 from catfeeder_cron.config import Settings, load
 from catfeeder_cron.errors import DatabaseError
 from catfeeder_cron.jobs import built_in
+from catfeeder_cron.oauth.client import OAuthClient
 from tests.integration.daemons import STARTED_LONG_AGO, heart, rows, tasks_of, wait_for
 
 Configure = Callable[[str], Settings]
@@ -148,3 +149,24 @@ def test_accounts_that_could_not_be_opened_are_opened_by_the_next_heartbeat(
     heart(crons)
 
     assert accounts(admin) == {"one": "every 1h"}
+
+
+def test_runs_share_an_oauth_client_until_its_settings_change(
+    start: Callable[[str], Crons], configure: Configure
+) -> None:
+    def client(crons: Crons) -> OAuthClient:
+        return crons._open().workshop.context("renew-oauth").oauth
+
+    crons = start("")
+    first = client(crons)
+    crons.reload(configure(HOURLY))
+    assert client(crons) is first
+
+    changed = configure("[oauth]\nrequest_timeout = 7")
+    crons.reload(changed)
+
+    assert client(crons) is client(crons)
+    assert client(crons).settings.request_timeout == timedelta(seconds=7)
+    with Crons(config=configure(""), oauth=first) as others:
+        others.reload(changed)
+        assert client(others) is first, "it was handed in"

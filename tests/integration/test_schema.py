@@ -124,8 +124,11 @@ def test_a_role_that_may_not_create_the_schema_is_told_to_run_init_db(
     _, url = role()
     other = open_database(url)
 
-    with pytest.raises(SchemaProblem, match=r"is missing, .* run `catfeeder-cron init-db` as the database's owner"):
+    with pytest.raises(
+        SchemaProblem, match=r"is missing, .* run `catfeeder-cron init-db` as the database's owner"
+    ) as told:
         schema.ensure(other)
+    assert "`catfeeder-cron check`" not in str(told.value)
     with pytest.raises(SchemaProblem, match="init-db"):
         schema.require(other)
     list(schema.upgrade(database))
@@ -252,7 +255,9 @@ def test_an_index_of_the_web_servers_own_is_enough(admin: psycopg.Connection, da
     assert list(create_indexes(database, TABLES, ONE)) == []
 
 
-def test_what_is_not_there_yet_is_told_and_no_failure(admin: psycopg.Connection, database: Database) -> None:
+def test_what_is_not_there_yet_and_not_needed_is_told_and_no_failure(
+    admin: psycopg.Connection, database: Database
+) -> None:
     admin.execute('CREATE TABLE "Connections" (id int)')
 
     for dry_run in (True, False):
@@ -260,6 +265,45 @@ def test_what_is_not_there_yet_is_told_and_no_failure(admin: psycopg.Connection,
         assert len(lines) == len(WANTED)
         assert all("\n" not in line for line in lines)
     assert any('no index on "public"."Connections" (expiration_date): ' in line for line in lines)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_table_that_is_needed_and_missing_is_a_failure_after_the_others_were_indexed(
+    admin: psycopg.Connection, database: Database, *, dry_run: bool
+) -> None:
+    admin.execute('CREATE TABLE "Verification" (expiration timestamptz)')
+    lines = create_indexes(database, TABLES, WANTED, needed=["connections", "active_oauths"], dry_run=dry_run)
+    told: list[str] = []
+
+    with pytest.raises(SchemaProblem) as caught:
+        told.extend(lines)
+
+    problems = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in problems] == [
+        'no index on "public"."Connections" (expiration_date)',
+        'no index on "public"."ActiveOauths" (token_expiration)',
+    ]
+    assert all("init-db --with-app-tables" in line for line in problems)
+    assert admin.execute(INDEXES).fetchall() == ([] if dry_run else [("public.Verification", True)])
+
+
+def test_an_index_that_can_not_be_created_keeps_no_other_from_it(
+    admin: psycopg.Connection, open_database: OpenDatabase, role: Role
+) -> None:
+    name, url = role()
+    admin.execute("""
+        CREATE TABLE "Connections" (expiration_date timestamptz);
+        CREATE TABLE "Verification" (expiration timestamptz)""")
+    admin.execute(f'ALTER TABLE "Verification" OWNER TO {name}; GRANT CREATE ON SCHEMA public TO {name}'.encode())
+
+    with pytest.raises(SchemaProblem) as caught:
+        list(create_indexes(open_database(url), TABLES, WANTED))
+
+    assert str(caught.value) == (
+        'no index on "public"."Connections" (expiration_date): must be owner of table Connections (SQLSTATE 42501); '
+        "run `init-db` as the owner"
+    )
+    assert admin.execute(INDEXES).fetchall() == [("public.Verification", True)]
 
 
 def test_names_of_any_kind_and_length_get_an_index_each(admin: psycopg.Connection, database: Database) -> None:

@@ -120,7 +120,7 @@ def test_all_faults_of_a_file_are_told_at_once(faults_of: Faults) -> None:
         "jobs.clean-tokens.enabled: got 1, expected true or false",
         "jobs.clean-tokens.interval: got 0, expected at least 1s",
         "jobs.clean-tokens.batch_sise: unknown key; did you mean `batch_size`?",
-        "jobs.clean-token: unknown job; did you mean `clean-tokens`?",
+        "jobs.clean-token: unknown job; did you mean `clean-tokens`? A job of your own needs call or sql",
     ]
 
 
@@ -213,7 +213,10 @@ def test_all_faults_of_a_file_are_told_at_once(faults_of: Faults) -> None:
         ("[jobs.renew-oauth]\ninterval = 0", "jobs.renew-oauth.interval: got 0, expected at least 1s"),
         ("[jobs]\nclean-tokens = 5", "jobs.clean-tokens: got a number, expected a table"),
         ("[jobs]\nx = []", "jobs.x: got a list, expected a table"),
-        ("[jobs.clean_tokens]\nenabled = false", "jobs.clean_tokens: unknown job; did you mean `clean-tokens`?"),
+        (
+            "[jobs.clean_tokens]\nenabled = false",
+            "jobs.clean_tokens: unknown job; did you mean `clean-tokens`? A job of your own needs call or sql",
+        ),
         (
             "[jobs.x]\ninterval = 5",
             "jobs.x: got neither call nor sql, expected one of them or a job of check-actions, ",

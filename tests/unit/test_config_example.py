@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from catfeeder_cron.config import CustomJobSettings, ProviderSettings, Settings, load
 from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs.check_actions import CheckActions
 
 EXAMPLE = Path(__file__).parents[2] / "config.toml"
 JOBS = {job.id: job.settings for job in built_in().values()}
@@ -42,6 +43,13 @@ def test_what_is_commented_out_is_the_default_unless_it_is_called_an_example(eve
     for job in JOBS:
         changed = {key: value for key, value in example.items() if hasattr(as_it_is.jobs[job], key)}
         assert everything.jobs[job].model_copy(update=changed) == as_it_is.jobs[job]
+
+
+def test_a_stop_lets_an_attempt_of_an_action_come_to_its_end() -> None:
+    settings = load(EXAMPLE, jobs=JOBS, environ={})
+    check_actions = settings.jobs["check-actions"]
+    assert isinstance(check_actions, CheckActions)
+    assert check_actions.action_timeout <= settings.scheduler.shutdown_grace / 2
 
 
 def test_what_it_gives_as_an_example_is_read(everything: Settings) -> None:

@@ -41,7 +41,7 @@ ARROWS = {
     "renewal": "job oauth database catalog config",
     "jobs": "job expired_rows renewal actions due_actions catalog config database",
     "custom_jobs": "job callables output config",
-    "checks": "callables jobs job oauth output schema catalog database config",
+    "checks": "callables jobs job oauth renewal schedule output schema catalog database config",
     "pauses": "database",
     "triggers": "schedule",
     "ledger": "database schema config schedule job",
@@ -52,8 +52,10 @@ ARROWS = {
     "waker": "database",
     "runner": "job jobs ledger database config",
     "supervisor": "job ledger presence",
-    "crons": "job jobs ledger presence dispatch runner supervisor schedule triggers background_tasks config database"
-    " schema custom_jobs pings waker oauth",
+    "workshop": "job custom_jobs runner supervisor schedule pings oauth config database",
+    "timetable": "workshop job dispatch ledger presence schedule triggers waker background_tasks config database",
+    "crons": "timetable workshop job jobs supervisor ledger presence schedule background_tasks oauth schema config"
+    " database",
     "service": "",
     "standing": "database history",
     "condition": "crons database standing",

@@ -1,5 +1,6 @@
 """The manual page: complete, and nothing that roff stumbles over."""
 
+import re
 import shutil
 import subprocess
 
@@ -15,6 +16,17 @@ def test_it_has_every_command_with_its_options() -> None:
         assert f".SS {command}" in text, command
     assert "\\fB--because\\fR \\fITEXT\\fR" in text
     assert ".SH EXIT STATUS" in text
+
+
+def test_it_has_the_environment_and_the_files() -> None:
+    text = page().replace("\\-", "-")
+
+    for name in (
+        *("CATFEEDER_CRON_CONFIG", "CATFEEDER_CRON_DATABASE_URL", "CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "PGHOST"),
+        *("/etc/catfeeder-cron/config.toml", "/etc/catfeeder-cron/database-url", "/var/lib/catfeeder-cron"),
+    ):
+        assert re.search(rf"^\.TP\n\\fB.*{re.escape(name)}.*\n[A-Zl]", text, re.MULTILINE), name
+    assert text.index(".SH ENVIRONMENT") < text.index(".SH FILES") < text.index(".SH SEE ALSO")
 
 
 @pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")

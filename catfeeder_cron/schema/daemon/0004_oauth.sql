@@ -5,7 +5,7 @@ CREATE TABLE catfeeder_cron.oauth_tokens (
     owner uuid,                             -- the run that has the row, and until when it is out of reach of others
     lease_until timestamptz,
     sent bytea,                             -- sent to the provider, and not known how that ended
-    sent_at timestamptz,
+    sent_at timestamptz,                    -- kept when the answer is stored: when the row had its turn last
     failures integer NOT NULL DEFAULT 0,    -- in a row
     not_before timestamptz,                 -- back-off
     refused bytea,                          -- called dead by the provider; the run makes up its mind at its end

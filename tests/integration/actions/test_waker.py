@@ -110,8 +110,8 @@ def test_a_pause_holds_what_is_due(actions: Actions, crons: Callable[[], Crons])
 def waker(database: Database) -> Iterator[Callable[..., Waker]]:
     made: list[Waker] = []
 
-    def make(due_in: Callable[[], float | None], run: Callable[[], None]) -> Waker:
-        made.append(Waker("a-job", database, "a_channel", due_in, run))
+    def make(due_in: Callable[[], float | None], run: Callable[[], None], database: Database = database) -> Waker:
+        made.append(Waker("a-job", database, "a_channel", due_in, run, listen_again_seconds=0.2))
         made[-1].start()
         return made[-1]
 
@@ -155,3 +155,53 @@ def test_an_error_is_told_once(waker: Callable[..., Waker], caplog: pytest.LogCa
         time.sleep(0.05)
 
     assert caplog.text.count("no such table") == 1
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Gives the names of the waker's events."""
+    caplog.set_level("INFO")
+    return lambda: [
+        record.getMessage().split()[0] for record in caplog.records if record.name == "catfeeder_cron.waker"
+    ]
+
+
+def test_without_a_connection_of_its_own_it_looks_by_itself_and_says_so_once_and_when_that_is_over(
+    waker: Callable[..., Waker],
+    open_database: Callable[..., Database],
+    role: Callable[..., tuple[str, str]],
+    admin: psycopg.Connection,
+    told: Callable[[], list[str]],
+) -> None:
+    name, url = role()
+    database = open_database(url)
+    looks: list[float] = []
+
+    def look() -> float:
+        database.query("SELECT 1", {})
+        looks.append(time.monotonic())
+        return 0.05
+
+    database.query("SELECT 1", {})
+    admin.execute(f"ALTER ROLE {name} CONNECTION LIMIT 1".encode())
+    waker(look, lambda: None, database)
+
+    wait_until(lambda: looks and looks[-1] - looks[0] > 1)  # it has tried to listen several times
+    assert told() == ["notifications_do_not_arrive"]
+
+    admin.execute(f"ALTER ROLE {name} CONNECTION LIMIT 2".encode())
+    wait_until(lambda: told() == ["notifications_do_not_arrive", "notifications_arrive_again"])
+
+
+def test_an_echo_that_was_late_once_is_not_held_against_it_for_ever(
+    waker: Callable[..., Waker], admin: psycopg.Connection, told: Callable[[], list[str]]
+) -> None:
+    admin.execute("CREATE SCHEMA fake; CREATE FUNCTION fake.pg_notify(text, text) RETURNS void LANGUAGE sql AS ''")
+    database = admin.info.dbname
+    admin.execute(f'ALTER DATABASE "{database}" SET search_path = fake, pg_catalog, public'.encode())
+    waker(lambda: 0.05, lambda: None)
+    wait_until(lambda: told() == ["notifications_do_not_arrive"])
+
+    admin.execute("DROP FUNCTION fake.pg_notify")
+
+    wait_until(lambda: told() == ["notifications_do_not_arrive", "notifications_arrive_again"])

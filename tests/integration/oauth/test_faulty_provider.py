@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from catfeeder_cron.errors import JobAborted
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 
@@ -237,6 +238,7 @@ def test_a_partial_answers_refresh_token_is_stored(world: World, serve: Serve) -
     assert world.renew().counts == {"due": 2, "renewed": 0, "needs_reauth": 0, "failed": 2, "postponed": 0}
     for id in (1, 2):
         assert (world.link(id).token, world.link(id).refresh_link) == ("old-access", "next")
+    assert world.renew().counts["postponed"] == 2  # they back off
 
 
 @pytest.mark.parametrize("told", [{"retry-after": "120"}, {}])
@@ -250,6 +252,69 @@ def test_429_pauses_the_provider_for_as_long_as_it_says(world: World, serve: Ser
     ).fetchone()
     assert row is not None
     assert 50 < row[0] <= 120 if told else 50 < row[0] < 70
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_provider_that_asks_for_a_short_rest_is_waited_for(world: World, serve: Serve, concurrency: int) -> None:
+    """Else one that takes twenty requests at a time would get twenty per run, and the links behind them would die."""
+    rests, disturbed = [0.0], list[float]()  # when each rest ends
+
+    def twenty_at_a_time(request: Request) -> Raw:
+        now = time.monotonic()
+        if rests[-1] - 0.7 < now < rests[-1] - 0.05:  # later than what was in flight when it began
+            disturbed.append(now)
+        if now < rests[-1] or sum(provider.renewals.values()) >= 20 * len(rests):
+            if now >= rests[-1]:
+                rests.append(now + 1)
+            return reply(429, b"", {"retry-after": "1"})
+        return provider.renew(request)
+
+    provider = serve(script=twenty_at_a_time)
+    world.settings["providers"] = {"acme": {"concurrency": concurrency}}
+    world.add_provider(provider)
+    for number in range(70):
+        world.add_link(provider.log_in(f"user{number}"))
+
+    report = world.renew()
+
+    assert report.outcome == "succeeded"
+    assert 70 - 3 * concurrency <= report.counts["renewed"] == len(provider.renewals) < 70
+    assert report.counts["postponed"] == 70 - len(provider.renewals)
+    assert disturbed == []
+    # Nothing is asked for twice in a run.
+    assert len(provider.requests) == len({request.form["refresh_token"] for request in provider.requests}) == 70
+    provider.script = None
+    world.let_time_pass()
+    assert world.renew().counts["renewed"] == report.counts["postponed"]
+
+
+def test_a_stop_waits_for_no_rest(world: World, serve: Serve) -> None:
+    context = world.context()
+
+    def one_then_rest(request: Request) -> Raw:
+        if not provider.renewals:
+            return provider.renew(request)
+        context.stop.set(JobAborted("the process was asked to stop"))
+        return reply(429, b"", {"retry-after": "30"})
+
+    provider = serve(script=one_then_rest)
+    world.settings["providers"] = {"acme": {"concurrency": 1}}
+    world.add_provider(provider)
+    for number in range(5):
+        world.add_link(provider.log_in(f"user{number}"))
+
+    report = world.run(context)
+
+    assert (report.outcome, report.counts["renewed"], report.counts["postponed"]) == ("aborted", 1, 4)
+    assert report.duration.total_seconds() < 15
+    assert world.leases() == 0
+
+
+def test_a_provider_that_asks_for_a_rest_at_once_gets_it(world: World, serve: Serve) -> None:
+    faulty, _, counts = run_with(world, serve, reply(429, b"", {"retry-after": "1"}), links=10)
+    assert len(faulty.requests) <= 3
+    assert counts["postponed"] == 10
+    assert world.reports[-1].duration.total_seconds() < 1
 
 
 def test_a_provider_that_nobody_answers_for_is_no_fault_of_ours(world: World, serve: Serve) -> None:

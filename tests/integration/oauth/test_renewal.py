@@ -1,7 +1,7 @@
 """What is due, what becomes of a row, and what is told of a run; with a provider that behaves."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
+from catfeeder_cron.schedule import IntervalSchedule
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 
@@ -272,6 +273,10 @@ def test_without_a_place_for_the_journal_nothing_is_sent(world: World, provider:
     assert report.reason is not None
     assert "STATE_DIRECTORY" in report.reason
     assert provider.requests == []
+    dry = world.renew(dry_run=True)
+    assert dry.outcome == "failed"
+    assert dry.reason is not None
+    assert f"{world.state_directory} is no directory" in dry.reason
 
 
 def test_a_missing_table_or_privilege_is_named(world: World, provider: Provider) -> None:
@@ -289,6 +294,66 @@ def test_a_link_whose_service_has_no_provider_is_postponed_and_named(world: Worl
     assert report.outcome == "failed"
     assert report.reason == "nothing could be renewed: orphan: its service has no row in the table of providers"
     assert report.counts == {"due": 1, "renewed": 0, "needs_reauth": 0, "failed": 0, "postponed": 1}
+
+
+def test_what_is_left_alone_says_why(world: World, provider: Provider) -> None:
+    """The report by provider names how many rows back off or are in doubt, and until when; a dry run as well."""
+    world.add_link(provider.log_in("tom"))
+    failing, doubtful = world.add_link(provider.log_in("tim")), world.add_link(provider.log_in("tam"))
+    world.connection.execute(
+        "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, failures, not_before, sent, sent_at)"
+        " SELECT id, 1, CASE id WHEN %s THEN '2099-01-01 12:04:31Z'::timestamptz END,"
+        " CASE id WHEN %s THEN sha256(convert_to(refresh_link, 'UTF8')) END, now()"
+        ' FROM "ActiveOauths" WHERE id = ANY (%s)',
+        [failing, doubtful, [failing, doubtful]],
+    )
+    why = (
+        "1 back off after a failure, the first until 12:04:31 UTC; "
+        "1 were sent without a known answer and rest for 10 minutes"
+    )
+
+    dry, done = world.renew(dry_run=True), world.renew()
+
+    assert dry.provider_reasons == done.provider_reasons == {"acme": why}
+    assert done.as_json()["providers"]["acme"] == {**done.by_provider["acme"], "reason": why}
+    assert (done.counts["renewed"], done.counts["postponed"]) == (1, 2)
+
+
+def test_tokens_that_live_shorter_than_the_interval_are_renewed_once_in_a_run(world: World, provider: Provider) -> None:
+    provider.expires_in = 60
+    for number in range(40):
+        world.add_link(provider.log_in(f"user{number}"), span=60)
+    for _ in range(2):
+        assert world.renew().counts == {"due": 40, "renewed": 40, "needs_reauth": 0, "failed": 0, "postponed": 0}
+    assert len(provider.requests) == 80
+
+
+def test_daemons_that_work_for_one_slot_renew_such_a_token_once(world: World, provider: Provider) -> None:
+    provider.expires_in = 60
+    world.add_link(provider.log_in("tom"), span=60)
+    slot = datetime.now(UTC) - timedelta(seconds=2)
+
+    assert world.renew(slot=slot).counts["renewed"] == 1
+    assert world.renew(slot=slot).counts["due"] == 0
+    assert world.renew(slot=datetime.now(UTC)).counts["renewed"] == 1
+
+
+def test_a_lifespan_that_contradicts_the_expiry_keeps_no_token_from_being_renewed(
+    world: World, provider: Provider
+) -> None:
+    world.add_link(provider.log_in("tom"), left="5 min", span=1)
+    context = world.context()
+    context.schedule = IntervalSchedule(timedelta(days=1000), "renew-oauth")
+    assert world.run(context).counts["renewed"] == 1
+
+
+def test_a_row_that_somebody_has_locked_is_postponed(world: World, provider: Provider) -> None:
+    locked = world.add_link(provider.log_in("tom"))
+    world.add_link(provider.log_in("tim"))
+    with psycopg.connect(world.url) as web:
+        web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [locked])
+        assert world.renew().counts == {"due": 2, "renewed": 1, "needs_reauth": 0, "failed": 0, "postponed": 1}
+    assert world.renew().counts["renewed"] == 1
 
 
 def test_the_job_is_shared_and_wants_its_index() -> None:

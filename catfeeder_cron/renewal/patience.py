@@ -1,0 +1,120 @@
+"""When a run leaves a provider alone: for the rest of it, or for the short while that the provider asks for."""
+
+import asyncio
+
+from catfeeder_cron.errors import DatabaseUnavailable
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Refused, Renewed, Transient
+from catfeeder_cron.oauth.provider import Provider
+from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.claims import clock
+from catfeeder_cron.renewal.outbox import Outbox
+from catfeeder_cron.renewal.providers import Pause, Standing
+
+log = get_logger(__name__)
+
+_TROUBLES_IN_A_ROW = 3
+# More than half of at least so many answers: then not the users are suspected.
+_ANSWERS_TO_JUDGE_BY = 20
+# What is claimed already is sent after a rest, so its lease must last.
+_LONGEST_REST_SECONDS = 30.0
+_SHORTEST_REST_SECONDS = 1.0
+_LOOK_UP_SECONDS = 0.2
+
+
+class Patience:
+    """One provider's in one run. Made and used inside one event loop."""
+
+    def __init__(self, outbox: Outbox, provider: Provider, standing: Standing) -> None:
+        self.answers = 0
+        self.dead = 0
+        self.suspect = False
+        """The provider calls so many tokens dead that nobody is to be blamed for it."""
+        self.halted: str | None = None
+        """Why nothing more is sent to this provider in this run."""
+        self.refused = False
+        """Whether it is halted because the provider refuses us."""
+        self.rests = 0
+        self._outbox = outbox
+        self._provider = provider
+        self._standing = standing
+        self._troubles = 0
+        self._fruitful = False
+        self._awake = asyncio.Event()
+        self._awake.set()
+
+    @property
+    def may_send(self) -> bool:
+        return self.halted is None and self._awake.is_set()
+
+    async def rested(self) -> None:
+        """Wait while the provider is given a rest."""
+        await self._awake.wait()
+
+    def heed(self, answer: Answer) -> Pause | None:
+        """Stop sending at once where the answer asks for it; return the pause that then is to be kept, by `keep`."""
+        self.answers += 1
+        match answer:
+            case Renewed():
+                self._troubles, self._fruitful = 0, True
+            case Dead(reason):
+                self._troubles = 0
+                self.dead += 1
+                if self.answers >= _ANSWERS_TO_JUDGE_BY and self.dead * 2 > self.answers:
+                    self._suspect()
+            case Refused(reason):
+                return self._begin(providers.refused(reason))
+            case Transient(reason, throttled=True) as throttled:
+                return self._begin(providers.throttled(reason, throttled.retry_after))
+            case Transient(reason) | Ambiguous(reason):
+                self._troubles += 1
+                if isinstance(answer, Transient) and answer.retry_after is not None:
+                    return self._begin(providers.throttled(reason, answer.retry_after))
+                if self._troubles >= _TROUBLES_IN_A_ROW:
+                    return self._begin(providers.out_of_order(reason))
+        return None
+
+    async def keep(self, pause: Pause) -> None:
+        """Let every daemon keep the pause; return when it is over, if this run waits for that."""
+        same_as_before = self._standing.failures and self._standing.reason == pause.reason
+        told_before = same_as_before or (self.halted is None and self.rests > 1)
+        try:
+            seconds = await self._outbox.in_thread(
+                providers.pause, self._outbox.context.database, self._provider, pause
+            )
+            tell = log.info if told_before else log.error if pause.refused else log.warning
+            tell("oauth_provider_paused", provider=self._provider.name, seconds=round(seconds), reason=pause.reason)
+            until = clock() + max(seconds, _SHORTEST_REST_SECONDS)
+            while self.halted is None and clock() < until and not self._outbox.is_ending():
+                await asyncio.sleep(_LOOK_UP_SECONDS)
+        except DatabaseUnavailable:
+            self.halted = pause.reason
+        finally:
+            self._awake.set()
+
+    async def end(self) -> None:
+        """Forget the pauses before this run, and its rests, if the provider answers again."""
+        if self.answers and (self._standing.failures or self.rests) and self.halted is None:
+            await self._outbox.in_thread(providers.resume, self._outbox.context.database, self._provider)
+
+    def _begin(self, pause: Pause) -> Pause | None:
+        """Begin a rest if the provider asks for a short one, and has renewed something since the last; else halt."""
+        if not self.may_send:
+            return None
+        if self._fruitful and pause.given is not None and pause.given <= _LONGEST_REST_SECONDS:
+            self._awake.clear()
+            self.rests, self._fruitful = self.rests + 1, False
+        else:
+            self.halted, self.refused = pause.reason, pause.refused
+        return pause
+
+    def _suspect(self) -> None:
+        if not self.suspect:
+            self.suspect, self.halted = True, "it calls most tokens invalid"
+            log.error(
+                "oauth_provider_suspected",
+                provider=self._provider.name,
+                invalid=self.dead,
+                answers=self.answers,
+                reason="half of its users can't have lost their link at once, so nobody is asked to log in again",
+            )

@@ -1,0 +1,271 @@
+"""The enabled jobs on a BackgroundTasks: at their slots, when these went by unseen, and when something is due between.
+
+The account of a job's slots (dispatch.py) is opened when the database has been found, and looked at again whenever
+that was away, or this process was.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+from catfeeder_cron.background_tasks import BackgroundTasks
+from catfeeder_cron.config import Settings
+from catfeeder_cron.database import Database
+from catfeeder_cron.dispatch import Dispatch
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, UnknownJob
+from catfeeder_cron.job import JobReport
+from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.presence import Presence
+from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.waker import Waker
+from catfeeder_cron.workshop import Workshop
+
+log = get_logger(__name__)
+
+_COMING_UP = timedelta(seconds=5)
+
+
+class Timetable:
+    """All methods may be called from any thread. The lock is never held while the database is asked."""
+
+    def __init__(
+        self, tasks: BackgroundTasks, workshop: Workshop, database: Database, ledger: Ledger, presence: Presence
+    ) -> None:
+        self._tasks = tasks
+        self._workshop = workshop
+        self._database = database
+        self._ledger = ledger
+        self._presence = presence
+        self._dispatches: dict[str, Dispatch] = {}
+        self._returns_seen = 0
+        self._wakers: dict[str, Waker] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules of the jobs that are on it, by their ids."""
+        with self._lock:
+            return {job_id: dispatch.schedule for job_id, dispatch in self._dispatches.items()}
+
+    def fill(self) -> bool:
+        """Put every enabled job on it, in place of what an earlier call put there.
+
+        Returns False, with the reason logged, where one could not be.
+        """
+        with self._lock:
+            jobs = self._workshop.settings.jobs
+            self._dispatches = {job_id: self._dispatch(job_id) for job_id, job in jobs.items() if job.enabled}
+            added = [self._put_on(dispatch) for dispatch in self._dispatches.values()]
+            self._listen()
+        return all(added)
+
+    def reload(self, settings: Settings) -> None:
+        """Put another configuration in force: jobs come, go and move. One whose slots stay the same keeps its account.
+
+        Raises a DatabaseError where the accounts could not be changed; the next heartbeat opens the new ones.
+        """
+        with self._lock:
+            before = self._workshop.settings
+            self._workshop.take_over(settings)
+            gone = [job for job in self._dispatches if job not in settings.jobs or not settings.jobs[job].enabled]
+            for job_id in gone:
+                del self._dispatches[job_id]
+                self._take_off(job_id)
+            changed = {
+                job_id: self._dispatch(job_id)
+                for job_id, job in settings.jobs.items()
+                if job.enabled
+                and (job_id not in self._dispatches or _slots(before, job_id) != _slots(settings, job_id))
+            }
+            self._dispatches |= changed
+            for job_id, dispatch in changed.items():
+                self._take_off(job_id)
+                self._put_on(dispatch)
+        with suppress(DatabaseUnavailable):  # told by the database itself; made up for when it is back
+            # The others' slots are theirs to claim: one that comes up at this moment is not overdue.
+            self._open_accounts(changed, gone)
+
+    def after_beat(self) -> None:
+        """Open the accounts at the first heartbeat and after each return, and catch up on what is overdue."""
+        with self._lock:
+            returns = self._presence.returns
+            dispatches = {
+                job_id: dispatch
+                for job_id, dispatch in self._dispatches.items()
+                if returns != self._returns_seen or dispatch.accounted_until is None
+            }
+            recoverable = [job_id for job_id in dispatches if self._workshop.find(job_id)[0].recover is not None]
+        if self._workshop.stopping:
+            return
+        if dispatches:
+            self._open_accounts(dispatches)
+        for job_id in recoverable:
+            self._run_soon(self._recover, job_id, _recovery_id(job_id))
+        self._returns_seen = returns
+
+    def ran(self, report: JobReport) -> None:
+        """Take note of a run that has ended, whoever began it: what it left may be due before the next slot."""
+        if report.job in self._wakers:
+            self._wakers[report.job].ran(fruitful=any(report.counts.values()))
+
+    def close(self) -> None:
+        """Take off all that is on it, and wake no job any more. Idempotent."""
+        for waker in self._wakers.values():
+            waker.close()
+        with self._lock:
+            for job_id in self._dispatches:
+                self._take_off(job_id)
+
+    def _dispatch(self, job_id: str) -> Dispatch:
+        job, settings = self._workshop.find(job_id)
+        schedule = self._workshop.schedule(job_id)
+        trigger = ScheduleTrigger(schedule, job_id, settings.jitter)
+        return Dispatch(job_id, schedule, trigger, job.shared, self._ledger, self._presence)
+
+    def _put_on(self, dispatch: Dispatch) -> bool:
+        job_id = dispatch.job_id
+        if dispatch.schedule.next_after(datetime.now(UTC)) is None:
+            log.info("job_has_no_slot_ahead", job=job_id, trigger=dispatch.schedule.describe())
+            return True
+        added = self._tasks.safe_add_task(
+            self._run_due,
+            args=[job_id, "schedule"],
+            trigger=dispatch.trigger,
+            id=job_id,
+            name=self._workshop.find(job_id)[0].summary,
+            replace_existing=True,
+            # One runs, one finds out that it is still running; more would only pile up.
+            max_instances=2,
+        )
+        return not isinstance(added, int)
+
+    def _take_off(self, job_id: str) -> None:
+        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id), _recovery_id(job_id)):
+            with suppress(UnknownJob):  # a date's only slot is over
+                self._tasks.remove_task(task_id)
+
+    def _run_soon(self, func: Callable[..., None], job_id: str, task_id: str, *args: object, at_once: int = 1) -> None:
+        self._tasks.safe_add_task(
+            func, args=[job_id, *args], trigger="date", id=task_id, replace_existing=True, max_instances=at_once
+        )
+
+    def _run_due(self, job_id: str, trigger: Trigger) -> None:
+        """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
+        with self._lock:
+            dispatch = self._dispatches.get(job_id)
+        if dispatch is None:
+            return  # a reload has taken it off the schedule
+        begun = datetime.now(UTC)
+        report = self._run(job_id, lambda: dispatch.claim(trigger))
+        if report is None:
+            return
+        interval = dispatch.interval(begun)
+        if interval and report.duration > interval / 2:
+            log.warning(
+                "job_slow",
+                job=job_id,
+                run_id=report.run_id,
+                duration_seconds=round(report.duration.total_seconds(), 3),
+                interval_seconds=interval.total_seconds(),
+            )
+        # What came up meanwhile and found no free worker, unless a reload has opened another account.
+        with suppress(DatabaseError):
+            if self._dispatches.get(job_id) is dispatch:
+                dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
+
+    def _run(self, job_id: str, claim: Callable[[], int | None]) -> JobReport | None:
+        try:
+            report = self._workshop.run(job_id, claim)
+        except UnknownJob:
+            return None  # a reload has removed it at this moment
+        except (DatabaseUnavailable, JobInterrupted):
+            return None  # told already; the slot is accounted for when the database, or a daemon, is back
+        except CatfeederCronError as error:
+            log.error("slot_not_claimed", job=job_id, reason=str(error))
+            return None
+        if report is not None:
+            self.ran(report)
+        return report
+
+    def _open_accounts(self, dispatches: dict[str, Dispatch], gone: Iterable[str] = ()) -> None:
+        """Learn how far the jobs' slots are accounted for, and catch up; close the accounts of those `gone`."""
+        triggers = {job_id: dispatch.schedule.describe() for job_id, dispatch in dispatches.items()}
+        disabled = [job_id for job_id, job in self._workshop.settings.jobs.items() if not job.enabled]
+        for job_id, accounted_until in self._ledger.register(triggers, [*disabled, *gone]).items():
+            dispatches[job_id].accounted_until = accounted_until
+            self._catch_up(dispatches[job_id])
+
+    def _catch_up(self, dispatch: Dispatch) -> None:
+        job_id = dispatch.job_id
+        with self._lock:
+            if self._dispatches.get(job_id) is not dispatch:
+                return  # a reload has put another in its place
+            self._mind_the_clock(dispatch)
+            if dispatch.due() is None:
+                return
+            if self._workshop.settings.jobs[job_id].catch_up:
+                self._run_soon(self._run_due, job_id, _catch_up_id(job_id), "catch_up", at_once=2)
+                return
+        # Not what has just come up: another daemon is about to run it.
+        dispatch.pass_over(until=datetime.now(UTC) - _COMING_UP)
+
+    def _mind_the_clock(self, dispatch: Dispatch) -> None:
+        """Put a job on anew whose task would wait for a time that the system's clock showed before it was put back."""
+        task = next((task for task in self._tasks.tasks if self._tasks.running and task.id == dispatch.job_id), None)
+        soon = dispatch.trigger.get_next_fire_time(None, datetime.now(UTC))
+        if task and soon and soon < task.next_run_time:
+            self._put_on(dispatch)
+
+    def _recover(self, job_id: str) -> None:
+        try:
+            job, _ = self._workshop.find(job_id)
+            if job.recover is not None:
+                job.recover(self._workshop.context(job_id))
+        except DatabaseUnavailable:
+            pass  # told by the database itself; called again when it is back
+        except CatfeederCronError as error:
+            log.error("job_not_recovered", job=job_id, reason=str(error))
+
+    def _listen(self) -> None:
+        """Have jobs run as soon as there is something to do for them."""
+        for job_id in self._dispatches:
+            wake = self._workshop.find(job_id)[0].wake
+            if wake is not None and job_id not in self._wakers:
+                due_in, run = partial(self._due_in, job_id), partial(self._wake, job_id)
+                self._wakers[job_id] = Waker(job_id, self._database, wake.channel, due_in, run)
+                self._wakers[job_id].start()
+
+    def _due_in(self, job_id: str) -> float | None:
+        wake = self._workshop.find(job_id)[0].wake
+        return wake.due_in(self._workshop.context(job_id)) if wake else None
+
+    def _wake(self, job_id: str) -> None:
+        if not self._workshop.stopping:
+            self._run_soon(self._run_woken, job_id, _woken_id(job_id))
+
+    def _run_woken(self, job_id: str) -> None:
+        """Run a job between its slots, unless it is running here, or paused."""
+        job, _ = self._workshop.find(job_id)
+        self._run(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared))
+
+
+def _catch_up_id(job_id: str) -> str:
+    return f"{job_id} (catching up)"
+
+
+def _woken_id(job_id: str) -> str:
+    return f"{job_id} (woken)"
+
+
+def _recovery_id(job_id: str) -> str:
+    return f"{job_id} (recovering)"
+
+
+def _slots(settings: Settings, job_id: str) -> tuple[object, ...]:
+    """What a job's slots follow from."""
+    job = settings.jobs[job_id]
+    return job.interval, job.cron, job.date, job.timezone, job.jitter, settings.scheduler.timezone

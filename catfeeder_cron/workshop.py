@@ -1,0 +1,113 @@
+"""One run of a configured job in this process: what it is given, who watches over it, who is told of it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
+from catfeeder_cron.custom_jobs import custom_job
+from catfeeder_cron.database import Database
+from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
+from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.pings import Pings
+from catfeeder_cron.runner import run_job
+from catfeeder_cron.schedule import Schedule, schedule_for
+from catfeeder_cron.supervisor import Run, Supervisor
+
+
+class Workshop:
+    """Runs the jobs of the configuration that is in force. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        jobs: Mapping[str, Job[Any]],
+        database: Database,
+        supervisor: Supervisor,
+        oauth: OAuthClient | None = None,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._database = database
+        self._supervisor = supervisor
+        self._owns_oauth = oauth is None
+        self._oauth = oauth or OAuthClient(settings.oauth)
+        self._pings = Pings()
+        self._skipped: dict[str, str | None] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration that is in force."""
+        return self._settings
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no run may begin any more."""
+        return self._supervisor.stopping
+
+    def take_over(self, settings: Settings) -> None:
+        """Put another configuration in force. An OAuth client that was handed in stays."""
+        if self._owns_oauth and settings.oauth != self._settings.oauth:
+            self._oauth = OAuthClient(settings.oauth)
+        self._settings = settings
+
+    def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
+        """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
+        settings = self._settings.require_job(job_id)
+        if isinstance(settings, CustomJobSettings):
+            return custom_job(job_id, settings), settings
+        return self._jobs[job_id], settings
+
+    def schedule(self, job_id: str) -> Schedule:
+        """Return when a job is due. Raises UnknownJob."""
+        settings = self._settings
+        return schedule_for(job_id, settings.require_job(job_id), settings.scheduler.timezone)
+
+    def context(self, job_id: str, progress: Progress = no_progress) -> JobContext:
+        """Return what a run of a job is given. Raises UnknownJob."""
+        settings = self._settings
+        return JobContext(
+            database=self._database,
+            tables=settings.database.tables,
+            timeout=settings.require_job(job_id).timeout,
+            actions=settings.actions,
+            progress=progress,
+            schedule=self.schedule(job_id),
+            oauth=self._oauth,
+        )
+
+    def run(self, job_id: str, claim: Callable[[], int | None], progress: Progress = no_progress) -> JobReport | None:
+        """Do the run that `claim` gets, in this thread, and return what is to be told of it; None when it gets none.
+
+        Raises UnknownJob, what Supervisor.begin raises, and what `claim` does.
+        """
+        job, settings = self.find(job_id)
+        run = self._supervisor.begin(job_id, self.context(job_id, progress), claim)
+        return None if run is None else self._work(run, job, settings)
+
+    def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
+        """Have a job count what it would do. That is claimed by nobody, and leaves no trace. Raises UnknownJob."""
+        job, settings = self.find(job_id)
+        context = self.context(job_id, progress)
+        context.dry_run = True
+        return run_job(job, context, settings)
+
+    def close(self, abandoned: str | None = None) -> None:
+        """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""
+        if abandoned is None:
+            self._supervisor.wait()
+        for job_id in self._supervisor.running:
+            with suppress(UnknownJob):  # a reload has removed it
+                self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
+        self._supervisor.close(abandoned)
+        self._pings.close()
+
+    def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
+        self._pings.send(job.id, settings.ping_url, "start")
+        report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
+        self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
+        self._supervisor.end(run, report)
+        succeeded = report.outcome in ("succeeded", "skipped")
+        self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
+        return report
