@@ -17,7 +17,7 @@ help: ## list the targets
 run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
 	@exec $(BIN)/catfeeder-cron demo
 
-test: $(VENV)/program ## run the tests, in two halves side by side (about three minutes)
+test: $(VENV)/program ## run the tests, in two halves side by side (three to four minutes)
 	@echo "what each half says comes when it is over"
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-integration test-others
 
