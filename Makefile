@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage proof test-systemd check format bench man install uninstall purge lock clean
+.PHONY: help run test coverage test-integration test-others proof test-systemd check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -17,13 +17,23 @@ help: ## list the targets
 run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
 	@exec $(BIN)/catfeeder-cron demo
 
-test: $(VENV)/program ## run the tests (about four minutes)
-	$(BIN)/pytest
+test: $(VENV)/program ## run the tests, in two halves side by side (three to four minutes)
+	@echo "what each half says comes when it is over"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-integration test-others
 
 coverage: $(VENV)/program ## run the tests and say which lines and branches they leave out
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync PYTEST="$(BIN)/coverage run -m pytest" test-integration test-others
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+# The halves of `make test`. Each has a PostgreSQL of its own, and most tests wait for something.
+PYTEST = $(BIN)/pytest
+
+test-integration:
+	$(PYTEST) tests/integration
+
+test-others:
+	$(PYTEST) tests --ignore=tests/integration
 
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
 	$(BIN)/python -m pytest tests -m proof

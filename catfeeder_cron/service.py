@@ -15,6 +15,7 @@ from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
 
+_HANDLER_SECONDS = 1
 _LONGEST_RELOAD_SECONDS = 5
 _SEND_TIMEOUT_SECONDS = 1
 
@@ -32,11 +33,19 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        # A handler runs when the main thread comes to it. A signal that arrives just before that begins to wait, or in
+        # another thread, interrupts nothing, and the wait may be long; what is written here is read at once.
+        read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._write_end, False)
+        self._previous_end = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=[read_end], name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._previous_end)
+        os.close(self._write_end)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -53,6 +62,14 @@ class StopSignals:
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.requested.set()
+
+    def _read(self, read_end: int) -> None:
+        """Take in the numbers of the signals that arrive, until the writing end is closed."""
+        with open(read_end, "rb", buffering=0) as arrived:
+            while numbers := arrived.read(64):
+                # The handler comes first where it can: until it has run, a second signal would be one with the first.
+                if any(number in numbers for number in self.SIGNALS) and not self.requested.wait(_HANDLER_SECONDS):
+                    self.requested.set()
 
 
 class ReloadSignal:

@@ -294,7 +294,7 @@ def test_no_secret_is_ever_told(program: Program) -> None:
     )
     commands = (["list"], ["run-once", "clean-tokens"], ["history"], ["init-db"])
     said = [program.run(*arguments) for arguments in commands]
-    daemon = program.start("start")
+    daemon = program.daemon()
     daemon.wait_for("database_unreachable")
     said.append(daemon.stop())
 

@@ -39,7 +39,9 @@ def test_daemons_share_the_slots_and_history_and_list_tell_them(
 ) -> None:
     program.configure(database_url, EVERY_SECOND)
     admin.execute(ADD_CONNECTIONS, {"expired": 250, "live": 50})
-    daemons = [program.daemon(), program.daemon()]
+    daemons = [program.start("start"), program.start("start")]
+    for daemon in daemons:
+        daemon.wait_for("daemon_started")
     by_schedule = "catfeeder_cron.job_runs WHERE trigger = 'schedule' AND outcome = 'succeeded'"
     eventually(lambda: count(admin, by_schedule) >= 4, "four slots")
     assert (count(admin, EXPIRED), count(admin, '"Connections"')) == (0, 50)
@@ -150,7 +152,7 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
 ) -> None:
     admin.execute(SLOW_DOWN_DELETIONS.replace("0.1", "60"))
     admin.execute(ADD_CONNECTIONS, {"expired": 1000, "live": 0})
-    for grace, ended_by in ((60, -signal.SIGTERM), (1, 0)):
+    for grace, ended_by in ((60, -signal.SIGTERM), (0.2, 0)):
         program.configure(database_url, f"[scheduler]\nshutdown_grace = {grace}\n{EVERY_SECOND}")
         daemon = program.daemon()
         eventually(lambda: count(admin, "pg_stat_activity WHERE wait_event = 'PgSleep'"), "a batch in hand")
@@ -167,7 +169,7 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
     recorded = admin.execute(
         "SELECT outcome, reason FROM catfeeder_cron.job_runs WHERE missed IS NULL ORDER BY run_id DESC LIMIT 1"
     ).fetchone()
-    assert recorded == ("aborted", "still running 1 s after the stop")
+    assert recorded == ("aborted", "still running 0.2 s after the stop")
 
 
 def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_goes_on(

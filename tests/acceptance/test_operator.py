@@ -31,6 +31,7 @@ enabled = false
 """
 
 MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+PAUSED = "catfeeder_cron.job_runs WHERE job IN ('tick', 'tock') AND reason = 'paused' AND missed > 0"
 
 # Every slot of a job that falls into a stretch of time is a run or part of a missed stretch, once.
 SLOTS = """
@@ -65,8 +66,10 @@ def assert_no_slot_lost_or_doubled(admin: psycopg.Connection, job: str, at_least
 def two(program: Program, app_tables: None, database_url: str, admin: psycopg.Connection) -> tuple[Running, Running]:
     """Two daemons that share two jobs of one second."""
     program.configure(database_url, TICK)
-    daemons = program.daemon(), program.daemon()
-    eventually(lambda: all(runs_since(admin, job, 0) >= 2 for job in ("tick", "tock")), "both jobs run")
+    daemons = program.start("start"), program.start("start")
+    for daemon in daemons:
+        daemon.wait_for("daemon_started")
+    eventually(lambda: all(runs_since(admin, job, 0) for job in ("tick", "tock")), "both jobs run")
     return daemons
 
 
@@ -77,7 +80,7 @@ def test_a_pause_from_one_shell_stops_both_daemons_within_a_second(
     assert (paused.status, paused.stdout, paused.stderr) == (0, "paused: tick\n", "")
     before, other = last_run(admin, "tick"), last_run(admin, "tock")
 
-    eventually(lambda: runs_since(admin, "tock", other) >= 4, "the other job goes on")
+    eventually(lambda: runs_since(admin, "tock", other) >= 3, "the other job goes on")
     # What was begun before the pause was committed may have got its number after we looked: no later one did.
     assert runs_since(admin, "tick", before) == 0
     listed = {job["job"]: job for job in program.run("list", "--json").document}
@@ -87,7 +90,7 @@ def test_a_pause_from_one_shell_stops_both_daemons_within_a_second(
     assert re.search(told, program.run("status").stdout)
     stretch = history(program, "tick", 1)[0]
     assert (stretch["outcome"], stretch["reason"]) == ("skipped", "paused: the table is being moved")
-    assert stretch["missed"] >= 3
+    assert stretch["missed"] >= 2
 
     assert program.run("run-once", "tick").status == 0
 
@@ -101,14 +104,17 @@ def test_a_pause_from_one_shell_stops_both_daemons_within_a_second(
 def test_a_pause_of_all_jobs_ends_by_itself(
     program: Program, two: tuple[Running, Running], admin: psycopg.Connection
 ) -> None:
-    assert program.run("pause", "--for", "3s").stdout == "paused: all jobs\n"
+    assert program.run("pause", "--for", "1h").stdout == "paused: all jobs\n"
     before = {job: last_run(admin, job) for job in ("tick", "tock")}
 
     jobs = program.run("status", "--json").document["jobs"]
     assert all(job["paused"] and job["paused_until"].endswith("Z") for job in jobs)
     assert all(job["paused_at"] < job["paused_until"] and job["paused_by"] == platform.node() for job in jobs)
     assert re.search(rf"paused since {MOMENT} until {MOMENT} by ", program.run("status").stdout)
+    eventually(lambda: count(admin, PAUSED) == 2, "a slot of both goes by")
     assert not any(runs_since(admin, job, run_id) for job, run_id in before.items())
+    # All but a second of the hour goes by.
+    admin.execute("UPDATE catfeeder_cron.pauses SET until = now() + interval '1 s'")
     eventually(lambda: all(runs_since(admin, job, run_id) >= 1 for job, run_id in before.items()), "it is over")
     assert not any(job["paused"] for job in program.run("list", "--json").document)
     reasons = {run["reason"] for run in history(program, "tick") if run["missed"]}
@@ -126,7 +132,8 @@ def test_a_pause_lasts_over_restarts_and_nothing_is_caught_up_in_it(
     assert first.stop().status == 0
 
     program.daemon()
-    eventually(lambda: history(program, "tick", 1)[0]["missed"], "slots are accounted for")
+    missed = "catfeeder_cron.job_runs WHERE job = 'tick' AND reason = 'paused' AND missed > 0"
+    eventually(lambda: count(admin, missed), "slots are accounted for")
     assert runs_since(admin, "tick", before) == 0
     assert program.run("resume").stdout == "resumed: tick, tock\n"
     eventually(lambda: runs_since(admin, "tick", before) >= 1, "the job goes on")
@@ -186,8 +193,10 @@ def test_a_reload_adds_removes_reschedules_and_leaves_running_jobs_alone(
 ) -> None:
     program.configure(
         database_url,
-        '[jobs.long]\ninterval = 1\nsql = "SELECT pg_sleep(3)"\n[jobs.going]\ninterval = 1\nsql = "SELECT 1"',
+        '[jobs.long]\ninterval = 1\nsql = "SELECT pg_advisory_xact_lock(1)"\n'
+        '[jobs.going]\ninterval = 1\nsql = "SELECT 1"',
     )
+    admin.execute("SELECT pg_advisory_lock(1)")
     daemon = program.daemon()
     eventually(lambda: count(admin, "catfeeder_cron.job_runs WHERE job = 'long' AND outcome IS NULL"), "it runs")
     eventually(lambda: runs_since(admin, "going", 0), "the other one runs")
@@ -196,15 +205,16 @@ def test_a_reload_adds_removes_reschedules_and_leaves_running_jobs_alone(
     daemon.signal(signal.SIGHUP)
     daemon.wait_for("reloaded")
     before = last_run(admin, "going")
+    admin.execute("SELECT pg_advisory_unlock(1)")
 
     eventually(lambda: count(admin, "catfeeder_cron.job_runs WHERE job = 'long' AND outcome = 'succeeded'"), "it ends")
-    assert runs_since(admin, "going", before) == 0
     assert count(admin, "catfeeder_cron.schedule WHERE job = 'coming' AND trigger = 'cron * * * * * (UTC)'") == 1
     assert count(admin, "catfeeder_cron.schedule WHERE job = 'going'") == 0
 
     program.configure(database_url, '[jobs.coming]\ninterval = 1\nsql = "SELECT 1"\n[logging]\nlevel = "debug"')
     daemon.signal(signal.SIGHUP)
     eventually(lambda: runs_since(admin, "coming", 0) >= 2, "the new schedule holds")
+    assert runs_since(admin, "going", before) == 0
     assert daemon.stop().status == 0
 
 
@@ -274,17 +284,20 @@ def test_what_needs_a_restart_is_said_key_by_key(program: Program, app_tables: N
     assert said == ["database.pool_max_size", "scheduler.max_workers", "metrics.listen"]
 
 
+@pytest.mark.parametrize(
+    ("reloads", "slots"), [pytest.param(25, 4, id="short"), pytest.param(50, 8, id="long", marks=pytest.mark.proof)]
+)
 def test_a_reload_under_load_loses_and_doubles_no_slot(
-    program: Program, app_tables: None, database_url: str, admin: psycopg.Connection
+    program: Program, app_tables: None, database_url: str, admin: psycopg.Connection, reloads: int, slots: int
 ) -> None:
     # Without catching up, a slot that is taken for one that went by is lost.
     jobs = TICK.replace('sql = "SELECT 1"', 'sql = "SELECT 1"\ncatch_up = false')
     configurations = [f"{jobs}\n[jobs.other{n}]\ninterval = {n + 1}\nsql = 'SELECT 1'" for n in range(2)]
     program.configure(database_url, configurations[0])
     daemons = program.daemon(), program.daemon()
-    eventually(lambda: runs_since(admin, "tick", 0) >= 2, "the job runs")
+    eventually(lambda: runs_since(admin, "tick", 0), "the job runs")
 
-    for number in range(50):
+    for number in range(reloads):
         program.configure(database_url, configurations[number % 2], path="next.toml").rename(
             program.folder / "config.toml"
         )
@@ -300,7 +313,7 @@ def test_a_reload_under_load_loses_and_doubles_no_slot(
         assert not daemon.events("job_raised")
         assert "Traceback" not in daemon.stderr
     for job in ("tick", "tock"):
-        assert_no_slot_lost_or_doubled(admin, job, at_least=8)
+        assert_no_slot_lost_or_doubled(admin, job, at_least=slots)
 
 
 GRANTS = """

@@ -206,9 +206,9 @@ def test_with_a_single_worker_what_a_run_left_no_room_for_was_missed_because_of_
     work = Work(released=False)
     office.open(work, max_workers=1, interval=1).inject_crons()
     wait_for(lambda: work.runs)
-    time.sleep(2.2)
+    time.sleep(1.1)  # in which a slot goes by
     work.released.set()
-    wait_for(lambda: rows(admin, "*", "missed >= 2"))
+    wait_for(lambda: rows(admin, "*", "missed >= 1"))
     office.close()
     assert {reason for (reason,) in rows(admin, "reason", "missed IS NOT NULL")} == {"still running"}
 
@@ -531,7 +531,7 @@ def test_after_the_grace_a_job_is_recorded_as_aborted_and_the_daemon_exits_with_
 def test_after_the_grace_a_daemon_whose_database_does_not_answer_ends_all_the_same(
     start: Callable[..., "subprocess.Popen[str]"], admin: psycopg.Connection, connect: Callable[..., psycopg.Connection]
 ) -> None:
-    process = start("ignores", grace=1)
+    process = start("ignores", grace=0.2)
     holder = connect(autocommit=False)
     holder.execute("LOCK TABLE catfeeder_cron.job_runs")
     process.send_signal(signal.SIGTERM)
@@ -560,7 +560,7 @@ def test_run_once_is_refused_with_75_while_a_daemon_runs_the_job_and_may_wait(
     assert (told["job"], told["outcome"]) == ("test-hello-world", "skipped")
 
     waiting = subprocess.Popen([*command, "test-hello-world", "--wait", "30s"], stdout=subprocess.PIPE)
-    time.sleep(1)
+    wait_for(lambda: admin.execute("SELECT count(*) FROM catfeeder_cron.daemons").fetchone() == (2,))
     process.send_signal(signal.SIGTERM)
     output, _ = waiting.communicate(timeout=20)
     assert waiting.returncode == 0

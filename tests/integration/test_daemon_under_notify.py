@@ -131,7 +131,8 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute(
             "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$BEGIN PERFORM pg_sleep(5); RETURN NULL; END$$"
+            # No job waits for a lock for long.
+            " $$BEGIN WHILE NOT pg_try_advisory_xact_lock(1) LOOP PERFORM pg_sleep(0.05); END LOOP; RETURN NULL; END$$"
         )
         connection.execute(
             'CREATE TRIGGER slowly AFTER DELETE ON "Connections" FOR EACH STATEMENT EXECUTE FUNCTION slowly()'
@@ -141,6 +142,7 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
             'INSERT INTO "Connections" (token, user_id, expiration_date)'
             " SELECT n::text, 1, now() - interval '1 day' FROM generate_series(1, 10) n"
         )
+        connection.execute("SELECT pg_advisory_lock(1)")
         jobs = '[jobs.clean-tokens]\ninterval = "1s"\n'
         with daemon(manager, tmp_path, config(database_url, jobs)) as process:
             manager.wait_for("STATUS=running clean-tokens")
@@ -149,6 +151,7 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
             manager.wait_for("STOPPING=1")
             for _ in range(2):
                 assert manager.wait_for("EXTEND_TIMEOUT_USEC=", anew=True) == "EXTEND_TIMEOUT_USEC=10000000"
+            connection.execute("SELECT pg_advisory_unlock(1)")
             assert process.wait(SOON) == 0
         assert "STATUS=stopping; waiting for clean-tokens" in manager.heard
         (outcome, counts), *_ = connection.execute(

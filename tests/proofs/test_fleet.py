@@ -65,7 +65,7 @@ def test_three_daemons_of_which_one_is_killed_now_and_then_account_for_every_slo
     fleet = launch(database_url)
     fleet.start(3)
     wait_for(lambda: accounted(database_url) > 0)
-    kill_at_random(fleet, 5, (0.7, 1.5))
+    kill_at_random(fleet, 3, (0.7, 1.5))
     fleet.stop()
     # The runs of those that were killed are open: nobody lived long enough to close them.
     with psycopg.connect(database_url, autocommit=True) as connection:

@@ -283,12 +283,14 @@ class YearOfMinutes:
             wall = instant + offset
             if wall != previous + 1:
                 self.changes.append(EPOCH + instant * MINUTE)
-            if abs(wall - previous - 1) > 180:
-                latest = wall - 1
-            for served in range(latest + 1, wall + 1):
-                self.due[served] = instant
+                if abs(wall - previous - 1) > 180:
+                    latest = wall - 1
+            if wall > latest:
+                for served in range(latest + 1, wall + 1):
+                    self.due[served] = instant
+                latest = wall
             self.shown.setdefault(wall, []).append(instant)
-            latest, previous = max(latest, wall), wall
+            previous = wall
 
     @staticmethod
     def _offset(zone: ZoneInfo, instant: int) -> int:

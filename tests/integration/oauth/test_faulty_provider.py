@@ -208,14 +208,14 @@ def test_an_answer_that_tells_nothing_is_asked_for_once_more_and_then_left_for_m
     assert [len(each.requests) for each in faulty] == [2] * len(faulty)
 
 
-@pytest.mark.parametrize("first", [AMBIGUOUS[0], Raw(reset=True)], ids=["html", "reset"])
-def test_the_second_try_saves_the_token(world: World, serve: Serve, first: Raw) -> None:
-    faulty = serve()
-    faulty.script = lambda request: first if len(faulty.requests) == 1 else faulty.renew(request)
-    world.add_provider(faulty)
-    id = world.add_link(faulty.log_in("tom"))
-    assert world.renew().counts["renewed"] == 1
-    assert world.link(id).token == faulty.access_tokens["tom"]
+def test_the_second_try_saves_the_token(world: World, serve: Serve) -> None:
+    faulty, ids = [serve(), serve()], []
+    for each, first in zip(faulty, (AMBIGUOUS[0], Raw(reset=True)), strict=True):
+        each.script = lambda request, each=each, first=first: first if len(each.requests) == 1 else each.renew(request)
+        world.add_provider(each, each.url)
+        ids.append(world.add_link(each.log_in("tom"), each.url))
+    assert world.renew().counts["renewed"] == len(faulty)
+    assert [world.link(id).token for id in ids] == [each.access_tokens["tom"] for each in faulty]
 
 
 def test_a_silent_provider_costs_its_deadline_and_no_more(world: World, serve: Serve) -> None:
