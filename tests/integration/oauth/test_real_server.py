@@ -15,7 +15,7 @@ from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.runner import run_job
 from tests.integration.oauth.conftest import World
 
-USERS = 60
+USERS = 320
 SCRIPT = Path(__file__).with_name("authorization_server.py")
 
 
