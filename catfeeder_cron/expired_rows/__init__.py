@@ -26,7 +26,7 @@ from catfeeder_cron.job import JobContext
 class ExpiredRowsSettings(JobSettings):
     """What the clean-up jobs have in common."""
 
-    batch_size: int = Field(default=5000, ge=1)
+    batch_size: int = Field(default=10_000, ge=1)
     """Rows that one transaction deletes at most."""
     max_rows: int | None = Field(default=None, ge=1)
     """Rows that one run deletes at most; the rest waits for the next run."""
