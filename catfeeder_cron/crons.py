@@ -239,9 +239,13 @@ class Crons:
         )
         ledger, presence = Ledger(database, Process("run-once")), Presence(datetime.now(UTC))
 
+        contacted = threading.Event()
+
         def prepare() -> None:
             schema.ensure(database)
-            self._on_contact()
+            if not contacted.is_set():  # it is called until a heartbeat gets through
+                contacted.set()
+                self._on_contact()
 
         supervisor = Supervisor(
             ledger,

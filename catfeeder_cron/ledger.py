@@ -143,7 +143,8 @@ _CLOSE = """
         WHERE this.run_id = %(run_id)s AND this.outcome IS NULL AND %(outcome)s = 'succeeded'
           AND (this.slot, this.trigger) IS NOT DISTINCT FROM (NULL, 'schedule')
           AND (before.slot, before.trigger, before.outcome) IS NOT DISTINCT FROM (NULL, 'schedule', 'succeeded')
-          AND before.started_at > now() - interval '1 hour'),
+          AND before.started_at > now() - interval '1 hour'
+        FOR UPDATE OF this),
     taken_in AS (
         DELETE FROM catfeeder_cron.job_runs WHERE run_id IN (SELECT run_id FROM earlier)
         RETURNING started_at, runs, counts),

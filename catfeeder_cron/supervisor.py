@@ -1,11 +1,11 @@
 """The runs of this process: kept alive in the ledger, watched, asked to stop, and recorded when they end."""
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
+from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
 from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger
@@ -22,11 +22,6 @@ _NEVER = float("-inf")
 
 TAKEN_FOR_DEAD = "this process was taken for dead, and the run was closed by another"
 ANSWER_LOST = "the database was cut off while the run was claimed"
-
-
-def _elapsed() -> float:
-    """Seconds on a clock that goes on while the machine is suspended, which Linux's monotonic one does not."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(eq=False)
@@ -164,7 +159,7 @@ class Supervisor:
             with self._changed:
                 before = list(self._runs)
                 claiming = self._claiming
-            begun = _elapsed()
+            begun = elapsed_seconds()
             try:
                 if self._last_beat == _NEVER:
                     self._prepare()
@@ -201,16 +196,16 @@ class Supervisor:
                     log.warning("runs_not_recorded", runs=len(self._unrecorded), reason=str(error))
 
     def _watch(self) -> None:
-        next_beat = next_forget = _elapsed()
+        next_beat = next_forget = elapsed_seconds()
         complaint = ""
         while not self._closing:
-            if _elapsed() >= next_beat:
-                next_beat = _elapsed() + HEARTBEAT_SECONDS
+            if elapsed_seconds() >= next_beat:
+                next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
                 try:
                     self.beat()
                     complaint = ""
-                    if _elapsed() >= next_forget:
-                        next_forget = _elapsed() + _FORGET_EVERY_SECONDS
+                    if elapsed_seconds() >= next_forget:
+                        next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
                         self._forget()
                 except DatabaseUnavailable:
                     pass  # told by the database itself, once
@@ -222,7 +217,7 @@ class Supervisor:
                     log.exception("heartbeat_failed")
             next_timeout = self._look_at_timeouts()
             self._on_change(None)
-            self._wake.wait(max(0.0, min(next_beat - _elapsed(), next_timeout)))
+            self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
             self._wake.clear()
 
     def _forget(self) -> None:
@@ -231,7 +226,7 @@ class Supervisor:
 
     def _confirm(self) -> None:
         """Beat before a batch when the others are about to take this process for dead, as after a freeze."""
-        if _elapsed() - self._last_beat > 0.7 * DEAD_AFTER_SECONDS:
+        if elapsed_seconds() - self._last_beat > 0.7 * DEAD_AFTER_SECONDS:
             self.beat()
 
     def _record(self) -> None:

@@ -14,7 +14,7 @@ from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.dispatch import Dispatch
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, UnknownJob
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, JobInterrupted, UnknownJob
 from catfeeder_cron.job import JobReport
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
 from catfeeder_cron.logs import get_logger
@@ -173,9 +173,13 @@ class Timetable:
                 interval_seconds=interval.total_seconds(),
             )
         # What came up meanwhile and found no free worker, unless a reload has opened another account.
-        with suppress(DatabaseError):
+        try:
             if self._dispatches.get(job_id) is dispatch:
                 dispatch.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
+        except DatabaseUnavailable:
+            pass  # told by the database itself; accounted for when it is back
+        except CatfeederCronError as error:
+            log.error("slots_not_accounted_for", job=job_id, reason=str(error))
 
     def _run(self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None) -> JobReport | None:
         try:

@@ -42,13 +42,9 @@ class Refused:
 
 @dataclass(frozen=True)
 class Transient:
-    """`processed` is false where the provider surely did not act on the request. `retry_after` is in seconds.
-
-    `unknown` is an error that nobody knows, which may be about one user alone.
-    """
+    """`retry_after` is in seconds. `unknown` is an error that nobody knows, which may be about one user alone."""
 
     reason: str
-    processed: bool
     throttled: bool = False
     retry_after: float | None = None
     unknown: bool = False

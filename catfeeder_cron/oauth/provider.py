@@ -21,8 +21,6 @@ class Provider:
     """The configuration names the method, so no other is tried."""
     concurrency: int
     access_lifetime: timedelta
-    refresh_lifetime: timedelta | None
-    renewal_extends: bool
     fault: str | None
     """Why it can't be asked, in words for the operator."""
 
@@ -48,8 +46,6 @@ def put_together(
         auth_is_configured=settings.client_auth is not None,
         concurrency=settings.concurrency or DEFAULT_CONCURRENCY,
         access_lifetime=known.access_lifetime,
-        refresh_lifetime=settings.refresh_lifetime or known.refresh_lifetime,
-        renewal_extends=known.renewal_extends,
         fault=_fault_of_url(name, url, settings.allow_http) or (None if client_id else "its client_id is empty"),
     )
 

@@ -60,18 +60,18 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
     if 300 <= status < 400:
         return Refused(f"{status}: it redirects, which is not followed")
     if status == 429:
-        return Transient(reason, processed=False, throttled=True, retry_after=retry_after)
+        return Transient(reason, throttled=True, retry_after=retry_after)
     if status in _MAY_HAVE_ROTATED:
         return Ambiguous(reason)
     if code:
-        return _read_error(status, code, fields, reason)
+        return _read_error(status, code, fields, reason, retry_after)
     if status < 500 and _is_dead_without_code(fields):
         return Dead(reason)
     if status in (404, 405, 410):
         return Refused(f"{status}: there is no token endpoint at this URL")
     if status == 408:
         return Ambiguous(reason)
-    return Transient(reason, processed=True, retry_after=retry_after)
+    return Transient(reason, retry_after=retry_after)
 
 
 def _read_success(fields: Mapping[str, Any], code: str, reason: str, secrets: tuple[str, ...]) -> Answer:
@@ -82,16 +82,17 @@ def _read_success(fields: Mapping[str, Any], code: str, reason: str, secrets: tu
     if refresh_token:
         return Partial(refresh_token, "it sent a refresh token without a usable access token")
     if code:
-        return _read_error(200, code, fields, _in_words(200, code, fields, secrets))
+        return _read_error(200, code, fields, _in_words(200, code, fields, secrets), None)
     return Ambiguous(f"{reason}, without a usable access token")
 
 
-def _read_error(status: int, code: str, fields: Mapping[str, Any], reason: str) -> Answer:
+def _read_error(status: int, code: str, fields: Mapping[str, Any], reason: str, retry_after: float | None) -> Answer:
     if code in _DEAD or (code == "invalid_request" and _blames_refresh_token(fields)):
         return Dead(reason)
     if code in _REFUSED:
         return Refused(reason, authentication=status == 401 and code == "invalid_client")
-    return Transient(reason, processed=True, unknown=status < 500 and code not in _OUT_OF_ORDER)
+    unknown = status < 500 and code not in _OUT_OF_ORDER
+    return Transient(reason, retry_after=retry_after, unknown=unknown)
 
 
 def _blames_refresh_token(fields: Mapping[str, Any]) -> bool:

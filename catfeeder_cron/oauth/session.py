@@ -61,7 +61,7 @@ class Session:
             # Only the kind of an error is told: its text may quote what was sent.
             kind = type(error.__cause__ or error).__name__
             if _was_never_sent(error):
-                return Transient(f"no connection ({kind})", processed=False)
+                return Transient(f"no connection ({kind})")
             return Ambiguous(f"the connection broke ({kind})")
         return read(status, headers, body, secrets, datetime.now(UTC))
 

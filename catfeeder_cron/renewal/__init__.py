@@ -14,5 +14,6 @@ storing     4. an answer goes into the row, if that still holds the token that w
 takeover    what dead processes have left in their journals is stored, and their leases are freed
 providers   who is asked and how; pauses that every daemon knows and that outlive a restart
 run         one run of the job, all lanes together
+account     what is told of it
 forecast    which links will need a new login of their user
 """

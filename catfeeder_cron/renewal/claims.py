@@ -1,12 +1,12 @@
 """Claim due rows under a lease, and give back what was not sent after all."""
 
-import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID
 
 from psycopg import sql
 
+from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
@@ -14,7 +14,8 @@ from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
 # The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
 # row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
 # the call before, so rows that can't be had are passed once in a pass; and rows that have failed come after all others.
-# So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead.
+# So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead. The order is
+# the index's, for rows without an expiry too. The place is handed on as text, since a timestamp may be infinite.
 _CLAIM = """
     WITH due AS MATERIALIZED (
         SELECT a.id, a.token_expiration, {hash} AS hash
@@ -24,17 +25,17 @@ _CLAIM = """
           AND (coalesce(t.failures, 0) > 0) = %(failed)s
           AND NOT EXISTS (SELECT FROM catfeeder_cron.oauth_providers p WHERE p.provider = %(provider)s
                           AND p.fingerprint = %(fingerprint)s AND p.paused_until > now())
-        ORDER BY {order} LIMIT %(limit)s
+        ORDER BY a.token_expiration, a.id LIMIT %(limit)s
         FOR NO KEY UPDATE OF a SKIP LOCKED),
     claimed AS (
         INSERT INTO catfeeder_cron.oauth_tokens AS t (oauth_id, owner, lease_until, sent, sent_at)
         SELECT id, %(owner)s, now() + %(lease)s, hash, now() FROM due
         ON CONFLICT (oauth_id) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until,
-            sent = excluded.sent, sent_at = excluded.sent_at
+            sent = excluded.sent, sent_at = excluded.sent_at, refused = NULL, refused_by = NULL
         WHERE {free_now}
         RETURNING oauth_id)
     SELECT due.id, due.token_expiration::text, claimed.oauth_id IS NOT NULL
-    FROM due LEFT JOIN claimed ON claimed.oauth_id = due.id ORDER BY {order_of_due}"""
+    FROM due LEFT JOIN claimed ON claimed.oauth_id = due.id ORDER BY due.token_expiration, due.id"""
 
 # Read under the lock that the claim holds until the transaction ends: what is sent is what the row holds, and is marked
 # as sent before anybody else can touch the row.
@@ -58,7 +59,7 @@ _BEFORE_ALL_IDS = -(2**63)
 
 @dataclass(frozen=True)
 class Claim:
-    """A row that is ours. `claimed_at` is read off `clock` before the lease began."""
+    """A row that is ours. `claimed_at` is in `elapsed_seconds`, before the lease began."""
 
     id: int
     refresh_token: str = field(repr=False)
@@ -68,7 +69,7 @@ class Claim:
 
     def good_for(self, lease: timedelta) -> float:
         """Seconds that the lease lasts at least."""
-        return lease.total_seconds() - (clock() - self.claimed_at)
+        return lease.total_seconds() - (elapsed_seconds() - self.claimed_at)
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Claimer:
             "expiry": self._expiry,
             "id": self._id,
         }
-        begun = clock()
+        begun = elapsed_seconds()
         with context.transaction() as connection:
             met = connection.execute(self._statement(), parameters).fetchall()
             ids = [id for id, _, is_ours in met if is_ours]
@@ -135,8 +136,6 @@ class Claimer:
         return self.links.statement(
             _CLAIM,
             place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
-            order=sql.SQL("a.token_expiration, a.id" if known else "a.id"),
-            order_of_due=sql.SQL("due.token_expiration, due.id"),
             free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
         )
 
@@ -150,8 +149,3 @@ def release(database: Database, owner: UUID, ids: list[int]) -> None:
 def free_leases(database: Database, owner: UUID) -> int:
     """Free what a process that is dead, and whose answers are stored, had claimed; return how many rows."""
     return database.execute(_FREE_LEASES, {"owner": owner})
-
-
-def clock() -> float:
-    """Seconds on a clock that goes on while the machine is suspended: a lease does so, too."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -86,9 +86,11 @@ class Journal:
 
     def close(self) -> None:
         """Leave the file to whoever takes over what is in it; if that is nothing, remove it."""
-        if not self._places and not self.keep:
-            self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        try:
+            if not self._places and not self.keep:
+                self._path.unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
 
 
 @dataclass(frozen=True)

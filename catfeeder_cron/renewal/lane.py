@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -53,6 +54,8 @@ class Lane:
 
     def __post_init__(self) -> None:
         self._auth: ClientAuth = self.provider.client_auth
+        self._other_method = asyncio.Lock()
+        self._neither_method = False
 
     async def renew(self) -> None:
         """Renew what is due, until that is all, the provider is left alone, or the run ends.
@@ -70,9 +73,10 @@ class Lane:
             await asyncio.gather(*workers)
         if self._failure:
             raise self._failure
-        if self._auth != self.provider.client_auth:
-            await self.outbox.in_thread(providers.learn, self.outbox.context.database, self.provider, self._auth)
-        await self.patience.end()
+        with suppress(DatabaseUnavailable):  # what is not remembered is found out again
+            if self._auth != self.provider.client_auth:
+                await self.outbox.in_thread(providers.learn, self.outbox.context.database, self.provider, self._auth)
+            await self.patience.end()
 
     async def _feed(self, room: "asyncio.Queue[Claim | None]") -> None:
         while not self._is_over():
@@ -97,7 +101,8 @@ class Lane:
             try:
                 await self._serve(claim)
             except Exception as error:  # noqa: BLE001 (raised by `renew`: until then somebody must empty the room)
-                self._failure, self.patience.halted = error, f"{type(error).__name__} while it was asked"
+                self._failure = error
+                self.patience.give_up(f"{type(error).__name__} while it was asked")
 
     async def _serve(self, claim: Claim) -> None:
         await self.patience.rested()
@@ -112,13 +117,17 @@ class Lane:
         used = self._auth
         asked = await self._send(claim, used)
         if asked and self._may_be_let_in_otherwise(asked.answer):
-            # A client that isn't let in spends no refresh token.
-            another = self._auth if self._auth != used else other_method(used)
-            again = await self._send(claim, another)
-            if again and not isinstance(again.answer, Refused):
-                asked, used = again, another
-            if again and isinstance(again.answer, Renewed | Partial | Dead):
-                self._auth = another
+            # A client that isn't let in spends no refresh token. One after the other: a secret that is wrong is so by
+            # both methods, which one finds out for all.
+            async with self._other_method:
+                another = self._auth if self._auth != used else other_method(used)
+                again = None if self._neither_method else await self._send(claim, another)
+                if again and isinstance(again.answer, Refused):
+                    self._neither_method = True
+                elif again:
+                    asked, used = again, another
+                if again and isinstance(again.answer, Renewed | Partial | Dead):
+                    self._auth = another
         if asked and isinstance(asked.answer, Ambiguous):
             log.debug("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason)
             await asyncio.sleep(random.uniform(*_ASK_AGAIN_SECONDS))  # noqa: S311

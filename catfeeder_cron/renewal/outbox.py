@@ -60,10 +60,12 @@ class Outbox:
         """For the requests under way."""
         self.unstored = 0
         """Answers that are in the journal alone, because storing them was given up."""
+        self.left_open = 0
+        """Rows that are still under this run's lease, for the same reason."""
         self.broken: str | None = None
         """Why this run can't go on."""
         self.longest_request = min(settings.request_timeout, context.timeout / 2)
-        """No request is given longer, so that none outlives the job's time."""
+        """No request is given longer, so that its answer comes within the job's time."""
         self._links = links
         self._owner = owner
         self._journal = journal
@@ -156,13 +158,17 @@ class Outbox:
         return []
 
     def _leave_to_journal(self, batch: list[Settlement]) -> list[Settlement]:
-        """Give up on what is in the journal; return the answers that are not, and would be lost."""
+        """Give up on what is in the journal; return the answers that are not, and would be lost.
+
+        The journal stays in any case: by it the next run frees the leases.
+        """
+        self._journal.keep = self._journal.keep or bool(batch)
         nowhere_else = [each for each in batch if each.entry and not self._journal.holds(each.entry)]
         for each in batch:
-            if each.entry and each not in nowhere_else:
-                self.unstored += 1
+            if each not in nowhere_else:
+                self.unstored += each.entry is not None
+                self.left_open += each.entry is None
                 each.counts["postponed"] += 1
-                self._journal.keep = True
         return nowhere_else
 
     def _gives_up(self) -> bool:

@@ -2,12 +2,12 @@
 
 import asyncio
 
+from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.claims import clock
 from catfeeder_cron.renewal.outbox import Outbox
 from catfeeder_cron.renewal.providers import Pause, Standing
 
@@ -59,7 +59,7 @@ class Patience:
             case Renewed() | Partial():
                 self._troubles, self._fruitful = 0, True
                 self._served += 1
-            case Dead(reason):
+            case Dead():
                 self._troubles = 0
                 self._served += 1
                 self.dead += 1
@@ -83,21 +83,27 @@ class Patience:
 
     async def keep(self, pause: Pause) -> None:
         """Let every daemon keep the pause; return when it is over, if this run waits for that."""
-        same_as_before = self._standing.failures and self._standing.reason == pause.reason
-        told_before = same_as_before or (self.halted is None and self.rests > 1)
+        told_before = self._standing.reason == pause.reason or (self.halted is None and self.rests > 1)
         try:
             seconds = await self._outbox.in_thread(
                 providers.pause, self._outbox.context.database, self._provider, pause
             )
             tell = log.info if told_before else log.error if pause.refused else log.warning
             tell("oauth_provider_paused", provider=self._provider.name, seconds=round(seconds), reason=pause.reason)
-            until = clock() + max(seconds, _SHORTEST_REST_SECONDS)
-            while self.halted is None and clock() < until and not self._outbox.is_ending():
+            if seconds > _LONGEST_REST_SECONDS + _SHORTEST_REST_SECONDS:  # by what another process was told
+                self.halted = pause.reason
+            until = elapsed_seconds() + max(seconds, _SHORTEST_REST_SECONDS)
+            while self.halted is None and elapsed_seconds() < until and not self._outbox.is_ending():
                 await asyncio.sleep(_LOOK_UP_SECONDS)
         except DatabaseUnavailable:
             self.halted = pause.reason
         finally:
             self._awake.set()
+
+    def give_up(self, reason: str) -> None:
+        """Send nothing more, and let nobody wait."""
+        self.halted = reason
+        self._awake.set()
 
     def judge(self, dead: int, answers: int) -> None:
         """Suspect the provider, not its users, where it calls more than half of the tokens dead."""
@@ -113,14 +119,17 @@ class Patience:
 
     async def end(self) -> None:
         """Forget the pauses before this run, and its rests, if the provider serves us again."""
-        if self._served and (self._standing.failures or self.rests) and self.halted is None:
+        if self._served and (self._standing.reason or self.rests) and self.halted is None:
             await self._outbox.in_thread(providers.resume, self._outbox.context.database, self._provider)
 
     def _begin(self, pause: Pause) -> Pause | None:
         """Begin a rest if the provider asks for a short one, and has renewed something since the last; else halt."""
-        if not self.may_send:
+        if self.halted:
             return None
-        if self._fruitful and pause.given is not None and pause.given <= _LONGEST_REST_SECONDS:
+        is_short = pause.given is not None and pause.given <= _LONGEST_REST_SECONDS
+        if is_short and not self._awake.is_set():
+            return None  # it rests already
+        if is_short and self._fruitful:
             self._awake.clear()
             self.rests, self._fruitful = self.rests + 1, False
         else:

@@ -18,20 +18,22 @@ _LOAD = """
 
 _STANDING = """
     SELECT provider, fingerprint, greatest(extract(epoch FROM paused_until - now()), 0)::float8, refused, reason,
-           failures, client_auth
+           client_auth
     FROM catfeeder_cron.oauth_providers WHERE provider = ANY (%(names)s)"""
 
-# Pauses grow while they follow each other. What several processes meet at the same time is one pause.
+# Pauses of our own choice grow while they follow each other; one that the provider asks for is as long as it says. What
+# several processes meet at the same time is one pause, the longest.
 _PAUSE = """
     INSERT INTO catfeeder_cron.oauth_providers AS o
         (provider, fingerprint, paused_until, refused, reason, failures)
-    VALUES (%(provider)s, %(fingerprint)s, now() + coalesce(%(given)s, %(first)s) * interval '1 s', %(refused)s,
-            %(reason)s, 1)
+    VALUES (%(provider)s, %(fingerprint)s,
+            now() + coalesce(%(given)s, %(first)s * (0.9 + random() / 5)) * interval '1 s', %(refused)s, %(reason)s,
+            (%(given)s IS NULL)::int)
     ON CONFLICT (provider) DO UPDATE SET
         fingerprint = excluded.fingerprint, refused = excluded.refused, reason = excluded.reason,
         client_auth = CASE WHEN o.fingerprint = excluded.fingerprint THEN o.client_auth END,
-        failures = CASE WHEN o.fingerprint <> excluded.fingerprint THEN 1
-                        WHEN o.paused_until > now() THEN o.failures ELSE o.failures + 1 END,
+        failures = CASE WHEN o.fingerprint <> excluded.fingerprint THEN excluded.failures
+                        WHEN o.paused_until > now() THEN o.failures ELSE o.failures + excluded.failures END,
         paused_until = CASE
             WHEN o.fingerprint <> excluded.fingerprint THEN excluded.paused_until
             ELSE greatest(o.paused_until,
@@ -88,7 +90,6 @@ class Standing:
     paused_seconds: float = 0
     refused: bool = False
     reason: str | None = None
-    failures: int = 0
     client_auth: ClientAuth | None = None
 
 
@@ -136,8 +137,8 @@ def _standings(connection: Connection, wanted: dict[str, Any]) -> dict[str, tupl
         return {}  # a dry run before the daemon's schema was created
     rows = connection.execute(sql.SQL(_STANDING), wanted)
     return {
-        name: (fingerprint, Standing(seconds or 0, refused, reason, failures, client_auth))
-        for name, fingerprint, seconds, refused, reason, failures, client_auth in rows
+        name: (fingerprint, Standing(seconds or 0, refused, reason, client_auth))
+        for name, fingerprint, seconds, refused, reason, client_auth in rows
     }
 
 

@@ -1,8 +1,7 @@
 """One run of the job: all providers at once, answers stored as they come in, and nothing lost when it ends early."""
 
 import asyncio
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -11,15 +10,22 @@ from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, JobTimedOu
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.account import (
+    COUNTS,
+    Known,
+    count_so_far,
+    count_what_would_be_done,
+    hindrances,
+    name_of,
+    settle_up,
+)
 from catfeeder_cron.renewal.claims import Claimer
 from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
 from catfeeder_cron.renewal.lane import Lane
 from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.outbox import Outbox
 from catfeeder_cron.renewal.patience import Patience
-from catfeeder_cron.renewal.providers import Standing
 from catfeeder_cron.renewal.takeover import journal_folder, recover
 from catfeeder_cron.renewal.verdicts import called_dead, confirm_dead, dismiss_dead
 
@@ -30,8 +36,6 @@ log = get_logger(__name__)
 
 # Somebody who had locked a row for a moment is done with it by then.
 _SECOND_LOOK_SECONDS = 0.5
-
-COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
 
 
 def renew_due(context: JobContext, jitter: timedelta) -> None:
@@ -50,59 +54,17 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         due = links.count(connection, due_window)
         known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
     if context.dry_run:
-        _count_only(context, due, known)
+        count_what_would_be_done(context, due, hindrances(due, known))
         require_writable(context.state_directory)
         return
     Run(context, client, links, due_window, due, known).go()
-
-
-def _count_only(context: JobContext, due: list[Due], known: dict[str, tuple[Provider, Standing]]) -> None:
-    context.counts["would_renew"] = 0
-    for each in due:
-        name, hindrance = _name(each), _hindrance(each, known)
-        context.counts["would_renew"] += 0 if hindrance else each.free
-        context.by_provider[name] = Counter(
-            would_renew=0 if hindrance else each.free, postponed=each.rows if hindrance else each.rows - each.free
-        )
-        if reason := hindrance.reason if hindrance else each.why_not_free():
-            context.provider_reasons[name] = reason
-
-
-def _name(due: Due) -> str:
-    return due.provider or due.service or "(no service)"
-
-
-@dataclass(frozen=True)
-class Hindrance:
-    """Why nothing can be renewed at a provider, and whether that is for us to change."""
-
-    reason: str
-    ours: bool
-
-
-def _hindrance(due: Due, known: dict[str, tuple[Provider, Standing]]) -> Hindrance | None:
-    """Return what keeps a provider from being asked from the start."""
-    if due.provider is None or due.provider not in known:  # its row may have gone since the rows were counted
-        return Hindrance("its service has no row in the table of providers", ours=True)
-    provider, standing = known[due.provider]
-    if provider.fault:
-        return Hindrance(provider.fault, ours=True)
-    if standing.paused_seconds > 0:
-        return Hindrance(f"paused for {standing.paused_seconds:.0f} s more: {standing.reason}", ours=standing.refused)
-    return None
 
 
 class Run:
     """One lane for each provider that has something due, and what is told of them in the end."""
 
     def __init__(
-        self,
-        context: JobContext,
-        client: OAuthClient,
-        links: Links,
-        window: Window,
-        due: list[Due],
-        known: dict[str, tuple[Provider, Standing]],
+        self, context: JobContext, client: OAuthClient, links: Links, window: Window, due: Sequence[Due], known: Known
     ) -> None:
         self._context = context
         self._client = client
@@ -110,23 +72,24 @@ class Run:
         self._window = window
         self._due = due
         self._known = known
+        self._hindered = hindrances(due, known)
         self._owner: UUID = uuid4()
         self._outbox: Outbox | None = None
         self._lanes: list[Lane] = []
         self._total = sum(each.free for each in due)
         self._settled = 0
-        self._cut_short = False
+        self._left: dict[str, int] | None = None
+        """The rows of each provider that could be claimed still, as of the last look."""
 
     def go(self) -> None:
-        hindrances = {_name(each): hindrance for each in self._due if (hindrance := _hindrance(each, self._known))}
-        waiting = [each for each in self._due if each.provider and each.free and _name(each) not in hindrances]
+        waiting = [each for each in self._due if each.provider and each.free and name_of(each) not in self._hindered]
         try:
             if waiting:
                 with new_journal(journal_folder(self._context), self._owner) as journal:
                     asyncio.run(self._renew(waiting, journal))
         finally:
-            self._tell(hindrances)
-        self._raise_what_went_wrong(hindrances)
+            settle_up(self._context, self._due, self._hindered, self._lanes, self._left or {})
+        self._raise_what_went_wrong()
 
     async def _renew(self, waiting: list[Due], journal: Journal) -> None:
         outbox = Outbox(self._context, self._client.settings, self._links, self._owner, journal, self._progress)
@@ -134,31 +97,46 @@ class Run:
         self._progress(0)
         async with self._client.session(outbox.longest_request) as session:
             storing = asyncio.create_task(outbox.run())
-            self._lanes = [self._lane(each, outbox, session) for each in waiting]
-            ended = await self._pass(self._lanes, outbox)
-            while lanes := await outbox.in_thread(self._lanes_with_rows_left):
-                answers = self._answers()
-                await asyncio.sleep(_SECOND_LOOK_SECONDS)
-                ended += await self._pass(lanes, outbox)
-                if self._answers() == answers:
-                    break
-            for lane in self._lanes:
-                await outbox.in_thread(self._judge, lane)
-            await outbox.end()
-            await storing
+            try:
+                self._lanes = [self._lane(each, outbox, session) for each in waiting]
+                ended = await self._make_passes(outbox)
+                for lane in self._lanes:
+                    await self._judge(lane, outbox)
+            finally:
+                await outbox.end()
+                await storing
         for each in ended:
             if isinstance(each, BaseException):
                 journal.keep = True
                 raise each
 
-    async def _pass(self, lanes: list[Lane], outbox: Outbox) -> list[BaseException | None]:
-        """Have the lanes go over their rows; return when what came of it is stored."""
-        ended = await asyncio.gather(*(lane.renew() for lane in lanes), return_exceptions=True)
-        await outbox.flush()
-        return ended
+    async def _make_passes(self, outbox: Outbox) -> list[BaseException | None]:
+        """Have the lanes go over their rows, and again over what could not be had, while that brings something."""
+        lanes, ended = self._lanes, list[BaseException | None]()
+        while True:
+            answers = self._answers()
+            ended += await asyncio.gather(*(lane.renew() for lane in lanes), return_exceptions=True)
+            await outbox.flush()
+            self._left = await outbox.in_thread(self._count_left)
+            is_second_look, lanes = lanes is not self._lanes, [lane for lane in self._lanes if self._has_left(lane)]
+            if not lanes or outbox.is_ending() or (is_second_look and self._answers() == answers):
+                return ended
+            await asyncio.sleep(_SECOND_LOOK_SECONDS)
 
     def _answers(self) -> int:
         return sum(lane.patience.answers for lane in self._lanes)
+
+    def _count_left(self) -> dict[str, int] | None:
+        """Count what was not reached, is locked by somebody, or was given back. None where that can't be known."""
+        try:
+            with self._context.database.transaction() as connection:
+                return {name_of(each): each.free for each in self._links.count(connection, self._window)}
+        except DatabaseError:
+            return None
+
+    def _has_left(self, lane: Lane) -> bool:
+        """Whether the lane could go on, as far as is known."""
+        return lane.patience.halted is None and (self._left is None or bool(self._left.get(lane.provider.name)))
 
     def _lane(self, due: Due, outbox: Outbox, session: "Session") -> Lane:
         assert due.provider is not None
@@ -170,81 +148,47 @@ class Run:
     def _progress(self, settled: int) -> None:
         self._settled += settled
         self._context.progress(min(self._settled, self._total), self._total)
-        self._count()
+        count_so_far(self._context, self._lanes)
 
-    def _judge(self, lane: Lane) -> None:
+    async def _judge(self, lane: Lane, outbox: Outbox) -> None:
         """Make up the mind about tokens that the provider has called dead, now that all its answers are known."""
         if not lane.patience.dead:
             return
+        database, undecided = self._context.database, lane.patience.dead
         try:
-            lane.patience.judge(*called_dead(self._context.database, self._links, lane.provider.name, self._window))
+            provider = lane.provider.name
+            lane.patience.judge(*await outbox.in_thread(called_dead, database, self._links, provider, self._window))
             if lane.patience.suspect:
-                dismiss_dead(self._context.database, lane.id)
-                lane.counts["failed"] += lane.patience.dead
+                lane.counts["failed"] += await outbox.in_thread(dismiss_dead, database, lane.id)
                 return
-            while ids := confirm_dead(self._context.database, lane.id):
+            while ids := await outbox.in_thread(confirm_dead, database, lane.id):
+                undecided -= len(ids)
                 lane.counts["needs_reauth"] += len(ids)
                 for id in ids:
-                    log.warning("oauth_needs_new_login", provider=lane.provider.name, oauth_id=id)
-        except DatabaseUnavailable:
-            pass  # told by the database itself; the next run asks again
+                    log.warning("oauth_needs_new_login", provider=provider, oauth_id=id)
+        except DatabaseError as error:
+            # The next run asks again.
+            lane.counts["postponed"] += undecided
+            log.warning("oauth_verdicts_left_open", provider=lane.provider.name, rows=undecided, reason=str(error))
 
-    def _count(self) -> None:
-        for name in ("renewed", "needs_reauth", "failed"):
-            self._context.counts[name] = sum(lane.counts[name] for lane in self._lanes)
-
-    def _tell(self, hindrances: dict[str, Hindrance]) -> None:
-        """Count what was left, in all and by provider."""
-        left = self._left() if self._outbox else {}
-        self._cut_short = self._outbox is not None and self._outbox.is_ending() and any(left.values())
-        self._count()
-        lanes = {lane.provider.name: lane for lane in self._lanes}
-        for each in self._due:
-            name = _name(each)
-            lane, hindrance = lanes.get(name), hindrances.get(name)
-            counts = Counter({key: lane.counts[key] if lane else 0 for key in COUNTS})
-            backing_off = each.rows - each.leased - each.free
-            counts["postponed"] += backing_off + (left.get(name, 0) if lane else each.free)
-            counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
-            if counts["due"]:
-                self._context.by_provider[name] = counts
-                reason = hindrance.reason if hindrance else (lane and lane.patience.halted) or each.why_not_free()
-                if reason:
-                    self._context.provider_reasons[name] = reason
-                log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
-        for key in ("due", "postponed"):
-            self._context.counts[key] = sum(counts[key] for counts in self._context.by_provider.values())
-
-    def _left(self) -> dict[str, int]:
-        """Count the rows that could be claimed still: not reached, locked by somebody, or given back."""
-        try:
-            with self._context.database.transaction() as connection:
-                due = self._links.count(connection, self._window)
-        except DatabaseError:
-            return {}
-        return {_name(each): each.free for each in due}
-
-    def _lanes_with_rows_left(self) -> list[Lane]:
-        assert self._outbox is not None
-        if self._outbox.is_ending():
-            return []
-        left = self._left()
-        return [lane for lane in self._lanes if lane.patience.may_send and left.get(lane.provider.name)]
-
-    def _raise_what_went_wrong(self, hindrances: dict[str, Hindrance]) -> None:
+    def _raise_what_went_wrong(self) -> None:
         outbox = self._outbox
         if outbox and outbox.unstored:
             raise DatabaseUnavailable(
                 f"{outbox.unstored} answers could not be stored; they are kept in the journal, to be stored as soon as "
                 "the database can be reached and their rows are not locked"
             )
+        if outbox and outbox.left_open:
+            raise DatabaseUnavailable(
+                f"the database was away at the end: {outbox.left_open} rows are claimed still, until the next run"
+            )
         if outbox and outbox.broken:
             raise RenewalError(outbox.broken)
-        if self._cut_short:
+        if outbox and outbox.is_ending() and any(self._has_left(lane) for lane in self._lanes):
             self._context.stop.raise_if_set()
             raise JobTimedOut(f"not done within its timeout of {self._context.timeout.total_seconds():g} s")
         counts = self._context.counts
-        reasons = {name: hindrance.reason for name, hindrance in hindrances.items() if hindrance.ours}
+        reasons = {name: hindrance.reason for name, hindrance in self._hindered.items() if hindrance.ours}
         refusing = [lane for lane in self._lanes if lane.patience.refused]
         reasons |= {lane.provider.name: lane.patience.halted or "" for lane in refusing}
         if reasons and counts["due"] and not (counts["renewed"] or counts["needs_reauth"] or counts["failed"]):

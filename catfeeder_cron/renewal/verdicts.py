@@ -99,7 +99,7 @@ def confirm_dead(database: Database, lane: UUID) -> list[int]:
     return [id for (id,) in database.query(_CONFIRM, {"lane": lane})]
 
 
-def dismiss_dead(database: Database, lane: UUID) -> None:
-    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good."""
+def dismiss_dead(database: Database, lane: UUID) -> int:
+    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good. Return how many."""
     with database.transaction() as connection:
-        connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"lane": lane})
+        return connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"lane": lane}).rowcount

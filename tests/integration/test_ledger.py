@@ -13,7 +13,7 @@ from catfeeder_cron import schema
 from catfeeder_cron.database import Database
 from catfeeder_cron.ledger import DIED, NO_DAEMON, NO_DATABASE, STILL_RUNNING, Claim, Ledger, Missed, Process
 from catfeeder_cron.schedule import Slots
-from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows
+from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
 NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
@@ -413,3 +413,23 @@ def test_a_run_between_slots_is_taken_in_by_no_other_kind(
     woken_run(ledger)
 
     assert rows(admin, "runs") == [(1,)] * 8
+
+
+def test_a_run_that_another_closes_at_that_moment_takes_nothing_in(
+    ledger: Ledger, admin: psycopg.Connection, database_url: str
+) -> None:
+    earlier = woken_run(ledger, done=5)
+    run_id = ledger.claim_woken("job", shared=True)
+    assert run_id is not None
+    with psycopg.connect(database_url) as other:
+        other.execute(
+            "UPDATE catfeeder_cron.job_runs SET outcome = 'aborted', finished_at = now() WHERE run_id = %s", [run_id]
+        )
+        closing = threading.Thread(target=ledger.close, args=[run_id, report()])
+        closing.start()
+        wait_for(
+            lambda: admin.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchone() is not None
+        )
+    closing.join()
+
+    assert rows(admin, "run_id, outcome, counts") == [(earlier, "succeeded", {"done": 5}), (run_id, "aborted", {})]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catfeeder_cron.config import ProviderSettings
-from catfeeder_cron.oauth.presets import PRESETS
+from catfeeder_cron.oauth.presets import PRESETS, preset
 from catfeeder_cron.oauth.provider import Provider, put_together
 from catfeeder_cron.oauth.request import build
 
@@ -91,8 +91,8 @@ def test_a_preset_goes_by_the_name_in_any_case_and_the_configuration_goes_before
 def test_every_provider_of_the_table_has_a_preset() -> None:
     wanted = {"google", "discord", "spotify", "github", "microsoft", "twitch", "reddit", "strava"}
     assert PRESETS.keys() == wanted
-    assert provider("spotify").refresh_lifetime == timedelta(days=180)
-    assert not provider("spotify").renewal_extends
+    assert preset("Spotify").refresh_lifetime == timedelta(days=180)
+    assert not preset("Spotify").renewal_extends
     assert provider("acme").concurrency == 8
 
 

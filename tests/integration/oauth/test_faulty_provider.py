@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from catfeeder_cron.errors import JobAborted
+from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.links import Links
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 
@@ -72,10 +75,15 @@ AMBIGUOUS = [
 ]
 
 
-def run_with(world: World, serve: Serve, answer: Raw, links: int = 1) -> tuple[Provider, list[int], dict[str, int]]:
+AS_BODY = {"client_auth": "body", "concurrency": 2}
+
+
+def run_with(
+    world: World, serve: Serve, answer: Raw, links: int = 1, configured: dict[str, Any] = AS_BODY
+) -> tuple[Provider, list[int], dict[str, int]]:
     faulty = serve(script=lambda _: answer)
     world.add_provider(faulty)
-    world.settings["providers"] = {"acme": {"client_auth": "body", "concurrency": 2}}
+    world.settings["providers"] = {"acme": configured}
     ids = [world.add_link(f"refresh-{number}-0123456789") for number in range(links)]
     return faulty, ids, world.renew().counts
 
@@ -288,6 +296,72 @@ def test_a_provider_that_asks_for_a_short_rest_is_waited_for(world: World, serve
     assert world.renew().counts["renewed"] == report.counts["postponed"]
 
 
+@pytest.mark.parametrize(("asked_for", "requests"), [("30", 5), ("31", 2)])
+def test_only_a_short_rest_is_waited_for(world: World, serve: Serve, asked_for: str, requests: int) -> None:
+    """Both sides of the bound. The stop comes when the run has begun to rest, which then ends."""
+    context = world.context()
+
+    def one_then_rest(request: Request) -> Raw:
+        if not provider.renewals:
+            return provider.renew(request)
+        return reply(429, b"", {"retry-after": asked_for})
+
+    provider = serve(script=one_then_rest)
+    world.settings["providers"] = {"acme": {"concurrency": 1}}
+    context = world.context()
+    world.add_provider(provider)
+    for number in range(5):
+        world.add_link(provider.log_in(f"user{number}"))
+    threading.Timer(3, lambda: context.stop.set(JobAborted("the process was asked to stop"))).start()
+
+    report = world.run(context)
+
+    assert report.outcome == ("aborted" if asked_for == "30" else "succeeded")
+    assert len(provider.requests) == 2
+
+
+def test_a_rest_that_another_process_makes_longer_is_not_waited_for(world: World, serve: Serve) -> None:
+    def one_then_rest(request: Request) -> Raw:
+        if not provider.renewals:
+            return provider.renew(request)
+        providers.pause(world.database, acme, providers.throttled("slow down", 3600))
+        return reply(429, b"", {"retry-after": "1"})
+
+    provider = serve(script=one_then_rest)
+    world.settings["providers"] = {"acme": {"concurrency": 1}}
+    world.add_provider(provider)
+    context = world.context()
+    with context.transaction() as connection:
+        known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
+    acme, _ = known["acme"]
+    for number in range(5):
+        world.add_link(provider.log_in(f"user{number}"))
+
+    report = world.run(context)
+
+    assert (report.outcome, report.counts["renewed"], report.counts["postponed"]) == ("succeeded", 1, 4)
+
+
+def test_rests_do_not_make_a_later_pause_longer(world: World, serve: Serve) -> None:
+    def rest_twice_then_refuse(request: Request) -> Raw:
+        number = len(provider.requests)
+        if number > 4:
+            return reply(401, {"error": "invalid_client"})
+        return provider.renew(request) if number % 2 else reply(429, b"", {"retry-after": "1"})
+
+    provider = serve(script=rest_twice_then_refuse)
+    world.settings["providers"] = {"acme": {"concurrency": 1, "client_auth": "body"}}
+    world.add_provider(provider)
+    for number in range(10):
+        world.add_link(provider.log_in(f"user{number}"))
+    world.renew()
+    pauses = world.connection.execute(
+        "SELECT extract(epoch FROM paused_until - now())::float8, failures FROM catfeeder_cron.oauth_providers"
+    ).fetchall()
+    assert [failures for _, failures in pauses] == [1]
+    assert 250 < pauses[0][0] < 340
+
+
 def test_a_stop_waits_for_no_rest(world: World, serve: Serve) -> None:
     world.settings["providers"] = {"acme": {"concurrency": 1}}
     context = world.context()
@@ -374,6 +448,14 @@ def test_the_other_method_is_tried_once_and_remembered(world: World, serve: Serv
     world.add_link(faulty.log_in("tim"), "discord")
     assert world.renew().counts["renewed"] == 1
     assert len(faulty.requests) == 3
+
+
+def test_a_wrong_secret_costs_few_requests(world: World, serve: Serve) -> None:
+    faulty, _, counts = run_with(world, serve, reply(401, {"error": "invalid_client"}), links=12, configured={})
+    assert len(faulty.requests) <= 9  # one by the other method; concurrency is 8
+    assert counts["postponed"] == 12
+    pauses = world.connection.execute("SELECT refused, failures FROM catfeeder_cron.oauth_providers").fetchall()
+    assert pauses == [(True, 1)]
 
 
 def test_the_configured_method_is_the_only_one(world: World, serve: Serve) -> None:

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,9 +21,11 @@ from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
+from catfeeder_cron.oauth.provider import Provider as KnownProvider
 from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.claims import Claim, Claimer
 from catfeeder_cron.renewal.journal import Entry, new_journal
-from catfeeder_cron.renewal.links import Links
+from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.renewal.takeover import journal_folder
 from catfeeder_cron.renewal.verdicts import Verdict, settle
 from catfeeder_cron.schema.application import create_tables
@@ -38,6 +41,13 @@ def paused_seconds(world: World) -> float | None:
         "SELECT extract(epoch FROM paused_until - now())::float8 FROM catfeeder_cron.oauth_providers"
     ).fetchone()
     return row[0] if row else None
+
+
+def provider_of(world: World) -> KnownProvider:
+    context = world.context()
+    with context.transaction() as connection:
+        known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
+    return known["acme"][0]
 
 
 def run_on_a_full_disk(world: World) -> "subprocess.Popen[bytes]":
@@ -110,9 +120,11 @@ def test_an_answer_whose_row_is_locked_at_the_take_over_is_not_asked_for_again(
         journal.append(Entry(id, row[0], 4e9, provider.access_tokens["tom"], refresh_token, 3600, True, None))
 
     with psycopg.connect(world.url) as web:
-        web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR KEY SHARE', [id])
-        web.execute('UPDATE "ActiveOauths" SET user_id = 8 WHERE id = %s', [id])
+        web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [id])
         assert world.renew().counts["postponed"] == 1
+    here, world.state_directory = world.state_directory, world.state_directory / "of another machine"
+    assert world.renew().counts["postponed"] == 1
+    world.state_directory = here
     world.renew()
 
     assert provider.requests == []
@@ -215,6 +227,106 @@ def test_unknown_errors_of_some_users_do_not_stop_the_others(world: World, serve
     assert world.renew().counts == {"due": 25, "renewed": 20, "needs_reauth": 0, "failed": 5, "postponed": 0}
 
 
+def test_a_run_that_is_stopped_while_the_database_is_away_has_not_succeeded(world: World, provider: Provider) -> None:
+    """Nor does what it had claimed stay out of reach: by its journal the next run frees it."""
+    for number in range(20):
+        world.add_link(provider.log_in(f"user{number}"))
+    world.settings["providers"] = {"acme": {"concurrency": 2}}
+    context = world.context()
+    with blocked(world) as block:
+
+        def cut_off_then_stop(_: Request) -> Raw:
+            block()
+            context.stop.set(JobAborted("the process was asked to stop"))
+            return reply(429, b"", {"retry-after": "3000"})
+
+        provider.script = cut_off_then_stop
+        report = world.run(context)
+    assert report.outcome == "failed"
+    assert report.counts["due"] == report.counts["postponed"] >= 2
+    provider.script = None
+    world.connection.execute("UPDATE catfeeder_cron.oauth_providers SET paused_until = NULL")
+    assert world.renew().counts["renewed"] == 20
+
+
+def test_nor_has_one_that_could_claim_nothing(world: World, provider: Provider) -> None:
+    world.add_link(provider.log_in("tom"))
+    with blocked(world) as block:
+
+        def cut_off(_done: int, _total: int) -> None:
+            block()
+            threading.Timer(1, lambda: context.stop.set(JobAborted("the process was asked to stop"))).start()
+
+        context = world.context(progress=cut_off)
+        report = world.run(context)
+    assert (report.outcome, report.reason) == ("aborted", "the process was asked to stop")
+    assert provider.requests == []
+
+
+def test_a_provider_that_is_paused_makes_no_finished_run_an_aborted_one(
+    world: World, serve: Serve, provider: Provider
+) -> None:
+    world.add_provider(serve(script=lambda _: reply(429, b"", {"retry-after": "3000"})), "other")
+    world.add_link("r", "other")
+    world.renew()
+    world.add_link(provider.log_in("tom"))
+    context = world.context()
+
+    def stop_in_the_end(request: Request) -> Raw:
+        context.stop.set(JobAborted("the process was asked to stop"))
+        return provider.renew(request)
+
+    provider.script = stop_in_the_end
+    report = world.run(context)
+    assert (report.outcome, report.counts["renewed"], report.counts["postponed"]) == ("succeeded", 1, 1)
+
+
+def test_what_was_called_dead_in_an_earlier_round_says_nothing_of_this_one(world: World, provider: Provider) -> None:
+    for number in range(25):
+        world.add_link(f"in flight elsewhere {number}")
+    world.connection.execute(
+        "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, refused, failures)"
+        " SELECT id, sha256(convert_to(refresh_link, 'UTF8')), 1 FROM \"ActiveOauths\""
+    )
+    links, slot = Links(world.context().tables), datetime.now(UTC)
+    window = Window(slot + timedelta(hours=1), timedelta(0), slot)
+    acme = provider_of(world)
+    elsewhere = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
+    assert len(elsewhere.claim(world.context(), 100)) == 25
+
+    world.add_link("gone")
+    for number in range(12):
+        world.add_link(provider.log_in(f"user{number}"))
+    assert world.renew(slot=slot).counts["needs_reauth"] == 1
+
+
+def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: World, provider: Provider) -> None:
+    """Its snapshot is older than another process's claim, which it waits for."""
+    id = world.add_link("r")
+    world.connection.execute("INSERT INTO catfeeder_cron.oauth_tokens (oauth_id) VALUES (%s)", [id])
+    slot = datetime.now(UTC)
+    window = Window(slot + timedelta(hours=1), timedelta(0), slot)
+    acme, links = provider_of(world), Links(world.context().tables)
+    claims: list[Claim] = []
+
+    def claim() -> None:
+        claimer = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
+        claims.extend(claimer.claim(world.context(), 10))
+
+    with psycopg.connect(world.url) as other:
+        other.execute(
+            "UPDATE catfeeder_cron.oauth_tokens SET owner = %s, lease_until = now() + interval '1 min'",
+            [uuid4()],
+        )
+        late = threading.Thread(target=claim)
+        late.start()
+        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%oauth_tokens%'"
+        wait_until(lambda: world.connection.execute(waiting).fetchone() is not None)
+    late.join()
+
+    assert claims == []
+
+
 def test_a_corrected_secret_ends_the_pause_for_good_where_the_method_is_learnt(world: World, serve: Serve) -> None:
     def body_with_the_right_secret(request: Request) -> Raw:
         if request.form.get("client_secret") == "right":
@@ -232,10 +344,7 @@ def test_a_corrected_secret_ends_the_pause_for_good_where_the_method_is_learnt(w
 
 
 def test_a_pause_that_another_process_keeps_is_neither_ended_nor_shortened(world: World, provider: Provider) -> None:
-    context = world.context()
-    with context.transaction() as connection:
-        known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
-    acme, _ = known["acme"]
+    acme = provider_of(world)
 
     providers.pause(world.database, acme, providers.throttled("slow down", 3600))
     providers.pause(world.database, acme, providers.throttled("slow down", 5))

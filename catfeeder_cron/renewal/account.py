@@ -1,0 +1,93 @@
+"""What is told of a run: what was due, and what became of it, in all and by provider."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.oauth.provider import Provider
+from catfeeder_cron.renewal.lane import Lane
+from catfeeder_cron.renewal.links import Due
+from catfeeder_cron.renewal.providers import Standing
+
+log = get_logger(__name__)
+
+COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
+
+Known = Mapping[str, tuple[Provider, Standing]]
+
+
+@dataclass(frozen=True)
+class Hindrance:
+    """Why nothing can be renewed at a provider, and whether that is for us to change."""
+
+    reason: str
+    ours: bool
+
+
+def name_of(due: Due) -> str:
+    return due.provider or due.service or "(no service)"
+
+
+def hindrances(due: Sequence[Due], known: Known) -> dict[str, Hindrance]:
+    """Return what keeps providers from being asked from the start."""
+    return {name_of(each): hindrance for each in due if (hindrance := _hindrance(each, known))}
+
+
+def _hindrance(due: Due, known: Known) -> Hindrance | None:
+    if due.provider is None or due.provider not in known:  # its row may have gone since the rows were counted
+        return Hindrance("its service has no row in the table of providers", ours=True)
+    provider, standing = known[due.provider]
+    if provider.fault:
+        return Hindrance(provider.fault, ours=True)
+    if standing.paused_seconds > 0:
+        return Hindrance(f"paused for {standing.paused_seconds:.0f} s more: {standing.reason}", ours=standing.refused)
+    return None
+
+
+def count_what_would_be_done(context: JobContext, due: Sequence[Due], hindered: Mapping[str, Hindrance]) -> None:
+    """Fill in the counts of a dry run."""
+    context.counts["would_renew"] = 0
+    for each in due:
+        name = name_of(each)
+        free = 0 if name in hindered else each.free
+        context.counts["would_renew"] += free
+        context.by_provider[name] = Counter(would_renew=free, postponed=each.rows - free)
+        reason = hindered[name].reason if name in hindered else each.why_not_free()
+        if reason:
+            context.provider_reasons[name] = reason
+
+
+def count_so_far(context: JobContext, lanes: Sequence[Lane]) -> None:
+    """Bring those counts up to date that are known while the run is under way."""
+    for name in ("renewed", "needs_reauth", "failed"):
+        context.counts[name] = sum(lane.counts[name] for lane in lanes)
+
+
+def settle_up(
+    context: JobContext,
+    due: Sequence[Due],
+    hindered: Mapping[str, Hindrance],
+    lanes: Sequence[Lane],
+    left: Mapping[str, int],
+) -> None:
+    """Fill in all counts, and log those of each provider. `left` are the rows that could be claimed still."""
+    count_so_far(context, lanes)
+    by_name = {lane.provider.name: lane for lane in lanes}
+    for each in due:
+        name = name_of(each)
+        lane = by_name.get(name)
+        counts = Counter({key: lane.counts[key] if lane else 0 for key in COUNTS})
+        counts["postponed"] += each.rows - each.leased - each.free + (left.get(name, 0) if lane else each.free)
+        counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
+        if not counts["due"]:
+            continue
+        context.by_provider[name] = counts
+        halted = lane.patience.halted if lane else None
+        reason = hindered[name].reason if name in hindered else halted or each.why_not_free()
+        if reason:
+            context.provider_reasons[name] = reason
+        log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
+    for key in ("due", "postponed"):
+        context.counts[key] = sum(counts[key] for counts in context.by_provider.values())
