@@ -332,7 +332,7 @@ def history(
 @app.command()
 def forecast(
     context: typer.Context,
-    days: Annotated[int, typer.Option(min=0, help="Look this many days ahead.")] = 30,
+    days: Annotated[int, typer.Option(min=0, max=36500, help="Look this many days ahead.")] = 30,
     as_json: Json = False,
 ) -> None:
     """Show which OAuth links will need a new login of their user, when and why, and which need it now.
@@ -350,8 +350,10 @@ def forecast(
         links = logins_needed(database, settings.database.tables, settings.oauth, timedelta(days=days))
     if as_json:
         terminal.print_json([link.as_json() for link in links])
-    else:
+    elif links:
         tables.print_forecast(links)
+    else:
+        print(f"no link needs a new login within {days} days, as far as is known")
 
 
 @app.command("init-db")

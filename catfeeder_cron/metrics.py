@@ -39,6 +39,7 @@ class Metrics:
         self._runs = self._counter("job_runs", "Runs of this daemon that ended.", "job", "outcome")
         self._removed = self._counter("rows_removed", "Expired rows that were deleted.", "job")
         self._renewed = self._counter("tokens_renewed", "OAuth tokens that were renewed.", "provider")
+        self._failing = self._counter("token_renewals_failed", "Requests for tokens that went wrong.", "provider")
         self._needing_login = self._counter(
             "tokens_needing_login", "OAuth tokens whose user has to log in again.", "provider"
         )
@@ -63,6 +64,7 @@ class Metrics:
                 self._actions.labels(result).inc(report.counts.get(result, 0))
         for provider, counts in report.by_provider.items():
             self._renewed.labels(provider).inc(counts.get("renewed", 0))
+            self._failing.labels(provider).inc(counts.get("failed", 0))
             self._needing_login.labels(provider).inc(counts.get("needs_reauth", 0))
 
     def page(self) -> Page:

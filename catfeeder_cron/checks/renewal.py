@@ -4,25 +4,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from catfeeder_cron.checks.finding import Finding
-from catfeeder_cron.config import JobSettings, ProviderSettings, Settings, format_duration, state_directory
+from catfeeder_cron.checks.finding import Finding, Level
+from catfeeder_cron.config import JobSettings, Settings, format_duration, state_directory
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, RenewalError
 from catfeeder_cron.oauth.presets import preset
-from catfeeder_cron.oauth.provider import put_together
+from catfeeder_cron.oauth.provider import Provider
+from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.journal import require_writable
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.schedule import longest_gap, schedule_for
 
-_PROVIDERS = """
-    SELECT provider_name, token_grabber_base_url, coalesce(client_id::text, '') <> '' FROM {providers}
-    ORDER BY provider_name"""
+_NAMES = "SELECT provider_name FROM {providers} ORDER BY provider_name"
 
+# This reads all links, which a run does not.
 _LIFESPANS = """
     SELECT s.name, count(*), count(*) FILTER (WHERE a.token_lifespan BETWEEN 1 AND %(apart)s),
            count(*) FILTER (WHERE a.token_lifespan IS NULL),
            min(a.token_lifespan) FILTER (WHERE a.token_lifespan > 0)::float8
-    FROM {active} a JOIN {services} s ON s.id = a.service_id WHERE {renewable} GROUP BY s.name ORDER BY s.name"""
+    FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id WHERE {renewable} GROUP BY s.name ORDER BY s.name"""
 
 
 @dataclass(frozen=True)
@@ -46,49 +46,63 @@ def check_state_directory() -> Finding:
 
 
 def check_providers(database: Database, settings: Settings, job: JobSettings) -> Iterator[Finding]:
-    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is read.
+    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is told.
 
     Raises DatabaseUnavailable.
     """
     links, apart = Links(settings.database.tables), _time_between_runs(settings, job)
     try:
         with database.transaction() as connection:
-            providers = connection.execute(links.statement(_PROVIDERS)).fetchall()
+            names = [name for (name,) in connection.execute(links.statement(_NAMES))]
+            known = providers.load(connection, links, settings.oauth, names)
             seconds = apart.total_seconds() if apart else None
             rows = connection.execute(links.statement(_LIFESPANS), {"apart": seconds})
-            lifespans = {name: Lifespans(*row) for name, *row in rows}
+            lifespans: dict[str | None, Lifespans] = {name: Lifespans(*row) for name, *row in rows}
     except DatabaseUnavailable:
         raise
     except DatabaseError as error:
         yield Finding("error", "providers", str(error))
         return
     table = f'"{settings.database.tables.user_oauth_connection}"'
-    for name, token_endpoint, has_client in providers:
+    for name, (provider, standing) in known.items():
         subject = f"provider {name}"
-        given = settings.oauth.providers.get(name, ProviderSettings())
-        fault = put_together(name, token_endpoint, "(not read)", None, given).fault
-        if not has_client:
-            yield Finding("warning", subject, f"it has no client_id; fill it in in {table}")
-        elif fault:
-            yield Finding("error", subject, f"{fault}; it stands in {table}")
-        else:
-            yield Finding("ok", subject, "its token endpoint can be asked")
+        yield _asked(subject, provider, standing, table)
         if apart and (too_short := _too_short(name, lifespans.get(name), apart, settings, job)):
             yield Finding("warning", subject, too_short)
-    known = {name for name, _, _ in providers}
-    for name in lifespans.keys() - known:
+    if nowhere := lifespans.pop(None, None):
         yield Finding(
             "warning",
-            f"provider {name}",
-            f"{lifespans[name].links} links can't be renewed: their service has no row in {table}; "
+            "renew-oauth",
+            f"{nowhere.links} links can't be renewed: their service_id is none of "
+            f'"{settings.database.tables.services}"; correct it',
+        )
+    for service in lifespans.keys() - known.keys():
+        yield Finding(
+            "warning",
+            f"provider {service}",
+            f"{lifespans[service].links} links can't be renewed: their service has no row in {table}; "
             "its provider_name must be the service's name",
         )
-    for name in settings.oauth.providers.keys() - known:
+    for name in settings.oauth.providers.keys() - known.keys():
         yield Finding(
             "warning",
             f"provider {name}",
             f"[oauth.providers.{name}] is of no use: {table} has no such provider_name; correct the name",
         )
+
+
+def _asked(subject: str, provider: Provider, standing: providers.Standing, table: str) -> Finding:
+    """Return whether a provider is asked for tokens, as far as is known without asking it."""
+    if not provider.client_id:
+        return Finding("warning", subject, f"it has no client_id; fill it in in {table}")
+    if provider.fault:
+        return Finding("error", subject, f"{provider.fault}; it stands in {table}")
+    if standing.paused_seconds > 0:
+        remedy = f"; correct its row in {table}, or its client_auth" if standing.refused else ""
+        level: Level = "error" if standing.refused else "warning"
+        pause = format_duration(timedelta(seconds=round(standing.paused_seconds)))
+        return Finding(level, subject, f"it is paused for {pause} more: {standing.reason}{remedy}")
+    return Finding("ok", subject, "its URL and client_id are filled in")
 
 
 def _time_between_runs(settings: Settings, job: JobSettings) -> timedelta | None:

@@ -7,7 +7,7 @@ _LONGEST = 200
 _TELLING = 8
 """Characters of a secret in a row that give it away."""
 
-WITHHELD = "(its text quotes a secret)"
+WITHHELD = "(its text is withheld: it quotes what was sent)"
 
 
 def quote(text: object, secrets: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ cookies: a cookie of one user must not travel with the next one's token.
 """
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -58,11 +59,9 @@ class Session:
         except httpx.InvalidURL:
             return Refused("its token_grabber_base_url is no URL")
         except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError) as error:
-            # Only the kind of an error is told: its text may quote what was sent.
-            kind = type(error.__cause__ or error).__name__
             if _was_never_sent(error):
-                return Transient(f"no connection ({kind})")
-            return Ambiguous(f"the connection broke ({kind})")
+                return Transient(f"no connection: {_in_words(error)}")
+            return Ambiguous(f"the connection broke: {_in_words(error)}")
         return read(status, headers, body, secrets, datetime.now(UTC))
 
     async def _exchange(self, request: TokenRequest) -> tuple[int, httpx.Headers, bytes]:
@@ -102,6 +101,25 @@ async def real_transport(certificates: ssl.SSLContext) -> AsyncIterator[httpx.As
     connector = aiohttp.TCPConnector(limit=0, ssl=certificates, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
         yield AiohttpTransport(verify=certificates, client=session)
+
+
+def _in_words(error: Exception) -> str:
+    """Say what went wrong, in words that hold nothing of what was sent: an error's own text may quote that."""
+    match error.__cause__ or error:
+        case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as wrong):
+            return f"its certificate was not accepted ({wrong.verify_message})"
+        case aiohttp.ClientConnectorSSLError():
+            return "it speaks no TLS that we do"
+        case aiohttp.ClientConnectorDNSError():
+            return "its name could not be looked up"
+        case aiohttp.ClientConnectorError(os_error=OSError(errno=int(number))):
+            return os.strerror(number).lower()
+        case aiohttp.ServerDisconnectedError():
+            return "it hung up without an answer"
+        case aiohttp.ConnectionTimeoutError():
+            return "it did not answer in time"
+        case other:
+            return type(other).__name__
 
 
 def _was_never_sent(error: Exception) -> bool:

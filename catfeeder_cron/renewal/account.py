@@ -15,6 +15,9 @@ log = get_logger(__name__)
 
 COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
 
+_NO_PROVIDER = "its service has no row in the table of providers"
+_NO_SERVICE = "their service_id is none of the table of services"
+
 Known = Mapping[str, tuple[Provider, Standing]]
 
 
@@ -37,7 +40,7 @@ def hindrances(due: Sequence[Due], known: Known) -> dict[str, Hindrance]:
 
 def _hindrance(due: Due, known: Known) -> Hindrance | None:
     if due.provider is None or due.provider not in known:  # its row may have gone since the rows were counted
-        return Hindrance("its service has no row in the table of providers", ours=True)
+        return Hindrance(_NO_SERVICE if due.service is None else _NO_PROVIDER, ours=True)
     provider, standing = known[due.provider]
     if provider.fault:
         return Hindrance(provider.fault, ours=True)
@@ -84,10 +87,11 @@ def settle_up(
         if not counts["due"]:
             continue
         context.by_provider[name] = counts
-        halted = lane.patience.halted if lane else None
-        reason = hindered[name].reason if name in hindered else halted or each.why_not_free()
-        if reason:
+        reasons = (lane.patience.halted, lane.trouble) if lane else ()
+        reason = hindered[name].reason if name in hindered else next(filter(None, reasons), each.why_not_free())
+        if reason and counts["due"] > counts["renewed"]:
             context.provider_reasons[name] = reason
-        log.info("oauth_provider_finished", provider=name, **counts, **({"reason": reason} if reason else {}))
+        told = {"reason": context.provider_reasons[name]} if name in context.provider_reasons else {}
+        log.info("oauth_provider_finished", provider=name, **counts, **told)
     for key in ("due", "postponed"):
         context.counts[key] = sum(counts[key] for counts in context.by_provider.values())

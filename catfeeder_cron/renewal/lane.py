@@ -50,7 +50,8 @@ class Lane:
     counts: Counter[str] = field(default_factory=Counter)
     _lifespan_missed: bool = False
     _failure: Exception | None = None
-    _told: bool = False
+    trouble: str | None = None
+    """The first reason for which a row was not renewed."""
 
     def __post_init__(self) -> None:
         self._auth: ClientAuth = self.provider.client_auth
@@ -129,7 +130,7 @@ class Lane:
                 if again and isinstance(again.answer, Renewed | Partial | Dead):
                     self._auth = another
         if asked and isinstance(asked.answer, Ambiguous):
-            log.debug("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason)
+            log.info("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason)
             await asyncio.sleep(random.uniform(*_ASK_AGAIN_SECONDS))  # noqa: S311
             again = await self._send(claim, used)
             if again:
@@ -206,6 +207,6 @@ class Lane:
 
     def _tell(self, claim: Claim, reason: str) -> None:
         # The first of a provider stands for all of a run: what goes wrong for one goes wrong for many.
-        level = log.debug if self._told else log.warning
-        self._told = True
+        level = log.debug if self.trouble else log.warning
+        self.trouble = self.trouble or reason
         level("oauth_not_renewed", provider=self.provider.name, oauth_id=claim.id, reason=reason)

@@ -50,7 +50,8 @@ ISSUED: LiteralString = """
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
            count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
-           count(*) FILTER (WHERE t.sent = {hash} AND (t.lease_until IS NULL OR t.lease_until <= now())),
+           count(*) FILTER (WHERE t.sent = {hash} AND (t.lease_until IS NULL OR t.lease_until <= now())
+                                  AND (t.not_before IS NULL OR t.not_before <= now())),
            count(*) FILTER (WHERE t.not_before > now()), min(t.not_before) FILTER (WHERE t.not_before > now())
     FROM {active} a LEFT JOIN {services} s ON s.id = a.service_id
     LEFT JOIN {providers} p ON p.provider_name = s.name
@@ -82,12 +83,14 @@ class Due:
     """When the first of those that back off may be asked for."""
 
     def why_not_free(self) -> str | None:
-        """Say why rows that nobody has under a lease are left alone."""
-        told = []
+        """Say why rows are left alone."""
+        told = [f"{self.leased} are in another run's hands"] if self.leased else []
         if self.next_try:
             told.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
         if self.in_doubt:
-            told.append(f"{self.in_doubt} were sent, with no known answer, and rest for {IN_DOUBT.seconds // 60} min")
+            told.append(
+                f"{self.in_doubt} were sent, with no known answer, and rest for at most {IN_DOUBT.seconds // 60} min"
+            )
         return "; ".join(told) or None
 
 

@@ -12,10 +12,12 @@ import pytest
 from catfeeder_cron import schema
 from catfeeder_cron.checks import Finding, check
 from catfeeder_cron.checks.renewal import check_providers
-from catfeeder_cron.config import DatabaseTables, JobSettings, load
+from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.jobs import built_in
+from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
 
@@ -521,7 +523,7 @@ def test_a_provider_whose_tokens_end_between_two_runs_needs_a_shorter_interval(
     found = worst(findings(f"[jobs.renew-oauth]\n{job}"), "provider google")
 
     assert found.level == ("warning" if message else "ok"), found
-    assert (message or "can be asked") in found.message
+    assert (message or "are filled in") in found.message
 
 
 def test_the_interval_that_it_names_is_short_enough(
@@ -548,6 +550,27 @@ def test_links_of_a_service_without_a_provider_are_named(
         '10 links can\'t be renewed: their service has no row in "UserOauthConnection"; its provider_name must be the '
         "service's name",
     )
+
+
+def test_links_of_no_service_are_named(findings: Findings, ten_links: None, admin: psycopg.Connection) -> None:
+    admin.execute('UPDATE "ActiveOauths" SET service_id = NULL WHERE id <= 3')
+
+    assert worst(findings(), "renew-oauth").message.startswith("3 links can't be renewed: their service_id is none of")
+
+
+@pytest.mark.parametrize(("refused", "level"), [(True, "error"), (False, "warning")])
+def test_a_paused_provider_is_told_with_its_reason(
+    findings: Findings, ten_links: None, admin: psycopg.Connection, database: Database, refused: bool, level: str
+) -> None:
+    with database.transaction() as connection:
+        known = providers.load(connection, Links(DatabaseTables()), OAuthSettings(), ["google"])
+    pause = providers.refused("401: invalid_client") if refused else providers.out_of_order("503")
+    providers.pause(database, known["google"][0], pause)
+
+    found = worst(findings(), "provider google")
+
+    assert found.level == level
+    assert re.match(r"it is paused for \d+[sm] more: (401: invalid_client; correct its row|503$)", found.message)
 
 
 def test_a_place_for_the_answers_of_providers_is_needed(

@@ -394,10 +394,16 @@ def test_a_provider_that_asks_for_a_rest_at_once_gets_it(world: World, serve: Se
 def test_a_provider_that_nobody_answers_for_is_no_fault_of_ours(world: World, serve: Serve) -> None:
     world.add_provider("http://127.0.0.1:1/token")
     world.add_provider("https://no-such-host.invalid/token", "nowhere")
-    for name in ("acme", "nowhere"):
+    world.add_provider(serve(script=lambda _: Raw()), "silent")
+    for name in ("acme", "nowhere", "silent"):
         world.add_link("r", name)
     report = world.renew()
-    assert (report.outcome, report.counts["failed"]) == ("succeeded", 2)
+    assert (report.outcome, report.counts["failed"]) == ("succeeded", 3)
+    assert report.provider_reasons == {
+        "acme": "no connection: connection refused",
+        "nowhere": "no connection: its name could not be looked up",
+        "silent": "the connection broke: it hung up without an answer",
+    }
 
 
 def test_when_most_tokens_are_called_dead_the_provider_is_suspected(world: World, serve: Serve) -> None:

@@ -81,6 +81,9 @@ def test_forecast_prints_who_has_to_log_in(world: World, config: Path, provider:
     assert "now" in shown.stdout
     assert "acme" in shown.stdout
     assert run(config, "forecast", "--json").stdout.startswith("[\n  {")
+    assert run(config, "forecast", "--days", "1000000000").returncode == 2
+    world.connection.execute('DELETE FROM "ActiveOauths"')
+    assert run(config, "forecast").stdout == "no link needs a new login within 30 days, as far as is known\n"
 
 
 def test_a_starting_daemon_takes_over_what_dead_processes_left(world: World, config: Path, provider: Provider) -> None:

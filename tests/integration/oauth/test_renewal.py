@@ -309,7 +309,7 @@ def test_what_is_left_alone_says_why(world: World, provider: Provider) -> None:
     )
     why = (
         "1 back off after a failure, the first until 12:04:31 UTC; "
-        "1 were sent, with no known answer, and rest for 10 min"
+        "1 were sent, with no known answer, and rest for at most 10 min"
     )
 
     dry, done = world.renew(dry_run=True), world.renew()
