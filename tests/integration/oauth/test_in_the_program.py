@@ -15,8 +15,8 @@ from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.renewal.journal import Entry, new_journal
 from catfeeder_cron.renewal.takeover import journal_folder
 from tests.integration.oauth.conftest import World
+from tests.integration.oauth.disasters import wait_until
 from tests.integration.oauth.provider import Provider
-from tests.integration.oauth.test_crashes import wait_until
 
 
 @pytest.fixture

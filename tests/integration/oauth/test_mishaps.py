@@ -1,10 +1,7 @@
 """What goes wrong around the requests: full disks, locked rows, odd rows, several processes, providers' whims."""
 
-import os
-import resource
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -30,8 +27,8 @@ from catfeeder_cron.renewal.takeover import journal_folder
 from catfeeder_cron.renewal.verdicts import Verdict, settle
 from catfeeder_cron.schema.application import create_tables
 from tests.integration.oauth.conftest import World
+from tests.integration.oauth.disasters import blocked, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
-from tests.integration.oauth.test_crashes import blocked, stored, wait_until
 
 Serve = Callable[..., Provider]
 
@@ -50,18 +47,7 @@ def provider_of(world: World) -> KnownProvider:
     return known["acme"][0]
 
 
-def run_on_a_full_disk(world: World) -> "subprocess.Popen[bytes]":
-    """Start a run that can't write a file of more than 100 bytes."""
-    config = world.state_directory.parent / "config.toml"
-    config.write_text(f'[database]\nurl = "{world.url}"\n')
-    config.chmod(0o600)
-    return subprocess.Popen(
-        [sys.executable, "-m", "catfeeder_cron", "--config", str(config), "run-once", "renew-oauth"],
-        env=os.environ | {"STATE_DIRECTORY": str(world.state_directory)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+FULL_DISK = 100
 
 
 def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database_is_away(
@@ -69,25 +55,27 @@ def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database
 ) -> None:
     for number in range(3):
         world.add_link(provider.log_in(f"user{number}"))
-    with blocked(world) as block:
+    with processes(world, FULL_DISK) as start:
+        with blocked(world) as block:
 
-        def cut_off_then_answer(request: Request) -> Raw:
-            block()
-            return provider.renew(request)
+            def cut_off_then_answer(request: Request) -> Raw:
+                block()
+                return provider.renew(request)
 
-        provider.script, provider.delay = cut_off_then_answer, 0.1
-        process = run_on_a_full_disk(world)
-        wait_until(lambda: sum(provider.renewals.values()) == 3)
-        process.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-    assert process.wait(20) == 84
+            provider.script, provider.delay = cut_off_then_answer, 0.1
+            process = start()
+            wait_until(lambda: sum(provider.renewals.values()) == 3)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)  # it does not give up
+        assert process.wait(20) == 84
     assert len(stored(world, provider)) == 3
 
 
 def test_nor_is_one_lost_whose_row_is_locked(world: World, provider: Provider) -> None:
     ids = [world.add_link(provider.log_in(f"user{number}")) for number in range(3)]
-    with psycopg.connect(world.url) as web:
+    with processes(world, FULL_DISK) as start:
+        web = psycopg.connect(world.url)
 
         def lock_then_answer(request: Request) -> Raw:
             if not provider.renewals:
@@ -95,9 +83,10 @@ def test_nor_is_one_lost_whose_row_is_locked(world: World, provider: Provider) -
             return provider.renew(request)
 
         provider.script, provider.delay = lock_then_answer, 0.1
-        process = run_on_a_full_disk(world)
+        process = start()
         wait_until(lambda: len(stored(world, provider)) == 2)
-    assert process.wait(20) == 84
+        web.close()
+        assert process.wait(20) == 84
     assert len(stored(world, provider)) == 3
 
 

@@ -4,11 +4,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import psycopg
-import pytest
 
-from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.errors import JobAborted
-from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.schedule import IntervalSchedule
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
@@ -132,15 +129,6 @@ def test_a_row_that_is_deleted_meanwhile_is_no_trouble(world: World, provider: P
     provider.script = answer_late
     assert world.renew().outcome == "succeeded"
     assert world.journals() == []
-
-
-def test_a_row_that_the_web_server_has_locked_is_left_without_waiting(world: World, provider: Provider) -> None:
-    locked, free = world.add_link(provider.log_in("locked")), world.add_link(provider.log_in("free"))
-    with world.connection.transaction():
-        world.connection.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [locked])
-        assert world.renew().counts["renewed"] == 1
-    assert world.link(locked).token == "old-access"
-    assert world.link(free).token != "old-access"
 
 
 def test_an_answer_whose_row_is_locked_waits_and_lets_the_others_by(world: World, provider: Provider) -> None:
@@ -279,7 +267,7 @@ def test_without_a_place_for_the_journal_nothing_is_sent(world: World, provider:
     assert f"{world.state_directory} is no directory" in dry.reason
 
 
-def test_a_missing_table_or_privilege_is_named(world: World, provider: Provider) -> None:
+def test_a_missing_table_is_named(world: World, provider: Provider) -> None:
     world.connection.execute('ALTER TABLE "Services" RENAME TO elsewhere')
     report = world.renew()
     assert report.outcome == "failed"
@@ -356,16 +344,8 @@ def test_a_row_that_somebody_has_locked_is_postponed(world: World, provider: Pro
     assert world.renew().counts["renewed"] == 1
 
 
-def test_the_job_is_shared_and_wants_its_index() -> None:
-    assert renew_oauth.JOB.shared
-    assert renew_oauth.JOB.wanted_indexes == (WantedIndex("active_oauths", "token_expiration"),)
-    assert renew_oauth.JOB.settings().interval == timedelta(minutes=30)
-
-
-@pytest.mark.parametrize("auth", ["basic", "body"])
-def test_an_ipv6_or_named_loopback_is_asked_as_well(world: World, serve: Serve, auth: str) -> None:
+def test_a_loopback_that_is_named_is_asked_as_well(world: World, serve: Serve) -> None:
     each = serve()
-    world.settings["providers"] = {"acme": {"client_auth": auth}}
     world.add_provider(each.url.replace("127.0.0.1", "localhost"))
     world.add_link(each.log_in("tom"))
     assert world.renew().counts["renewed"] == 1

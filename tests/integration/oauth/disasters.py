@@ -1,0 +1,94 @@
+"""Processes that can be killed, a database that goes away, and what has to be left of it all."""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.integration.oauth.conftest import World
+from tests.integration.oauth.provider import Provider
+
+
+@contextmanager
+def processes(world: World, longest_file: int | None = None) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Yield what starts a `run-once renew-oauth` in a process of its own; all are killed at the end.
+
+    None can write a file of more than `longest_file` bytes, as on a disk that is full.
+    """
+    config = world.state_directory.parent / "config.toml"
+    config.write_text(f'[database]\nurl = "{world.url}"\n[logging]\nlevel = "debug"\n')
+    config.chmod(0o600)
+    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(config), "run-once", "renew-oauth"]
+    environment = os.environ | {"STATE_DIRECTORY": str(world.state_directory)}
+    started: list[subprocess.Popen[bytes]] = []
+
+    def fill_disk() -> None:
+        if longest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, longest_file))
+
+    def start() -> "subprocess.Popen[bytes]":
+        path = Path(os.devnull) if longest_file else world.state_directory.parent / "log"
+        with path.open("ab") as log:
+            started.append(subprocess.Popen(command, env=environment, preexec_fn=fill_disk, stdout=log, stderr=log))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def stored(world: World, provider: Provider) -> set[str]:
+    """Return the users whose row holds what the provider handed out last."""
+    rows = world.connection.execute('SELECT token, refresh_link FROM "ActiveOauths"').fetchall()
+    tokens = {user: token for token, user in provider.live.items()}
+    return {user for user, access in provider.access_tokens.items() if (access, tokens.get(user)) in rows}
+
+
+class Block:
+    """Keeps all but the superuser's open sessions out of a database."""
+
+    def __init__(self, admin: psycopg.Connection, name: str) -> None:
+        self._admin, self._name, self.begun = admin, name, False
+
+    def __call__(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self._admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(self._name)))
+            self._admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = %s AND application_name = 'catfeeder-cron'",
+                [self._name],
+            )
+
+    def end(self) -> None:
+        self._admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(self._name)))
+
+
+@contextmanager
+def blocked(world: World) -> Iterator[Block]:
+    """Yield what cuts everybody off from the database but the test itself; it ends with the block of `with`."""
+    name = str(conninfo_to_dict(world.url)["dbname"])
+    with psycopg.connect(world.url, dbname="postgres", autocommit=True) as admin:
+        block = Block(admin, name)
+        try:
+            yield block
+        finally:
+            block.end()
