@@ -6,6 +6,7 @@ and no session-level lock is taken, so a transaction pooler such as PgBouncer ma
 
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -35,6 +36,9 @@ from catfeeder_cron.logs import get_logger
 log = get_logger(__name__)
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+
+# How long one waits for a connection before looking whether there is an outage.
+_PATIENCE_SECONDS = 1.0
 
 EMBEDDED = "embedded:"
 
@@ -209,20 +213,26 @@ class Database:
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
         pool = self._open_pool()
-        if not self._reachable:
-            self.probe()  # fails at once where the pool would wait
-        try:
-            connection = pool.getconn()
-        except PoolTimeout:
-            self.probe()
-            raise AllInUse(
-                f"all {pool.max_size} database connections stayed in use for {pool.timeout:g} s; "
-                "raise database.pool_max_size"
-            ) from None
+        connection = self._get(pool)
         try:
             yield connection
         finally:
             pool.putconn(connection)
+
+    def _get(self, pool: ConnectionPool[Connection]) -> Connection:
+        """Wait for a connection, but not for one that can't come: an outage may be met by somebody else meanwhile."""
+        until = time.monotonic() + pool.timeout
+        while True:
+            if not self._reachable:
+                self.probe()  # fails at once where the pool would wait
+            with suppress(PoolTimeout):
+                return pool.getconn(max(0.0, min(_PATIENCE_SECONDS, until - time.monotonic())))
+            if time.monotonic() >= until:
+                self.probe()
+                raise AllInUse(
+                    f"all {pool.max_size} database connections stayed in use for {pool.timeout:g} s; "
+                    "raise database.pool_max_size"
+                )
 
     def _open_pool(self) -> ConnectionPool[Connection]:
         with self._lock:

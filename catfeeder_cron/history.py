@@ -78,7 +78,7 @@ class PastRun:
             "first_slot": timestamp(self.slot) if self.missed else None,
             "last_slot": timestamp(self.last_slot),
             "missed": self.missed,
-            "runs": self.runs,
+            **({"runs": self.runs} if self.runs > 1 else {}),
         }
 
 
