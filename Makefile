@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage test-integration test-others proof test-systemd check format bench man install uninstall purge lock clean
+.PHONY: help run test coverage test-integration test-oauth test-others proof test-systemd check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -17,20 +17,24 @@ help: ## list the targets
 run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
 	@exec $(BIN)/catfeeder-cron demo
 
-test: $(VENV)/program ## run the tests, in two halves side by side (three to four minutes)
-	@echo "what each half says comes when it is over"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-integration test-others
+test: $(VENV)/program ## run the tests, in three parts side by side (three minutes)
+	@echo "what each part says comes when it is over"
+	@$(MAKE) --no-print-directory --jobs --output-sync $(PARTS)
 
 coverage: $(VENV)/program ## run the tests and say which lines and branches they leave out
 	$(BIN)/coverage erase
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync PYTEST="$(BIN)/coverage run -m pytest" test-integration test-others
+	@$(MAKE) --no-print-directory --jobs --output-sync PYTEST="$(BIN)/coverage run -m pytest" $(PARTS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-# The halves of `make test`. Each has a PostgreSQL of its own, and most tests wait for something.
+# The parts of `make test`. Each has a PostgreSQL of its own, and most tests wait for something.
+PARTS := test-integration test-oauth test-others
 PYTEST = $(BIN)/pytest
 
 test-integration:
-	$(PYTEST) tests/integration
+	$(PYTEST) tests/integration --ignore=tests/integration/oauth
+
+test-oauth:
+	$(PYTEST) tests/integration/oauth
 
 test-others:
 	$(PYTEST) tests --ignore=tests/integration
