@@ -20,8 +20,9 @@ from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
 
-# The most that passes unseen where no notification tells of it: an UPDATE, or a pooler in between.
-_LOOK_EVERY_SECONDS = 30.0
+# The most that passes unseen where no notification tells of it: an UPDATE; or anything, with a pooler in between.
+_LISTENING_SECONDS = 60.0
+_DEAF_SECONDS = 30.0
 # From one run to the next: longer and longer while what is due stays undone (paused, locked, running elsewhere).
 _SHORTEST_PAUSE_SECONDS = 0.5
 _RECONNECT_SECONDS = 5.0
@@ -100,10 +101,10 @@ class Waker:
                 self._wait(None, _RECONNECT_SECONDS)  # told by the database itself
             except CatfeederCronError as error:
                 self._complain(str(error))
-                self._wait(None, _LOOK_EVERY_SECONDS)
+                self._wait(None, _DEAF_SECONDS)
             except Exception:
                 log.exception("waker_failed", job=self._job_id)
-                self._wait(None, _LOOK_EVERY_SECONDS)
+                self._wait(None, _DEAF_SECONDS)
 
     def _listen(self) -> str:
         """Watch for as long as notifications arrive; return why none do."""
@@ -141,13 +142,14 @@ class Waker:
             self._tell(deaf)  # now that the rest of the database is there: an outage is told by the database itself
             if due_in is None or due_in > 0:
                 self._pause = _SHORTEST_PAUSE_SECONDS
-                self._wait(connection, min(_LOOK_EVERY_SECONDS, due_in or _LOOK_EVERY_SECONDS))
+                look_in = _LISTENING_SECONDS if connection else _DEAF_SECONDS
+                self._wait(connection, min(look_in, due_in or look_in))
             elif (hold := self._ran_at + self._pause - time.monotonic()) > 0:
                 if self._wait(connection, hold):
                     self._pause = _SHORTEST_PAUSE_SECONDS
             else:
                 if self._ran_at > float("-inf"):
-                    self._pause = min(2 * self._pause, _LOOK_EVERY_SECONDS)
+                    self._pause = min(2 * self._pause, _DEAF_SECONDS)
                 self._ran_at = time.monotonic()
                 self._run()
             self._complaint = ""
@@ -164,7 +166,7 @@ class Waker:
 
     def _tell(self, deaf: str) -> None:
         if deaf and not self._deaf:
-            log.warning("notifications_do_not_arrive", job=self._job_id, reason=deaf, look_every=_LOOK_EVERY_SECONDS)
+            log.warning("notifications_do_not_arrive", job=self._job_id, reason=deaf, look_every=_DEAF_SECONDS)
         elif self._deaf and not deaf:
             log.info("notifications_arrive_again", job=self._job_id)
         self._deaf = bool(deaf)
