@@ -9,6 +9,7 @@ from typing import Any
 
 from catfeeder_cron.callables import find_callable
 from catfeeder_cron.config import CustomJobSettings
+from catfeeder_cron.database import RollBack
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobSkipped
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import one_line
@@ -27,10 +28,6 @@ def custom_job(job_id: str, settings: CustomJobSettings) -> Job[CustomJobSetting
     return Job(job_id, f"call {settings.call}", CustomJobSettings, _run_callable)
 
 
-class _RollBack(Exception):
-    pass
-
-
 def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
     assert settings.sql is not None
     try:
@@ -39,9 +36,7 @@ def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
             cursor = connection.execute(settings.sql.encode(), binary=True)
             context.counts["rows"] = max(0, cursor.rowcount)
             if context.dry_run:
-                raise _RollBack
-    except _RollBack:
-        pass
+                raise RollBack
     except DatabaseError:
         context.counts.clear()  # a transaction that fails as late as at its COMMIT has changed nothing
         raise

@@ -53,6 +53,10 @@ class AllInUse(DatabaseUnavailable):
     """The server is there, but every connection of this process stayed in use."""
 
 
+class RollBack(Exception):
+    """Raised inside a transaction's block, it ends the block without an error, and nothing that was done is kept."""
+
+
 class Database:
     """A pool of connections that is opened by its first use and closed for good with `close`. Safe to use from any
     thread; one that comes after `close` is answered with DatabaseUnavailable.
@@ -103,17 +107,19 @@ class Database:
 
         The session's time zone is UTC. A statement may take `timeout` (default: the configured
         `statement_timeout`). `local` are further settings for SET LOCAL. Raises a DatabaseError for whatever
-        psycopg raises.
+        psycopg raises, and swallows RollBack.
         """
         limit = self.statement_timeout if timeout is None else timeout
         local = {"statement_timeout": _milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
         with self._outage_told(), _translated(), self._begun(_begin(local)) as connection:
             try:
                 yield connection
-            except BaseException:
+            except BaseException as error:
                 # One that fails must not hide why it was needed; the pool gives up such a connection.
                 with suppress(psycopg.Error):
                     connection.execute("ROLLBACK")
+                if isinstance(error, RollBack):
+                    return
                 raise
             if connection.execute("COMMIT").statusmessage == "ROLLBACK":
                 raise DatabaseError("nothing was committed: a statement of the transaction had failed unnoticed")

@@ -12,17 +12,13 @@ from psycopg import pq
 
 from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.config import CustomJobSettings, Settings
-from catfeeder_cron.database import Connection, Database
+from catfeeder_cron.database import Connection, Database, RollBack
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 from catfeeder_cron.logs import one_line
 
 _PERMISSION_DENIED = b"42501"
 # What the server says of syntax and of names begins with this.
 _STATEMENT_AT_FAULT = b"42"
-
-
-class _RollBack(Exception):
-    pass
 
 
 def check_statements(database: Database, settings: Settings) -> Iterator[Finding]:
@@ -42,8 +38,7 @@ def _finding(database: Database, job_id: str, statement: bytes, level: Level) ->
             # write here may in a run.
             with suppress(pg.SyntaxError, pg.ReadOnlySqlTransaction):
                 connection.execute(b"EXPLAIN (COSTS OFF) " + statement, binary=True)
-            raise _RollBack
-    except _RollBack:
+            raise RollBack
         return Finding("ok", job_id, "the server understands its statement")
     except PermissionDenied as error:
         told = f'{error.found}; its owner can say: GRANT ... ON ... TO "{role}"'

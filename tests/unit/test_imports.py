@@ -41,7 +41,7 @@ ARROWS = {
     "expired_rows": "job database catalog config",
     "renewal": "clock job oauth database catalog config",
     "jobs": "job expired_rows renewal actions due_actions catalog config database",
-    "custom_jobs": "job callables output config",
+    "custom_jobs": "job callables output config database",
     "checks": "callables jobs job oauth renewal schedule output schema catalog database config",
     "pauses": "database",
     "triggers": "schedule",
