@@ -163,12 +163,14 @@ class Outbox:
         The journal stays in any case: by it the next run frees the leases.
         """
         self._journal.keep = self._journal.keep or bool(batch)
-        nowhere_else = [each for each in batch if each.entry and not self._journal.holds(each.entry)]
+        nowhere_else = []
         for each in batch:
-            if each not in nowhere_else:
-                self.unstored += each.entry is not None
-                self.left_open += each.entry is None
-                each.counts["postponed"] += 1
+            if each.entry and not self._journal.holds(each.entry):
+                nowhere_else.append(each)
+                continue
+            self.unstored += each.entry is not None
+            self.left_open += each.entry is None
+            each.counts["postponed"] += 1
         return nowhere_else
 
     def _gives_up(self) -> bool:
