@@ -16,6 +16,9 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.oauth.provider import Provider as KnownProvider
+from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import IntervalSchedule
 from catfeeder_cron.schema.application import create_tables
@@ -99,6 +102,20 @@ class World:
         self.connection.execute(
             "UPDATE catfeeder_cron.oauth_providers SET paused_until = paused_until - interval '1 day'"
         )
+
+    def known_provider(self) -> KnownProvider:
+        """Return acme as a run would ask it."""
+        context = self.context()
+        with context.transaction() as connection:
+            known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
+        return known["acme"][0]
+
+    def paused_seconds(self) -> float | None:
+        """Return for how long the only provider that is known of is paused."""
+        row = self.connection.execute(
+            "SELECT extract(epoch FROM paused_until - now())::float8 FROM catfeeder_cron.oauth_providers"
+        ).fetchone()
+        return row[0] if row else None
 
     def journals(self) -> list[Path]:
         return [path for path in self.state_directory.rglob("*") if path.is_file()]

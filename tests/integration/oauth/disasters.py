@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.integration.oauth.conftest import World
-from tests.integration.oauth.provider import Provider
+from tests.integration.oauth.provider import Provider, Raw, Request, Script
 
 
 @contextmanager
@@ -92,3 +92,14 @@ def blocked(world: World) -> Iterator[Block]:
             yield block
         finally:
             block.end()
+
+
+def cutting_off(block: Block, provider: Provider, after: int = 0) -> Script:
+    """Return what has the database go away before the provider answers, when it has renewed so many tokens."""
+
+    def cut_off_then_answer(request: Request) -> Raw:
+        if sum(provider.renewals.values()) >= after:
+            block()
+        return provider.renew(request)
+
+    return cut_off_then_answer

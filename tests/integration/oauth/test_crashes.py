@@ -14,7 +14,7 @@ import pytest
 
 from catfeeder_cron.jobs import renew_oauth
 from tests.integration.oauth.conftest import World
-from tests.integration.oauth.disasters import blocked, processes, stored, wait_until
+from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request
 
 Serve = Callable[..., Provider]
@@ -30,12 +30,7 @@ def test_an_answer_in_a_killed_processs_journal_is_stored_and_its_row_not_asked_
     ids = [world.add_link(provider.log_in(f"user{number}")) for number in range(5)]
 
     with processes(world) as start, blocked(world) as block:
-
-        def cut_off_then_answer(request: Request) -> Raw:
-            block()
-            return provider.renew(request)
-
-        provider.script, provider.delay = cut_off_then_answer, 0.3
+        provider.script, provider.delay = cutting_off(block, provider), 0.3
         process = start()
         wait_until(lambda: sum(provider.renewals.values()) == 5)
         wait_until(lambda: world.journals() and world.journals()[0].stat().st_size >= 5 * 512)
@@ -76,12 +71,7 @@ def test_a_killed_processs_leases_are_freed_at_once_where_it_died_and_later_else
 def test_recovery_alone_stores_what_was_left(world: World, provider: Provider) -> None:
     world.add_link(provider.log_in("tom"))
     with processes(world) as start, blocked(world) as block:
-
-        def cut_off_then_answer(request: Request) -> Raw:
-            block()
-            return provider.renew(request)
-
-        provider.script = cut_off_then_answer
+        provider.script = cutting_off(block, provider)
         process = start()
         wait_until(lambda: world.journals() and world.journals()[0].stat().st_size >= 512)
         process.kill()
@@ -95,13 +85,7 @@ def test_a_database_that_is_away_while_answers_come_in_loses_none(world: World, 
     for number in range(60):
         world.add_link(provider.log_in(f"user{number}"))
     with processes(world) as start, blocked(world) as block:
-
-        def cut_off_then_answer(request: Request) -> Raw:
-            if sum(provider.renewals.values()) == 10:
-                block()
-            return provider.renew(request)
-
-        provider.script, provider.delay = cut_off_then_answer, 0.05
+        provider.script, provider.delay = cutting_off(block, provider, after=10), 0.05
         process = start()
         wait_until(lambda: sum(provider.renewals.values()) > 10)
         time.sleep(1)  # an outage has to last for a while
@@ -118,12 +102,7 @@ def test_a_stop_while_the_database_is_away_keeps_the_answers_for_later(world: Wo
     for number in range(5):
         world.add_link(provider.log_in(f"user{number}"))
     with processes(world) as start, blocked(world) as block:
-
-        def cut_off_then_answer(request: Request) -> Raw:
-            block()
-            return provider.renew(request)
-
-        provider.script, provider.delay = cut_off_then_answer, 0.2
+        provider.script, provider.delay = cutting_off(block, provider), 0.2
         process = start()
         wait_until(lambda: sum(provider.renewals.values()) == 5)
         process.send_signal(signal.SIGTERM)

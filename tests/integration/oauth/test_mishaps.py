@@ -18,7 +18,6 @@ from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
-from catfeeder_cron.oauth.provider import Provider as KnownProvider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claim, Claimer
 from catfeeder_cron.renewal.journal import Entry, new_journal
@@ -27,24 +26,10 @@ from catfeeder_cron.renewal.takeover import journal_folder
 from catfeeder_cron.renewal.verdicts import Verdict, settle
 from catfeeder_cron.schema.application import create_tables
 from tests.integration.oauth.conftest import World
-from tests.integration.oauth.disasters import blocked, processes, stored, wait_until
+from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 
 Serve = Callable[..., Provider]
-
-
-def paused_seconds(world: World) -> float | None:
-    row = world.connection.execute(
-        "SELECT extract(epoch FROM paused_until - now())::float8 FROM catfeeder_cron.oauth_providers"
-    ).fetchone()
-    return row[0] if row else None
-
-
-def provider_of(world: World) -> KnownProvider:
-    context = world.context()
-    with context.transaction() as connection:
-        known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
-    return known["acme"][0]
 
 
 FULL_DISK = 100
@@ -57,12 +42,7 @@ def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database
         world.add_link(provider.log_in(f"user{number}"))
     with processes(world, FULL_DISK) as start:
         with blocked(world) as block:
-
-            def cut_off_then_answer(request: Request) -> Raw:
-                block()
-                return provider.renew(request)
-
-            provider.script, provider.delay = cut_off_then_answer, 0.1
+            provider.script, provider.delay = cutting_off(block, provider), 0.1
             process = start()
             wait_until(lambda: sum(provider.renewals.values()) == 3)
             process.send_signal(signal.SIGTERM)
@@ -197,7 +177,7 @@ def test_a_token_that_alone_is_refused_starves_no_other(world: World, serve: Ser
 
     assert (first.outcome, first.counts["renewed"]) == ("failed", 0)
     assert second.counts == {"due": 21, "renewed": 20, "needs_reauth": 0, "failed": 0, "postponed": 1}
-    assert paused_seconds(world) is None
+    assert world.paused_seconds() is None
 
 
 def test_unknown_errors_of_some_users_do_not_stop_the_others(world: World, serve: Serve) -> None:
@@ -279,7 +259,7 @@ def test_what_was_called_dead_in_an_earlier_round_says_nothing_of_this_one(world
     )
     links, slot = Links(world.context().tables), datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
-    acme = provider_of(world)
+    acme = world.known_provider()
     elsewhere = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
     assert len(elsewhere.claim(world.context(), 100)) == 25
 
@@ -295,7 +275,7 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
     world.connection.execute("INSERT INTO catfeeder_cron.oauth_tokens (oauth_id) VALUES (%s)", [id])
     slot = datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
-    acme, links = provider_of(world), Links(world.context().tables)
+    acme, links = world.known_provider(), Links(world.context().tables)
     claims: list[Claim] = []
 
     def claim() -> None:
@@ -333,13 +313,13 @@ def test_a_corrected_secret_ends_the_pause_for_good_where_the_method_is_learnt(w
 
 
 def test_a_pause_that_another_process_keeps_is_neither_ended_nor_shortened(world: World, provider: Provider) -> None:
-    acme = provider_of(world)
+    acme = world.known_provider()
 
     providers.pause(world.database, acme, providers.throttled("slow down", 3600))
     providers.pause(world.database, acme, providers.throttled("slow down", 5))
     providers.resume(world.database, acme)
 
-    assert 3590 < (paused_seconds(world) or 0) <= 3600
+    assert 3590 < (world.paused_seconds() or 0) <= 3600
 
 
 @pytest.mark.parametrize("second", [reply(429, b""), reply(503, b""), reply(401, {"error": "invalid_client"})])
