@@ -103,7 +103,7 @@ def test_what_was_missed_is_accounted_for_and_made_up_for_once(
         "WHERE job = 'clean-tokens'"
     )
     daemon = program.daemon()
-    caught_up = "catfeeder_cron.job_runs WHERE trigger = 'catch_up'"
+    caught_up = "catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND trigger = 'catch_up'"
     eventually(lambda: count(admin, caught_up), "the run that was overdue")
     daemon.stop()
     assert count(admin, caught_up) == 1
@@ -138,7 +138,9 @@ def test_a_stop_lets_the_batch_in_hand_end_and_exits_0(
     assert daemon.wait_for("daemon_stopping")["running"] == ["clean-tokens"]
     left = count(admin, EXPIRED)
     assert 0 < left < 20_000
-    row = admin.execute("SELECT outcome, reason, counts FROM catfeeder_cron.job_runs WHERE missed IS NULL").fetchone()
+    row = admin.execute(
+        "SELECT outcome, reason, counts FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND missed IS NULL"
+    ).fetchone()
     assert row is not None
     assert row[0] == "aborted"
     assert "stop" in row[1]
@@ -167,7 +169,8 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
         # What a process that was killed left open is closed when it was not heard of for a while; not to be waited for.
         admin.execute("UPDATE catfeeder_cron.job_runs SET outcome = 'aborted' WHERE outcome IS NULL")
     recorded = admin.execute(
-        "SELECT outcome, reason FROM catfeeder_cron.job_runs WHERE missed IS NULL ORDER BY run_id DESC LIMIT 1"
+        "SELECT outcome, reason FROM catfeeder_cron.job_runs"
+        " WHERE job = 'clean-tokens' AND missed IS NULL ORDER BY run_id DESC LIMIT 1"
     ).fetchone()
     assert recorded == ("aborted", "still running 0.2 s after the stop")
 
