@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from catfeeder_cron.background_tasks import BackgroundTasks
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.errors import HopelessAction, PostponedAction
-    from catfeeder_cron.job import stopping
+    from catfeeder_cron.run_control import stopping
 
 __version__ = "0.1.0"
 __all__ = ["BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return Crons
     if name == "stopping":
-        from catfeeder_cron.job import stopping
+        from catfeeder_cron.run_control import stopping
 
         return stopping
     if name in ("HopelessAction", "PostponedAction"):

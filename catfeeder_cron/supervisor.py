@@ -14,8 +14,9 @@ from catfeeder_cron.presence import Presence
 
 log = get_logger(__name__)
 
-# A run that does not end this long after its timeout is stuck, and told of again this often.
-_STUCK_AFTER = timedelta(seconds=10)
+# A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
+# end has been killed by then.
+_STUCK_AFTER = timedelta(seconds=15)
 _STUCK_TOLD_EVERY = timedelta(minutes=5)
 _FORGET_EVERY_SECONDS = 3600
 _NEVER = float("-inf")

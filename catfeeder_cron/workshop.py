@@ -5,6 +5,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
@@ -35,6 +36,7 @@ class Workshop:
         self._owns_oauth = oauth is None
         self._oauth = oauth or OAuthClient(settings.oauth)
         self._pings = Pings()
+        self._children = Children()
         self._skipped: dict[str, str | None] = {}
 
     @property
@@ -52,6 +54,7 @@ class Workshop:
         if self._owns_oauth and settings.oauth != self._settings.oauth:
             self._oauth = OAuthClient(settings.oauth)
         self._settings = settings
+        self._children.retire()  # what they have imported may be another by now
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -77,6 +80,7 @@ class Workshop:
             schedule=self.schedule(job_id),
             slot=slot,
             oauth=self._oauth,
+            children=self._children,
         )
 
     def run(
@@ -109,6 +113,7 @@ class Workshop:
             with suppress(UnknownJob):  # a reload has removed it
                 self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
         self._supervisor.close(abandoned)
+        self._children.close()
         self._pings.close()
 
     def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:

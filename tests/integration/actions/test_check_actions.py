@@ -13,6 +13,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.action import Action, Handler, Perform
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.due_actions.attempts import Attempts
@@ -69,7 +70,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     first, second = (
         Claimed(Action(number, None, None, "hold", None, datetime.now(UTC), 1, ""), "us") for number in (1, 2)
     )
-    with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, 60, 60) as attempts:
+    with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, Children(), 60, 60) as attempts:
         attempts.begin([first])
         assert holding.wait(20)
         attempts.begin([second])
