@@ -20,6 +20,7 @@ from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
 from catfeeder_cron.job import Job, JobReport
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.orphans import reap_orphans_as_init
 from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 
@@ -39,6 +40,7 @@ def run(
     SIGHUP takes over what `read_again`, if there is one, returns. A stop lets running jobs end their batch; those
     that need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
     """
+    reap_orphans_as_init()
     notifier = Notifier()
     # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
     turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY

@@ -25,7 +25,7 @@ from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.runner import run_job
 
-CALLABLES = Path(__file__).with_name("custom_callables.py")
+CALLABLES = Path(__file__).parents[1] / "support" / "custom_callables.py"
 
 Run = Callable[..., JobReport]
 

@@ -58,6 +58,7 @@ ARROWS = {
     "crons": "timetable workshop job jobs supervisor ledger presence schedule background_tasks oauth schema config"
     " database",
     "service": "",
+    "orphans": "",
     "standing": "database history",
     "condition": "crons database standing",
     "herald": "condition service job",
@@ -67,7 +68,7 @@ ARROWS = {
     "terminal": "job",
     "tables": "terminal history job renewal",
     "reload": "crons checks config service",
-    "daemon": "crons checks reload background_tasks service ledger job database config schema condition herald"
+    "daemon": "orphans crons checks reload background_tasks service ledger job database config schema condition herald"
     " endpoints metrics",
     "demo_provider": "",
     "demo": "demo_provider daemon embedded service config database schema jobs",

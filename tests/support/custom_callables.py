@@ -92,6 +92,10 @@ def kill_itself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def crash() -> None:
+    kill_itself(signal.SIGSEGV)
+
+
 def run_out_of_memory() -> None:
     raise MemoryError
 
