@@ -27,6 +27,9 @@ Format = Literal["auto", "console", "json", "journald"]
 
 _HANDLER = "catfeeder_cron"
 
+TRACEBACK = "traceback_text"
+"""The attribute of a record that comes from another process, with the text of its traceback."""
+
 # What these say at lower levels is noise to an operator: APScheduler tells every run that our own
 # events tell better, and psycopg's pool repeats a warning per attempt where the database module tells
 # an outage once.
@@ -201,6 +204,8 @@ def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
         "logger": record.name,
     }
     added = {**get_contextvars(), **fields, "exc_info": event_dict.get("exc_info")}
+    if hasattr(record, TRACEBACK):
+        added["exception"] = getattr(record, TRACEBACK)
     return entry | {key: value for key, value in added.items() if key not in entry}
 
 

@@ -24,7 +24,7 @@ from catfeeder_cron.errors import (
     JobSkipped,
     PostponedAction,
 )
-from catfeeder_cron.logs import one_line
+from catfeeder_cron.logs import TRACEBACK, one_line
 
 # The same modules are found as in this process, wherever it found them.
 _PROGRAM = (
@@ -261,9 +261,11 @@ def _record(fields: dict[str, Any]) -> logging.LogRecord:
             "levelname": logging.getLevelName(int(fields["level"])),
             "msg": str(fields["text"]),
             "created": float(fields["created"]),
-            "exc_text": fields["traceback"] and str(fields["traceback"]),
         }
     )
+    if fields["traceback"]:
+        record.exc_text = str(fields["traceback"])  # for the handlers of a program that embeds us
+        setattr(record, TRACEBACK, record.exc_text)
     record.msecs = int(record.created * 1000) % 1000
     return record
 

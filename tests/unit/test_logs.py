@@ -304,3 +304,15 @@ def test_unconfigured_events_go_to_the_host_programs_logging_and_not_to_standard
 
 def test_importing_logs_loads_neither_structlog_nor_rich() -> None:
     run_python("import sys, catfeeder_cron.logs; assert not {'structlog', 'rich'} & sys.modules.keys(), sys.modules")
+
+
+def test_a_traceback_that_comes_as_text_is_part_of_the_entry() -> None:
+    stream = io.StringIO()
+    configure("info", "json", stream)
+    record = logging.makeLogRecord({"name": "far.away", "levelno": logging.ERROR, "msg": "it failed"})
+    setattr(record, logs.TRACEBACK, "Traceback (most recent call last):\nValueError: secret=hush")
+    logging.getLogger("far.away").handle(record)
+
+    (entry,) = entries(stream)
+    assert (entry["event"], entry["logger"]) == ("it failed", "far.away")
+    assert entry["exception"] == "Traceback (most recent call last):\nValueError: secret=[redacted]"
