@@ -164,19 +164,19 @@ class Supervisor:
             try:
                 if self._last_beat == _NEVER:
                     self._prepare()
-                open_runs, closed = self._ledger.beat()
+                heartbeat = self._ledger.beat()
             except DatabaseUnavailable:
                 self._presence.missed()
                 raise
             self._last_beat = begun
         for run in before:
-            if run.run_id not in open_runs:
+            if run.run_id not in heartbeat.open_runs:
                 run.context.stop.set(JobAborted(TAKEN_FOR_DEAD))
-        for description in closed:
+        for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
         self._presence.seen(datetime.now(UTC))
         self._record()
-        self._close_strays(set() if claiming else open_runs)
+        self._close_strays(set() if claiming else heartbeat.open_runs)
         self._after_beat()
 
     def close(self, abandoned: str | None = None) -> None:
@@ -235,16 +235,16 @@ class Supervisor:
             while self._unrecorded:
                 run_id, report = self._unrecorded[0]
                 try:
-                    closed_by_another = self._ledger.close(run_id, report)
+                    closed = self._ledger.close(run_id, report)
                 except DatabaseUnavailable:
                     raise
                 except DatabaseError as error:
                     # Told again it would be refused again, and hold up every claim behind it.
                     log.error("report_not_recorded", job=report.job, run_id=run_id, reason=str(error))
                     bare = replace(report, reason="its report could not be recorded; see the log", counts={})
-                    closed_by_another = self._ledger.close(run_id, bare)
+                    closed = self._ledger.close(run_id, bare)
                 self._unrecorded.pop(0)
-                if closed_by_another:
+                if closed.by_another:
                     log.warning("run_was_closed_by_another", job=report.job, run_id=run_id, outcome=report.outcome)
 
     def _close_strays(self, open_runs: set[int]) -> None:
