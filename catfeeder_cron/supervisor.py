@@ -37,7 +37,8 @@ class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`.
 
     `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
-    for each run that does not end when it should. `on_change` is called with the report of every run that ends, and
+    for each run that does not end when it should. `on_retry` with a job and how soon it is to be
+    retried, maybe several times. `on_change` is called with the report of every run that ends, and
     with None when one begins and after every heartbeat; it must neither block nor raise.
     """
 
