@@ -254,6 +254,7 @@ class Crons:
             prepare=prepare,
             after_beat=lambda: timetable.after_beat(),
             on_stuck=tasks.replace_worker,
+            on_retry=lambda job_id, retry_in: timetable.retry(job_id, retry_in),
             on_change=self._on_change,
         )
         workshop = Workshop(settings, self._jobs, database, supervisor, self._oauth)
