@@ -267,6 +267,7 @@ def test_the_traceback_of_what_it_raised_is_kept_in_one_entry(run: Run, caplog: 
     (entry,) = [entry for entry in events(caplog) if entry["event"] == "job_raised"]
     assert entry["job"] == "report"
     assert "in fail" in entry["exception"]
+    assert "worker.py" not in entry["exception"]
     assert "ValueError: no" in entry["exception"]
 
 

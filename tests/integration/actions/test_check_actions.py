@@ -356,6 +356,27 @@ def test_asked_to_stop_it_lets_the_handlers_at_work_end(
     assert actions.get(second, "state, attempts") == ("pending", 0)
 
 
+def test_a_handler_that_looks_ends_at_its_timeout_and_is_retried(actions: Actions, run: Run) -> None:
+    action = actions.add("until_stopped")
+
+    assert run(action_timeout=1).counts["retried"] == 1
+    assert actions.log(action) == [(1, "retried", "longer than the action_timeout of 1 s")]
+
+
+def test_a_handler_that_looks_ends_when_the_daemon_stops_and_is_retried(
+    actions: Actions, run: Run, context: Callable[..., JobContext]
+) -> None:
+    action = actions.add("until_stopped")
+    given = context()
+    thread, reports = in_background(run, given)
+    wait_until(actions.notes)
+    given.stop.set(JobAborted("the process was asked to stop"))
+    thread.join()
+
+    assert (reports[0].outcome, reports[0].counts["retried"]) == ("aborted", 1)
+    assert actions.log(action) == [(1, "retried", "it was asked to stop")]
+
+
 def test_out_of_time_it_stops_the_handlers_as_well(
     actions: Actions, run: Run, context: Callable[..., JobContext], tmp_path: Path
 ) -> None:
