@@ -14,15 +14,20 @@ __all__ = ["BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__v
 
 def __getattr__(name: str) -> Any:
     """Import these names on first use (PEP 562): the command line's `--help` needs none of them."""
+    from catfeeder_cron.imports import load
+
     if name == "BackgroundTasks":
+        load("catfeeder_cron.background_tasks")
         from catfeeder_cron.background_tasks import BackgroundTasks
 
         return BackgroundTasks
     if name == "Crons":
+        load("catfeeder_cron.crons")
         from catfeeder_cron.crons import Crons
 
         return Crons
     if name == "stopping":
+        load("catfeeder_cron.run_control")
         from catfeeder_cron.run_control import stopping
 
         return stopping
