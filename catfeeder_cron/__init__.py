@@ -3,17 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from catfeeder_cron.action import Action
     from catfeeder_cron.background_tasks import BackgroundTasks
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.errors import HopelessAction, PostponedAction
     from catfeeder_cron.run_control import stopping
 
 __version__ = "0.1.0"
-__all__ = ["BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
+__all__ = ["Action", "BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
 
 
 def __getattr__(name: str) -> Any:
     """Import these names on first use (PEP 562): the command line's `--help` needs none of them."""
+    if name == "Action":
+        from catfeeder_cron.action import Action
+
+        return Action
     if name == "BackgroundTasks":
         from catfeeder_cron.background_tasks import BackgroundTasks
 
@@ -31,3 +36,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the names that are imported on first use as well: for `dir()`, `help()` and tab completion."""
+    return sorted({*globals(), *__all__})

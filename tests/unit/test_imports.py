@@ -76,7 +76,7 @@ ARROWS = {
     " schema database config",
     "manual": "cli",
     "__main__": "cli",
-    "__init__": "background_tasks crons run_control",
+    "__init__": "action background_tasks crons run_control",
 }
 OPEN_TO_ALL = {"errors", "logs"}
 
