@@ -38,7 +38,7 @@ from apscheduler.triggers.date import DateTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from catfeeder_cron.errors import UnknownJob
-from catfeeder_cron.logs import get_logger
+from catfeeder_cron.logs import get_logger, show_debug_records
 
 log = get_logger(__name__)
 
@@ -79,8 +79,10 @@ class BackgroundTasks:
     The thread that keeps the schedule calls `on_turn` whenever it has looked for due tasks: at least every
     `turn_every_seconds`, paused or not, however busy the workers are. It must neither block nor raise.
 
-    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` logs each
-    task that is added, submitted to a worker, finished or failed, at level debug.
+    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` makes the debug
+    records of this package visible: by the handlers that the program's logging has, on standard error where it has
+    none. They tell of each start, stop, pause and resume, and of each task that is added, submitted to a worker,
+    finished or failed.
 
     All methods may be called from any thread, and from within tasks. Leaving a `with` block stops the scheduler,
     entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down; a
@@ -101,6 +103,7 @@ class BackgroundTasks:
     ) -> None:
         self._success = success
         self._error = error
+        self._debug = debug
         self._blocking = blocking
         self._max_workers = max_workers
         self._lock = threading.RLock()
@@ -121,6 +124,7 @@ class BackgroundTasks:
             },
         )
         if debug:
+            show_debug_records()
             self._scheduler.add_listener(_log_event, functools.reduce(int.__or__, _DEBUG_EVENTS))
         weakref.finalize(self, _abandon, self._scheduler)
 
@@ -138,6 +142,21 @@ class BackgroundTasks:
     ) -> None:
         self.safe_stop()
         self._drained.wait()  # for a stop() that another thread has begun
+
+    @property
+    def success(self) -> int:
+        """What the `safe_*` methods return when it went well."""
+        return self._success
+
+    @property
+    def error(self) -> int:
+        """What the `safe_*` methods return when it did not."""
+        return self._error
+
+    @property
+    def debug(self) -> bool:
+        """Whether debug records were asked for."""
+        return self._debug
 
     @property
     def running(self) -> bool:
@@ -168,8 +187,8 @@ class BackgroundTasks:
         """Run `func(*args, **kwargs)` whenever `trigger` says, before the start or while running.
 
         `trigger` is "interval" (options `weeks`, `days`, `hours`, `minutes`, `seconds`; 5 seconds where none of
-        them is given), "cron" (`minute`, `hour`, `day_of_week` ...), "date" (`run_date`, default now), or an
-        APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
+        them is given), "cron" (at least one of `minute`, `hour`, `day_of_week` ...), "date" (`run_date`, default now),
+        or an APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
         `max_instances`, `coalesce`, `misfire_grace_time`, `next_run_time` and `replace_existing` of the task.
 
         Raises ValueError, and adds nothing, when any of it can't be used or the id is taken.
@@ -225,6 +244,7 @@ class BackgroundTasks:
                 raise RuntimeError("can't start the scheduler: the start that was stopped has not returned yet")
             self._scheduler.start()
             self._looping = self._blocking
+            log.debug("scheduler_started", tasks=len(self.tasks))
         if self._blocking:
             try:
                 self._scheduler.loop()
@@ -236,11 +256,13 @@ class BackgroundTasks:
         """Begin no further runs until `resume`; running tasks go on. Raises RuntimeError when not running."""
         with self._changing("pause"):
             self._scheduler.pause()
+            log.debug("scheduler_paused")
 
     def resume(self) -> None:
         """End a pause: what fell due in it runs once, at once. Raises RuntimeError when not running."""
         with self._changing("resume"):
             self._scheduler.resume()
+            log.debug("scheduler_resumed")
 
     def stop(self, wait: bool = True) -> None:
         """Begin no further runs and, with `wait`, return when none is running any more. The tasks are kept.
@@ -262,6 +284,7 @@ class BackgroundTasks:
         try:
             if wait:
                 stopped_executor.shutdown(wait=True)
+            log.debug("scheduler_stopped", waited=wait)
         finally:
             self._drained.set()
 
@@ -437,6 +460,11 @@ def _make_trigger(trigger: object, options: dict[str, Any], zone: tzinfo) -> Bas
         _check_number("jitter", options["jitter"])
     if trigger == "interval":
         options = _with_interval(options)
+    if trigger == "cron" and all(options.get(field) is None for field in CronTrigger.FIELD_NAMES):
+        raise ValueError(
+            "a cron trigger without any field would be due every second; give it second='*' if that is meant, or "
+            f"one of {', '.join(CronTrigger.FIELD_NAMES)}"
+        )
     return _TRIGGERS[trigger](**{"timezone": zone, **options})
 
 

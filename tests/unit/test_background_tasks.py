@@ -211,6 +211,8 @@ async def coroutine_function() -> None:
         ({"timezone": "Mars/Olympus"}, "Mars/Olympus"),
         ({"end_date": datetime(2020, 1, 1, tzinfo=UTC)}, "has no run ahead of it"),
         ({"trigger": "cron", "minute": 61}, "61"),
+        ({"trigger": "cron"}, "a cron trigger without any field would be due every second"),
+        ({"trigger": "cron", "timezone": "UTC", "minute": None}, "without any field"),
         ({"trigger": "cron", "month": 2, "day": 31}, "has no run ahead of it"),
         ({"trigger": "date", "run_date": "tomorrow"}, "date"),
         ({"id": 5}, "id must be"),
@@ -311,9 +313,37 @@ def test_a_task_that_is_still_running_is_not_run_a_second_time(
     assert begun.acquire(timeout=SOON)
 
 
-def test_debug_logs_what_becomes_of_a_task(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="catfeeder_cron")
+def test_a_cron_trigger_may_be_due_every_second_where_that_is_said(tasks: BackgroundTasks) -> None:
+    trigger = tasks.add_task(nothing, trigger="cron", second="*").trigger
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert trigger.get_next_fire_time(now, now) == now + timedelta(seconds=1)
 
+
+@pytest.fixture
+def debug_records(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Gives this package's debug records, and resets afterwards what asking for them changes."""
+    caplog.set_level(logging.NOTSET, logger="catfeeder_cron")
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("catfeeder_cron") and record.levelno == logging.DEBUG
+    ]
+
+
+def test_debug_logs_each_change_of_state(debug_records: Callable[[], list[str]]) -> None:
+    tasks = BackgroundTasks(debug=True)
+    assert tasks.debug
+    for change in (tasks.start, tasks.pause, tasks.resume, tasks.stop):
+        change()
+    assert [record.split()[0] for record in debug_records()] == [
+        "scheduler_started",
+        "scheduler_paused",
+        "scheduler_resumed",
+        "scheduler_stopped",
+    ]
+
+
+def test_debug_logs_what_becomes_of_a_task(debug_records: Callable[[], list[str]]) -> None:
     def raise_it() -> None:
         raise LookupError
 
@@ -323,7 +353,7 @@ def test_debug_logs_what_becomes_of_a_task(caplog: pytest.LogCaptureFixture) -> 
         tasks.start()
         tasks.stop()
 
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("catfeeder_cron")]
+    ours = debug_records()
     for event, task in [
         ("task_added", "calm"),
         ("task_submitted", "calm"),
@@ -403,6 +433,15 @@ def test_the_safe_ones_return_the_codes_and_log_the_reason(
     assert [tasks.safe_pause(), tasks.safe_pause(), tasks.safe_resume()] == [10, 10, 10]
     assert [tasks.safe_stop(), tasks.safe_stop(wait=False)] == [10, 10]
     assert not tasks.running
+
+
+def test_the_codes_and_debug_can_be_read_and_not_changed() -> None:
+    tasks = BackgroundTasks(success=10, error=20)
+    assert (tasks.success, tasks.error, tasks.debug) == (10, 20, False)
+    assert (BackgroundTasks().success, BackgroundTasks().error) == (0, 84)
+    for name in ("success", "error", "debug"):
+        with pytest.raises(AttributeError):
+            setattr(tasks, name, 1)
 
 
 def test_the_codes_are_0_and_84_by_default() -> None:
