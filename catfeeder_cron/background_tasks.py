@@ -9,7 +9,6 @@ import functools
 import inspect
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, tzinfo
@@ -23,22 +22,21 @@ from apscheduler.events import (
     EVENT_JOB_SUBMITTED,
     JobEvent,
 )
-from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.job import Job
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers import (
     SchedulerAlreadyRunningError,
     SchedulerNotRunningError,
 )
-from apscheduler.schedulers.background import BackgroundScheduler
-from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.date import DateTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.logs import get_logger, show_debug_records
+from catfeeder_cron.schedulers import Executor, ForegroundScheduler, ThreadScheduler
 
 log = get_logger(__name__)
 
@@ -85,8 +83,9 @@ class BackgroundTasks:
     finished or failed.
 
     All methods may be called from any thread, and from within tasks. Leaving a `with` block stops the scheduler,
-    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down; a
-    task that refers to the object keeps it alive.
+    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down, and
+    the end of the program waits for the tasks that run; a task that refers to the object keeps it alive. In a forked
+    process, an object that was started before is not running and can't be started: make, or start, it after the fork.
     """
 
     def __init__(
@@ -111,8 +110,10 @@ class BackgroundTasks:
         self._drained = threading.Event()  # unset while a stop() waits for running tasks
         self._drained.set()
         self._worker = threading.local()  # has the attribute `ours` in the threads that run our tasks
+        self._closed: Callable[[], None] | None = None  # tells `lifecycle` of a stop; None while not running
+        self._is_the_parents = False  # it was running when this process was forked
         self._executor = self._new_executor()
-        self._scheduler = (_ForegroundScheduler if blocking else _BackgroundScheduler)(
+        self._scheduler = (ForegroundScheduler if blocking else ThreadScheduler)(
             on_turn=on_turn,
             longest_sleep=min(turn_every_seconds, _LONGEST_SLEEP_SECONDS),
             timezone=timezone,
@@ -126,7 +127,7 @@ class BackgroundTasks:
         if debug:
             show_debug_records()
             self._scheduler.add_listener(_log_event, functools.reduce(int.__or__, _DEBUG_EVENTS))
-        weakref.finalize(self, _abandon, self._scheduler)
+        lifecycle.after_fork(self, BackgroundTasks._after_fork)
 
     def __init_subclass__(cls) -> None:
         raise TypeError("BackgroundTasks is final and can't be subclassed")
@@ -161,7 +162,7 @@ class BackgroundTasks:
     @property
     def running(self) -> bool:
         """Whether the scheduler is started, paused or not."""
-        return bool(self._scheduler.running)
+        return bool(self._scheduler.running) and not self._is_the_parents
 
     @property
     def timezone(self) -> tzinfo:
@@ -173,7 +174,7 @@ class BackgroundTasks:
     def tasks(self) -> list[Job]:
         """The tasks that still have a run ahead of them."""
         with self._lock:
-            return list(self._scheduler.get_jobs())
+            return [] if self._is_the_parents else list(self._scheduler.get_jobs())
 
     def add_task(
         self,
@@ -227,6 +228,8 @@ class BackgroundTasks:
         """Take a task off the schedule; a run that has begun goes on. Raises UnknownJob."""
         try:
             with self._lock:
+                if self._is_the_parents:
+                    raise JobLookupError(job_id)
                 self._scheduler.remove_job(job_id)
         except JobLookupError as error:
             raise UnknownJob(f"can't remove the task {job_id!r}: no task has this id") from error
@@ -243,8 +246,9 @@ class BackgroundTasks:
             if not self.running and self._looping:
                 raise RuntimeError("can't start the scheduler: the start that was stopped has not returned yet")
             self._scheduler.start()
+            self._closed = lifecycle.keep(self, self._scheduler)
             self._looping = self._blocking
-            log.debug("scheduler_started", tasks=len(self.tasks))
+            log.debug("scheduler_started")
         if self._blocking:
             try:
                 self._scheduler.loop()
@@ -278,6 +282,8 @@ class BackgroundTasks:
                 raise SchedulerNotRunningError
             self._drained.clear()  # before the loop can end: a blocking start() then waits for it
             tasks = self._scheduler.halt()
+            if self._closed is not None:
+                self._closed()
             stopped_executor = self._executor
             self._renew(tasks)
         # Under no lock, ours or APScheduler's: a task that adds or removes one needs them before it can end.
@@ -320,6 +326,8 @@ class BackgroundTasks:
         **options: Any,
     ) -> Job:
         with self._lock:
+            if self._is_the_parents:
+                raise ValueError(lifecycle.FORKED)
             job_id = options.get("id")
             same = self._scheduler.get_job(job_id) if job_id else None
             if same and not replace_existing:
@@ -330,9 +338,9 @@ class BackgroundTasks:
                 self._scheduler.remove_job(job_id)
             return task
 
-    def _new_executor(self) -> ThreadPoolExecutor:
+    def _new_executor(self) -> Executor:
         mark = functools.partial(setattr, self._worker, "ours", True)
-        return ThreadPoolExecutor(
+        return Executor(
             self._max_workers,
             {"initializer": mark, "thread_name_prefix": "BackgroundTasks"},
         )
@@ -349,12 +357,24 @@ class BackgroundTasks:
     def _changing(self, action: str) -> Iterator[None]:
         """One change of state at a time, with APScheduler's errors translated."""
         with self._lock:
+            if self._is_the_parents:
+                not_running = None if action == "start" else SchedulerNotRunningError()
+                raise RuntimeError(f"can't {action} the scheduler: {lifecycle.FORKED}") from not_running
             try:
                 yield
             except SchedulerAlreadyRunningError as error:
                 raise RuntimeError(f"can't {action} the scheduler: it is running already") from error
             except SchedulerNotRunningError as error:
                 raise RuntimeError(f"can't {action} the scheduler: it is not running") from error
+
+    def _after_fork(self) -> None:
+        """Make anew what a thread may have held that does not exist in this process, which was just forked."""
+        self._is_the_parents = self._is_the_parents or self._scheduler.running or self._looping
+        self._lock = threading.RLock()
+        self._drained = threading.Event()
+        self._drained.set()
+        self._looping = False
+        self._scheduler.renew_locks()
 
     def _safely(
         self,
@@ -369,65 +389,6 @@ class BackgroundTasks:
                 log.error("scheduler_not_changed", action=action, reason=str(error))
                 return self._error
         return self._success
-
-
-class _Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no types
-    """What both kinds of scheduler do otherwise than APScheduler's."""
-
-    def __init__(self, on_turn: Callable[[], None] | None, longest_sleep: float, **options: Any) -> None:
-        self._turn = threading.RLock()
-        self._on_turn = on_turn
-        self._longest_sleep = longest_sleep
-        super().__init__(**options)
-
-    def _process_jobs(self) -> float:
-        """Submit what is due, and return how many seconds the loop may sleep.
-
-        The sleep is measured by a clock that neither a change of the system's time nor a suspended machine moves
-        on. After either of them a long sleep would last far beyond the next run.
-        """
-        with self._turn:
-            until_next_run = super()._process_jobs()
-        if self._on_turn:
-            self._on_turn()
-        return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
-
-    def halt(self) -> list[Job]:
-        """Shut down without waiting for running jobs, and return the jobs that have a run ahead of them.
-
-        APScheduler's own `shutdown` may come while the loop is busy with a job that has no further run: the loop
-        then dies because it no longer finds that job, which would also be among those returned here.
-        """
-        with self._turn:
-            jobs: list[Job] = self.get_jobs()
-            BlockingScheduler.shutdown(self, wait=False)
-        return jobs
-
-
-class _BackgroundScheduler(_Scheduler, BackgroundScheduler):  # type: ignore[misc]
-    def halt(self) -> list[Job]:
-        jobs = super().halt()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        return jobs
-
-
-class _ForegroundScheduler(_Scheduler):
-    """A blocking scheduler whose `start` returns, so that it can be made under a lock, and whose `loop` blocks.
-
-    APScheduler loses a task that is added by another thread just while it starts.
-    """
-
-    def _main_loop(self) -> None:
-        pass
-
-    def loop(self) -> None:
-        super()._main_loop()
-
-
-def _abandon(scheduler: _Scheduler) -> None:
-    if scheduler.running:
-        scheduler.halt()
 
 
 def _log_event(event: JobEvent) -> None:

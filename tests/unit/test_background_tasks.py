@@ -1,3 +1,4 @@
+import asyncio
 import gc
 import logging
 import subprocess
@@ -51,6 +52,13 @@ class Gate:
         self.begun.set()
         assert self.open.wait(SOON)
         self.ended.set()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def in_thread(func: Callable[[], object]) -> threading.Thread:
@@ -269,7 +277,13 @@ def test_removing_an_unknown_task_names_it(tasks: BackgroundTasks, started: bool
 # Running tasks
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+class Unheard(BaseException):
+    """Not an Exception, and none that Python knows."""
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Unheard]
+)
 def test_a_task_that_raises_is_logged_with_its_traceback_and_everything_goes_on(
     caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
@@ -630,6 +644,43 @@ def test_a_stopped_scheduler_starts_again_with_the_tasks_that_it_had(
         tasks.add_task(nothing, id="often")
 
 
+class Faulty(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Due at once, and then not to be asked again."""
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime | None:
+        if previous is not None:
+            raise LookupError("no calendar")
+        return now
+
+
+def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("catfeeder_cron.schedulers._AFTER_FAILURE_SECONDS", 0.01)
+    ran = threading.Event()
+    with BackgroundTasks() as tasks:
+        tasks.add_task(nothing, trigger=Faulty(), id="faulty")
+        tasks.start()
+        wait_until(lambda: "due_tasks_not_found" in caplog.text)
+        tasks.remove_task("faulty")
+        tasks.add_task(ran.set, trigger="date")
+        assert ran.wait(SOON)
+    assert "LookupError: no calendar" in caplog.text
+
+
+def test_what_is_told_of_each_turn_may_raise(caplog: pytest.LogCaptureFixture) -> None:
+    ran = threading.Event()
+
+    def on_turn() -> None:
+        raise LookupError
+
+    with BackgroundTasks(on_turn=on_turn) as tasks:
+        tasks.add_task(ran.set, seconds=0.02)
+        tasks.start()
+        assert ran.wait(SOON)
+    assert "on_turn_failed" in caplog.text
+
+
 class OneRun(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
     """Due at once, and slow to say that there is no further run."""
 
@@ -641,7 +692,7 @@ class OneRun(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
         if previous is None:
             return now
         self.asked_for_more.set()
-        self.answer.wait(SOON)
+        self.was_answered = self.answer.wait(SOON)
         return None
 
 
@@ -739,6 +790,114 @@ def test_a_task_that_holds_the_last_reference_shuts_the_scheduler_down_in_the_en
     gate.open.set()
 
     assert threads_ended(threads)
+
+
+def test_a_drop_does_not_wait_for_what_the_scheduler_is_about() -> None:
+    """It may happen under a lock that the scheduler's thread, here in a trigger of one's own, is waiting for."""
+    before = set(threading.enumerate())
+    tasks = BackgroundTasks()
+    trigger = OneRun()
+    tasks.add_task(nothing, trigger=trigger)
+    tasks.start()
+    assert trigger.asked_for_more.wait(SOON)
+    threads = set(threading.enumerate()) - before
+
+    del tasks
+    gc.collect()
+    trigger.answer.set()
+
+    assert threads_ended(threads)
+    assert trigger.was_answered
+
+
+def test_objects_that_were_stopped_are_not_remembered() -> None:
+    for _ in range(3):
+        tasks = BackgroundTasks()
+        for _ in range(2):
+            tasks.start()
+            tasks.stop()
+    gone = weakref.ref(tasks._scheduler)
+    del tasks
+    gc.collect()
+    assert gone() is None
+
+
+def run_program(source: str) -> "subprocess.CompletedProcess[str]":
+    # Python warns of forks where there are threads, which is what these programs are about.
+    options = ["-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    return subprocess.run(
+        [sys.executable, *options, "-c", source], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("start", ["tasks.start()", "threading.Thread(target=tasks.start).start()"])
+def test_a_program_that_ends_while_a_task_runs_waits_for_it_and_prints_nothing(start: str) -> None:
+    """Other tasks come due meanwhile, for which there is no worker any more."""
+    source = f"""
+import threading, time
+from catfeeder_cron import BackgroundTasks
+
+begun = threading.Event()
+
+def long():
+    begun.set()
+    threading.main_thread().join(timeout=1)
+    print("done", flush=True)
+
+tasks = BackgroundTasks(blocking="Thread" in {start!r})
+tasks.add_task(long, trigger="date")
+tasks.add_task(lambda: None, seconds=0.1)
+{start}
+assert begun.wait(60)
+"""
+    ended = run_program(source)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+FORKED = """
+import os, sys, threading
+from catfeeder_cron import BackgroundTasks
+
+ran, held = threading.Event(), threading.Event()
+started, fresh = BackgroundTasks(), BackgroundTasks()
+started.add_task(lambda: None, seconds=0.05)
+started.start()
+fresh.add_task(ran.set, seconds=0.05)
+
+def hold():
+    with started._lock, fresh._lock, started._scheduler._turn, fresh._scheduler._jobstores_lock:
+        held.set()
+        done.wait()
+
+done = threading.Event()
+holder = threading.Thread(target=hold)
+holder.start()
+assert held.wait(60)
+child = os.fork()
+if child == 0:
+    print(started.running, started.tasks, started.safe_start(), started.safe_pause(), started.safe_add_task(print))
+    print(started.safe_stop(), started.safe_stop(wait=False))
+    with started:
+        pass
+    del started
+    print(fresh.running, fresh.safe_start(), ran.wait(60), fresh.safe_stop(), flush=True)
+    sys.exit()
+_, status = os.waitpid(child, 0)
+done.set()
+holder.join()
+print(status, started.running, started.safe_stop(), flush=True)
+"""
+
+
+def test_after_a_fork_what_the_parent_has_started_does_not_run_in_the_child_and_says_so() -> None:
+    """Also where another thread held every lock at that moment. What was only made before is started as usual."""
+    ended = run_program(FORKED)
+    assert ended.stdout.splitlines() == ["False [] 84 84 84", "0 0", "False 0 True 0", "0 True 0"]
+    assert ended.returncode == 0
+    reason = "it was in use before this process was forked, and lives on in the parent alone"
+    assert f"can't start the scheduler: {reason}; make a new one after the fork" in ended.stderr
+    assert ended.stderr.count(reason) == 3
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit", "del tasks"])

@@ -50,7 +50,9 @@ ARROWS = {
     "history": "database ledger schedule",
     "presence": "ledger",
     "dispatch": "ledger presence schedule triggers",
-    "background_tasks": "",
+    "lifecycle": "",
+    "schedulers": "",
+    "background_tasks": "lifecycle schedulers",
     "waker": "database",
     "runner": "job jobs ledger database config",
     "supervisor": "clock job ledger presence",
@@ -83,7 +85,7 @@ OPEN_TO_ALL = {"errors", "logs"}
 
 # Where each library is at home. `rich` comes with typer.
 HOMES = {
-    "apscheduler": "triggers background_tasks",
+    "apscheduler": "triggers schedulers background_tasks",
     "aiohttp": "oauth",
     "httpx": "oauth actions",
     "httpx_aiohttp": "oauth",
