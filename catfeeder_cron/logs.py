@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Format = Literal["auto", "console", "json", "journald"]
 
+_PACKAGE = "catfeeder_cron"
 _HANDLER = "catfeeder_cron"
 
 TRACEBACK = "traceback_text"
@@ -136,6 +137,40 @@ def _load_structlog(_record: logging.LogRecord) -> bool:
     """As a filter it is called before the handler takes its lock, which the thread that imports may want, too."""
     prepare()
     return True
+
+
+def show_debug_records() -> None:
+    """Let this package's debug records reach the handlers that a program has; standard error, as long as it has none.
+
+    For programs that embed us. Their own loggers, levels and handlers stay as they are.
+    """
+    ours = logging.getLogger(_PACKAGE)
+    ours.setLevel(logging.DEBUG)
+    if not any(isinstance(handler, _LastResort) for handler in ours.handlers):
+        ours.addHandler(_LastResort())
+
+
+class _LastResort(logging.Handler):
+    """Writes to standard error what no other handler gets: a program may configure its logging at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._is_handled_elsewhere(record.name):
+            try:
+                sys.stderr.write(f"{self.format(record)}\n")
+            except Exception:  # noqa: BLE001 - logging raises nothing into the code that logs
+                self.handleError(record)
+
+    def _is_handled_elsewhere(self, name: str) -> bool:
+        logger: logging.Logger | None = logging.getLogger(name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
 
 
 def _handler(format: Format, stream: TextIO) -> logging.Handler:

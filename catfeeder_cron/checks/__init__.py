@@ -93,7 +93,7 @@ def _callable(children: Children, subject: str, reference: str, level: Level) ->
 
 
 def _files(settings: Settings) -> Iterator[Finding]:
-    """Who else can read the secrets. Who else can write them was looked at before they were read."""
+    """What reading the file gave no fault for. Who else can write it was looked at before it was read."""
     try:
         secret = holds_secret(settings.path)
     except ConfigurationError as error:
@@ -101,6 +101,8 @@ def _files(settings: Settings) -> Iterator[Finding]:
     else:
         ok = Finding("ok", "configuration", str(settings.path))
         yield _private("configuration", settings.path, "it holds secrets") if secret else ok
+    for warning in settings.warnings:
+        yield Finding("warning", "configuration", warning)
     if settings.database.url_file is not None:
         yield _private("database.url_file", Path(settings.database.url_file), "it holds the database's address")
 

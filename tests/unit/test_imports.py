@@ -24,6 +24,7 @@ ARROWS = {
     "journald": "",
     "logs": "journald",
     "clock": "",
+    "coroutines": "",
     "crontab": "",
     "run_control": "",
     "children": "run_control",
@@ -41,7 +42,7 @@ ARROWS = {
     "actions": "action config retry_after",
     "due_actions": "action children job database config",
     "expired_rows": "job database catalog config",
-    "renewal": "clock job oauth database catalog config",
+    "renewal": "clock coroutines job oauth database catalog config",
     "jobs": "job expired_rows renewal actions due_actions catalog config database",
     "custom_jobs": "job children config database",
     "checks": "children jobs job oauth renewal schedule schema catalog database config",
@@ -51,7 +52,9 @@ ARROWS = {
     "history": "database ledger schedule",
     "presence": "ledger",
     "dispatch": "ledger presence schedule triggers",
-    "background_tasks": "",
+    "lifecycle": "",
+    "schedulers": "",
+    "background_tasks": "lifecycle schedulers",
     "waker": "database",
     "runner": "job jobs ledger database config",
     "supervisor": "clock job ledger presence",
@@ -78,7 +81,7 @@ ARROWS = {
     " schema database config",
     "manual": "cli",
     "__main__": "cli",
-    "__init__": "background_tasks crons run_control",
+    "__init__": "action background_tasks crons run_control",
 }
 OPEN_TO_ALL = {"errors", "imports", "logs"}
 
@@ -87,7 +90,7 @@ BEGINS_THE_PROCESS = {"cli", "demo", "manual", "__main__"}
 
 # Where each library is at home. `rich` comes with typer.
 HOMES = {
-    "apscheduler": "triggers background_tasks",
+    "apscheduler": "triggers schedulers background_tasks",
     "aiohttp": "oauth",
     "anyio": "actions",
     "certifi": "oauth actions",
