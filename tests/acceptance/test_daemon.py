@@ -16,7 +16,8 @@ import psycopg
 import pytest
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Program, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Program, count
+from tests.support.waiting import eventually
 
 EVERY_SECOND = """
     [jobs.clean-tokens]
@@ -134,7 +135,7 @@ def test_a_stop_lets_the_batch_in_hand_end_and_exits_0(
     running = {job["job"]: job["last_outcome"] for job in program.run("list", "--json").document}
     assert running["clean-tokens"] == "running"
     daemon.signal(number)
-    assert daemon.finish(seconds=5).status == 0
+    assert daemon.finish().status == 0
     assert daemon.wait_for("daemon_stopping")["running"] == ["clean-tokens"]
     left = count(admin, EXPIRED)
     assert 0 < left < 20_000
@@ -162,7 +163,7 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
         daemon.wait_for("daemon_stopping")
         if ended_by:
             daemon.signal(signal.SIGTERM)
-        assert daemon.finish(seconds=10).status == ended_by
+        assert daemon.finish().status == ended_by
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
         if not ended_by:
             assert daemon.events("shutdown_grace_is_over")
@@ -187,7 +188,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     own_server.start(durable=False)
     with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
         admin.execute(ADD_CONNECTIONS, {"expired": 10, "live": 10})
-    daemon.wait_for("job_finished", seconds=30, job="clean-tokens", outcome="succeeded", deleted=10)
+    daemon.wait_for("job_finished", job="clean-tokens", outcome="succeeded", deleted=10)
     assert len(daemon.events("database_unreachable")) == 1
     assert len(daemon.events("database_reachable_again")) == 1
 
@@ -198,7 +199,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     own_server.start(durable=False)
     with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
         admin.execute(ADD_CONNECTIONS, {"expired": 20, "live": 10})
-        daemon.wait_for("job_finished", seconds=30, job="clean-tokens", outcome="succeeded", deleted=20)
+        daemon.wait_for("job_finished", job="clean-tokens", outcome="succeeded", deleted=20)
         assert len(daemon.events("database_unreachable")) == 2
         missed = "catfeeder_cron.job_runs WHERE reason = 'database unreachable' AND missed > 0"
         eventually(lambda: count(admin, missed), "the account of the outage")
@@ -231,7 +232,7 @@ def temporary() -> Iterator[Path]:
 def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Program, temporary: Path) -> None:
     demo = program.start("demo", variables={"TMPDIR": str(temporary)})
     for text in ("demo_ready", "job=clean-tokens", "job=clean-verification"):
-        demo.wait_for_text(text, seconds=30)
+        demo.wait_for_text(text)
     server = int(next(temporary.glob("*/data/postmaster.pid")).read_text().splitlines()[0])
     os.killpg(demo.pid, signal.SIGINT)
     ended = demo.finish()

@@ -15,7 +15,8 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 import catfeeder_cron
-from tests.acceptance.program import Program, Running, count, eventually
+from tests.acceptance.program import Program, Running, count
+from tests.support.waiting import eventually
 
 TICK = """
 [jobs.tick]

@@ -20,8 +20,7 @@ from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.schema.application import create_tables
-
-SOON = 20
+from tests.support.waiting import SOON, eventually
 
 
 class Manager:
@@ -78,10 +77,7 @@ def daemon(manager: Manager, folder: Path, config: str, **environ: str) -> Itera
 
 
 def wait_until(connection: "psycopg.Connection", query: LiteralString, answer: object) -> None:
-    until = time.monotonic() + SOON
-    while connection.execute(query).fetchone() != (answer,):
-        assert time.monotonic() < until, query
-        time.sleep(0.05)
+    eventually(lambda: connection.execute(query).fetchone() == (answer,), query)
 
 
 def config(url: str, more: str = "") -> str:

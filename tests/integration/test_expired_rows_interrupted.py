@@ -14,6 +14,7 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobReport, StopRequest
+from tests.support.waiting import eventually
 
 Clean = Callable[..., JobReport]
 Connect = Callable[..., psycopg.Connection]
@@ -50,15 +51,6 @@ def in_background() -> Iterator[Callable[..., Future[JobReport]]]:
     """Starts a call in a thread of its own."""
     with ThreadPoolExecutor() as threads:
         yield threads.submit
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, and return what it gave."""
-    deadline = time.monotonic() + 20
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.002)
-    return value
 
 
 def expired(admin: psycopg.Connection) -> list[int]:
@@ -132,7 +124,7 @@ def test_a_row_that_is_prolonged_at_the_moment_of_its_deletion_survives(
 
     run = in_background(clean)
     if commits == "at once":
-        until(lambda: run.done() or backends(admin, "wait_event_type = 'Lock'"))
+        eventually(lambda: run.done() or backends(admin, "wait_event_type = 'Lock'"))
         other.commit()
     report = run.result()
     other.commit()
@@ -158,7 +150,7 @@ def test_nobody_who_prolonged_a_session_finds_it_gone(
                 return
 
     serving = in_background(serve)
-    until(lambda: prolonged)
+    eventually(lambda: prolonged)
     report = clean(batch_size=30)
     over.set()
     serving.result()
@@ -281,10 +273,10 @@ def test_a_connection_that_is_cut_fails_the_run_and_the_next_goes_on(
     admin.execute(EXPIRED, [200])
 
     run = in_background(clean, batch_size=5)
-    until(lambda: len(expired(admin)) < 180)
+    eventually(lambda: len(expired(admin)) < 180)
     # In the midst of a statement: between two, it is up to chance whether the server's last words are read.
     cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-    until(lambda: admin.execute(cut).fetchone() is not None)
+    eventually(lambda: admin.execute(cut).fetchone() is not None)
     report = run.result()
 
     assert report.outcome == "failed"
@@ -308,7 +300,7 @@ def test_a_server_that_stops_at_once_fails_the_run_and_the_next_goes_on(
         admin.execute(SLOW)
         admin.execute(EXPIRED, [200])
         run = in_background(clean, database=database, batch_size=5)
-        until(lambda: len(expired(admin)) < 180)
+        eventually(lambda: len(expired(admin)) < 180)
     start = stop_server("immediate")
     report = run.result()
     start()

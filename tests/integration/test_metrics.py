@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,8 +30,8 @@ from catfeeder_cron.job import JobReport
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.metrics import Metrics
 from catfeeder_cron.standing import StandingReader
+from tests.support.waiting import SOON, eventually
 
-SOON = 20
 MINUTE = timedelta(minutes=1)
 
 
@@ -46,14 +46,6 @@ def samples(text: str) -> dict[str, float]:
     """Return the samples by name and labels, without the program's prefix."""
     found = re.findall(r"(?m)^catfeeder_cron_(\S+) (\S+)$", text)
     return {name: float(value) for name, value in found}
-
-
-def eventually(holds: Callable[[], Any]) -> Any:
-    until = time.monotonic() + SOON
-    while not (found := holds()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return found
 
 
 @contextmanager

@@ -20,15 +20,12 @@ from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from tests.integration.actions.conftest import Actions, Run
+from tests.support.waiting import eventually
 
 FREE = ("pending", None, None)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come to be"
-        time.sleep(0.01)
+wait_until = eventually
 
 
 @pytest.mark.parametrize("kind", ["note", "note_later", "scribble"])
