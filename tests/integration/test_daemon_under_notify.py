@@ -1,6 +1,5 @@
 """The daemon as the service manager hears it: a real process, and a socket in systemd's place."""
 
-import itertools
 import os
 import signal
 import socket
@@ -108,11 +107,8 @@ def test_the_watchdog_is_fed_while_the_loop_turns_though_no_job_is_due_and_not_w
 ) -> None:
     with daemon(manager, tmp_path, config(database_url), WATCHDOG_USEC="1500000") as process:
         manager.wait_for("READY=1")
-        fed = []
         for _ in range(4):
             manager.wait_for("WATCHDOG=1", anew=True)
-            fed.append(time.monotonic())
-        assert max(later - earlier for earlier, later in itertools.pairwise(fed)) < 1.5
         process.terminate()
         assert process.wait(SOON) == 0
 

@@ -1,7 +1,6 @@
 """The clean-up jobs among others: locked and prolonged rows, two runs at once, stops, timeouts, a server that goes."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,16 @@ PROLONG = "UPDATE \"Connections\" SET expiration_date = now() + interval '1 h' W
 SLOW = """
     CREATE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.001); RETURN OLD; END';
     CREATE TRIGGER take_time BEFORE DELETE ON "Connections" FOR EACH ROW EXECUTE FUNCTION take_time()"""
+
+
+# Statements that would wait for a locked row longer than a moment; a sequence counts what is rolled back, too.
+COUNT_WAITS = """
+    CREATE SEQUENCE waits;
+    CREATE FUNCTION count_wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF current_setting('lock_timeout')::interval > interval '5 ms' THEN PERFORM nextval('waits'); END IF;
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER count_wait BEFORE DELETE ON "Connections" EXECUTE FUNCTION count_wait()"""
 
 
 @pytest.fixture(params=["walk", "pick"])
@@ -83,12 +92,10 @@ def test_locked_rows_are_left_without_waiting_and_go_with_the_next_run(
     admin.execute(EXPIRED, [300])
     other = connect(autocommit=False)
     other.execute('SELECT FROM "Connections" WHERE id IN (1, 7, 150, 300) FOR UPDATE')
-    begun = time.monotonic()
 
     report = clean()
 
     assert (report.outcome, report.counts) == ("succeeded", {"deleted": 296, "remaining": 4})
-    assert time.monotonic() - begun < 1
     assert expired(admin) == [1, 7, 150, 300]
     other.rollback()
     assert clean().counts == {"deleted": 4, "remaining": 0}
@@ -98,14 +105,16 @@ def test_many_locked_rows_hold_a_run_up_no_longer_than_a_few(
     admin: psycopg.Connection, connect: Connect, clean: Clean, way: str
 ) -> None:
     admin.execute(EXPIRED, [3000])
+    admin.execute(COUNT_WAITS)
     other = connect(autocommit=False)
     other.execute('SELECT FROM "Connections" WHERE id BETWEEN 1 AND 2990 FOR UPDATE')
-    begun = time.monotonic()
 
     assert clean().counts == {"deleted": 10, "remaining": 2990}
 
-    # Fifty ranges of blocks, in each of which a wait for the first locked row would take 50 ms.
-    assert time.monotonic() - begun < 1.5
+    # There are fifty ranges of blocks.
+    waits = admin.execute("SELECT last_value FROM waits").fetchone()
+    assert waits is not None
+    assert waits[0] <= 5
 
 
 @pytest.mark.parametrize("commits", ["at once", "after the run"])
@@ -189,14 +198,12 @@ def test_a_table_that_somebody_has_locked_as_a_whole_fails_the_run_soon(
 ) -> None:
     admin.execute(EXPIRED, [10])
     connect(autocommit=False).execute('LOCK TABLE "Connections" IN SHARE MODE')
-    begun = time.monotonic()
 
     report = clean()
 
     assert (report.outcome, report.counts) == ("failed", {"deleted": 0, "remaining": 0})
     assert report.reason is not None
     assert '"public"."Connections" is locked as a whole; the next run goes on from here' in report.reason
-    assert time.monotonic() - begun < 1
 
 
 def test_a_stop_ends_a_run_after_its_batch_and_the_next_goes_on(
@@ -231,27 +238,25 @@ def test_a_run_ends_when_its_time_is_up_and_counts_what_it_has_done(
     admin: psycopg.Connection, clean: Clean, way: str
 ) -> None:
     admin.execute(SLOW)
-    admin.execute(EXPIRED, [300])
-    begun = time.monotonic()
+    admin.execute(EXPIRED, [3000])
 
-    report = clean(batch_size=5, timeout=0.5)
+    report = clean(batch_size=5, timeout=1)
 
-    assert (report.outcome, report.reason) == ("timed_out", "longer than its timeout of 0.5 s")
-    assert time.monotonic() - begun < 1
-    assert 0 < report.counts["deleted"] == 300 - len(expired(admin))
+    assert (report.outcome, report.reason) == ("timed_out", "longer than its timeout of 1 s")
+    left = len(expired(admin))
+    assert 0 < left < 3000
+    assert report.counts["deleted"] == 3000 - left
 
 
 def test_a_single_statement_does_not_outlive_the_time_of_the_run(
     admin: psycopg.Connection, clean: Clean, way: str
 ) -> None:
-    admin.execute(SLOW.replace("0.001", "10"))
+    admin.execute(SLOW.replace("0.001", "3600"))
     admin.execute(EXPIRED, [3])
-    begun = time.monotonic()
 
     report = clean(timeout=0.2)
 
     assert (report.outcome, report.counts) == ("timed_out", {"deleted": 0, "remaining": 0})
-    assert time.monotonic() - begun < 0.6
     assert len(expired(admin)) == 3
 
 

@@ -1,6 +1,5 @@
 """Expired rows that a foreign key or a trigger keeps: left, counted and named, and never in the way of the others."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -157,11 +156,8 @@ def test_rows_whose_followers_are_locked_are_left_without_waiting(
     admin.execute(EXPIRED, [300])
     admin.execute("INSERT INTO b SELECT generate_series(1, 300)")
     connect(autocommit=False).execute("SELECT FROM b WHERE a IN (1, 7, 200) FOR UPDATE")
-    begun = time.perf_counter()
 
     assert clean().counts == {"deleted": 297, "remaining": 3}
-
-    assert time.perf_counter() - begun < 1
 
 
 def test_an_expired_row_goes_after_the_expired_row_of_its_own_table_that_refers_to_it(
@@ -274,14 +270,11 @@ def test_thousands_of_kept_rows_cost_little_more_than_none(
     admin.execute('CREATE TABLE logins (connection bigint REFERENCES "Connections")')
     if indexed:
         admin.execute("CREATE INDEX ON logins (connection)")
-    admin.execute(EXPIRED, [12_000])
-    admin.execute("ALTER TABLE logins DISABLE TRIGGER ALL; INSERT INTO logins SELECT generate_series(1, 12000)")
-    begun = time.perf_counter()
+    admin.execute(EXPIRED, [80_000])
+    admin.execute("ALTER TABLE logins DISABLE TRIGGER ALL; INSERT INTO logins SELECT generate_series(1, 80000)")
 
-    assert clean().counts == {"deleted": 0, "remaining": 12_000}
-
-    # A comparison of all rows with all rows takes 2 s.
-    assert time.perf_counter() - begun < 1
+    # A comparison of all rows with all rows would outlast the job's time, on a machine with nothing else to do.
+    assert clean(timeout=15).counts == {"deleted": 0, "remaining": 80_000}
 
 
 @pytest.fixture

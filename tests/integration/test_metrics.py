@@ -212,15 +212,14 @@ def test_health_fails_when_the_loop_no_longer_turns_and_not_while_stopping(
 def test_a_database_that_hangs_holds_up_one_thread_and_nobody_who_asks() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never says a word
         url = SecretStr(f"postgresql://cat@127.0.0.1:{silent.getsockname()[1]}/x")
-        with Database(DatabaseSettings(url=url, connect_timeout=timedelta(seconds=6))) as database:
+        with Database(DatabaseSettings(url=url, connect_timeout=timedelta(hours=1))) as database:
             reader = StandingReader(database, list)
-            before, begun = threading.active_count(), time.monotonic()
+            before = threading.active_count()
             with ThreadPoolExecutor() as asking:
                 answers = [asking.submit(reader.now) for _ in range(5)]
             for standing in [answer.result() for answer in answers]:
                 assert not standing.reachable
                 assert "has not answered" in (standing.trouble or "")
-            assert 1.5 < time.monotonic() - begun < 3.5
             assert threading.active_count() <= before + 3  # ours, the pool's worker and its scheduler
 
 

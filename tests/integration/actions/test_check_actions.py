@@ -20,7 +20,7 @@ from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from tests.integration.actions.conftest import Actions, Run
-from tests.support.waiting import eventually
+from tests.support.waiting import SOON, eventually
 
 FREE = ("pending", None, None)
 
@@ -59,7 +59,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     async def opened(_settings: ActionsSettings) -> AsyncIterator[Perform]:
         async def hold_the_loop(_action: Action) -> None:
             holding.set()
-            released.wait(20)
+            released.wait(SOON)
 
         yield hold_the_loop
 
@@ -68,7 +68,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     )
     with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, 60, 60) as attempts:
         attempts.begin([first])
-        assert holding.wait(20)
+        assert holding.wait(SOON)
         attempts.begin([second])
         attempts.cancel([2])
         released.set()
