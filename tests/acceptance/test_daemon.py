@@ -59,9 +59,9 @@ def test_daemons_share_the_slots_and_history_and_list_tell_them(
     assert (finished["job"], finished["outcome"], finished["deleted"]) == ("clean-tokens", "succeeded", 250)
 
     slots = admin.execute(
-        "SELECT slot FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND missed IS NULL ORDER BY slot"
+        "SELECT slot, coalesce(last_slot, slot) FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' ORDER BY slot"
     ).fetchall()
-    steps = {(second - first).total_seconds() for (first,), (second,) in pairwise(slots)}
+    steps = {(following - last).total_seconds() for (_, last), (following, _) in pairwise(slots)}
     assert steps == {1}, "a slot ran twice, or not at all"
 
     listed = {job["job"]: job for job in program.run("list", "--json").document}
@@ -72,9 +72,11 @@ def test_daemons_share_the_slots_and_history_and_list_tell_them(
     runs = program.run("history", "clean-tokens", "--limit", "100", "--json").document
     for run in runs:
         assert run.keys() == HISTORY_KEYS
+    runs = [run for run in runs if not run["missed"]]  # a busy machine may pass a slot over, and says so
+    for run in runs:
         assert re.fullmatch(INSTANT, run["slot"])
         assert run["pid"] in {daemon.pid for daemon in daemons}
-        assert (run["trigger"], run["dry_run"]) == ("schedule", False)
+        assert (run["trigger"], run["dry_run"]) in (("schedule", False), ("catch_up", False))
     started = [datetime.fromisoformat(run["started_at"]) for run in runs]
     assert started == sorted(started, reverse=True)
     assert sum(run["counts"].get("deleted", 0) for run in runs) == 250

@@ -60,7 +60,8 @@ def assert_no_slot_lost_or_doubled(admin: psycopg.Connection, job: str, at_least
     assert sum(number for _, _, number, _ in rows) >= at_least
     for (_, last, _, _), (following, _, _, _) in pairwise(rows):
         assert (following - last).total_seconds() == 1, rows
-    assert not [reason for _, _, _, reason in rows if reason], rows
+    # A machine that is too busy to start a run in time passes its slot over, and says so: that is no loss.
+    assert {reason for _, _, _, reason in rows} <= {None, "no daemon was free", "still running"}, rows
 
 
 @pytest.fixture
