@@ -4,7 +4,7 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,6 @@ INSTANT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)"
 EXPIRED = '"Connections" WHERE expiration_date < now()'
 LIVE = '"Connections" WHERE expiration_date > now()'
 UNDER_WAY = "catfeeder_cron.job_runs WHERE outcome IS NULL"
-
-
-@pytest.fixture
-def role(admin: psycopg.Connection, database_url: str) -> Iterator[str]:
-    """The address of the database for a role that may log in and nothing else."""
-    admin.execute("CREATE ROLE visitor LOGIN")
-    yield make_conninfo(database_url, user="visitor")
-    admin.execute("DROP OWNED BY visitor CASCADE; DROP ROLE visitor")
 
 
 def one(finished: Finished) -> dict[str, Any]:
@@ -106,17 +98,18 @@ def test_a_missing_column_and_a_column_of_the_wrong_type_are_told(program: Progr
 
 @pytest.mark.usefixtures("app_tables")
 def test_what_a_role_lacks_is_told_with_the_grant_that_helps(
-    program: Program, admin: psycopg.Connection, database_url: str, role: str
+    program: Program, admin: psycopg.Connection, role: Callable[[], tuple[str, str]]
 ) -> None:
-    program.configure(role)
+    name, url = role()
+    program.configure(url)
     admin.execute(
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO visitor;"
-        'GRANT SELECT ON "Connections" TO visitor'
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO {name};"
+        f'GRANT SELECT ON "Connections" TO {name}'.encode()
     )
     failed = program.run("run-once", "clean-tokens")
     assert failed.status == 84
     assert failed.stderr.count("\n") == 1
-    (grant,) = re.findall(r"GRANT .* TO \"visitor\"", failed.stdout)
+    (grant,) = re.findall(rf'GRANT .* TO "{name}"', failed.stdout)
     admin.execute(grant)
     assert program.run("run-once", "clean-tokens").status == 0
 

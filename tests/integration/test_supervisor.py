@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from catfeeder_cron import embedded, schema
+from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
@@ -228,12 +228,6 @@ def test_old_runs_are_forgotten_soon_after_the_start(office: Office, admin: psyc
     admin.execute("UPDATE catfeeder_cron.job_runs SET finished_at = now() - interval '31 days'")
     office.supervisor.start()
     wait_for(lambda: rows(admin, "*") == [])
-
-
-@pytest.fixture
-def own_server() -> Iterator[EmbeddedServer]:
-    with embedded.temporary() as server:
-        yield server
 
 
 def stop(server: EmbeddedServer) -> None:
