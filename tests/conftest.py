@@ -47,17 +47,22 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[EmbeddedServer]:
+def embedded_alone() -> None:
+    """Skip a test that is about the embedded server, or does to a server what nobody wants done to another."""
+    if servers.another():
+        pytest.skip(f"stops, starts or sets up a server of its own, and {servers.VARIABLE} names another")
+
+
+@pytest.fixture(scope="session")
+def server(embedded_alone: None) -> Iterator[EmbeddedServer]:
     """A throw-away server, of which only `database_url`'s database should be written to."""
-    servers.skip_on_another()
     with embedded.temporary() as server:
         yield server
 
 
 @pytest.fixture
-def own_server() -> Iterator[EmbeddedServer]:
+def own_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
     """A server of the test's own, to stop and start or to set up in its own way."""
-    servers.skip_on_another()
     with embedded.temporary() as server:
         yield server
 

@@ -232,6 +232,9 @@ class Program:
         return {**environment, "HOME": str(self.folder), **variables}
 
 
+ASLEEP = "pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+
+
 def count(connection: psycopg.Connection, rows: str) -> int:
     """Return how many there are: `'"Connections" WHERE expiration_date < now()'`."""
     row = connection.execute(f"SELECT count(*) FROM {rows}".encode()).fetchone()

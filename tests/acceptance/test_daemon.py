@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Program, count
+from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Program, count
 from tests.support.waiting import eventually
 
 EVERY_SECOND = """
@@ -160,13 +160,13 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
     for grace, ended_by in ((60, -signal.SIGTERM), (0.2, 0)):
         program.configure(database_url, f"[scheduler]\nshutdown_grace = {grace}\n{EVERY_SECOND}")
         daemon = program.daemon()
-        eventually(lambda: count(admin, "pg_stat_activity WHERE wait_event = 'PgSleep'"), "a batch in hand")
+        eventually(lambda: count(admin, ASLEEP), "a batch in hand")
         daemon.signal(signal.SIGTERM)
         daemon.wait_for("daemon_stopping")
         if ended_by:
             daemon.signal(signal.SIGTERM)
         assert daemon.finish().status == ended_by
-        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        admin.execute(f"SELECT pg_terminate_backend(pid) FROM {ASLEEP}".encode())
         if not ended_by:
             assert daemon.events("shutdown_grace_is_over")
         # What a process that was killed left open is closed when it was not heard of for a while; not to be waited for.
@@ -210,6 +210,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     assert daemon.stop().status == 0, "a stop needs no database"
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_a_daemon_and_run_once_share_an_embedded_database_and_the_last_one_stops_it(program: Program) -> None:
     program.configure("embedded:pg", EVERY_SECOND)
     daemon = program.start("start")
@@ -231,6 +232,7 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Program, temporary: Path) -> None:
     demo = program.start("demo", variables={"TMPDIR": str(temporary)})
     for text in ("demo_ready", "job=clean-tokens", "job=clean-verification"):
@@ -246,6 +248,7 @@ def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Prog
     assert not command_line.exists() or not command_line.read_bytes(), "the server runs on"
 
 
+@pytest.mark.usefixtures("embedded_alone")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_interrupted_while_it_is_set_up_leaves_nothing_behind(
     program: Program, temporary: Path, number: signal.Signals

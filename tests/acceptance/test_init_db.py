@@ -81,7 +81,9 @@ def test_an_index_is_built_beside_a_web_server_that_writes(
         # CREATE INDEX CONCURRENTLY waits for us; others go on writing meanwhile, longer than a statement may take.
         with psycopg.connect(database_url, autocommit=True) as another:
             while not count(
-                another, "pg_stat_activity WHERE query LIKE 'CREATE INDEX%' AND now() - query_start > '1.2s'"
+                another,
+                "pg_stat_activity WHERE datname = current_database()"
+                " AND query LIKE 'CREATE INDEX%' AND now() - query_start > '1.2s'",
             ):
                 another.execute("""INSERT INTO "Connections" (token) VALUES (random()::text)""")
                 assert building.process.poll() is None, building.finish()

@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, command, count
+from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Finished, Program, command, count
 from tests.support.waiting import eventually
 
 INSTANT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)"
@@ -188,7 +188,7 @@ def test_a_second_signal_ends_a_run_at_once(program: Program, admin: psycopg.Con
     admin.execute(SLOW_DOWN_DELETIONS.replace("0.1", "5"))
     admin.execute(ADD_CONNECTIONS, {"expired": 1000, "live": 0})
     working = program.start("run-once", "clean-tokens")
-    eventually(lambda: count(admin, "pg_stat_activity WHERE wait_event = 'PgSleep'"), "a batch in hand")
+    eventually(lambda: count(admin, ASLEEP), "a batch in hand")
     # Two at the same instant would be one to the kernel.
     while working.process.poll() is None:
         working.signal(signal.SIGINT)

@@ -14,7 +14,6 @@ from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.job import Job, JobContext, JobReport
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.runner import run_job
-from tests.support import servers
 
 
 @pytest.fixture
@@ -82,9 +81,8 @@ def clean(database: Database) -> Callable[..., JobReport]:
 
 
 @pytest.fixture(scope="session")
-def mortal_server() -> Iterator[EmbeddedServer]:
+def mortal_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
     """A server that tests may stop and start."""
-    servers.skip_on_another()
     with embedded.temporary() as server:
         yield server
 

@@ -136,9 +136,12 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
         )
         connection.execute("SELECT pg_advisory_lock(1)")
         jobs = '[jobs.clean-tokens]\ninterval = "1s"\n'
+        asleep: LiteralString = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+        )
         with daemon(manager, tmp_path, config(database_url, jobs)) as process:
             manager.wait_for("STATUS=running clean-tokens")
-            wait_until(connection, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'", 1)
+            wait_until(connection, asleep, 1)
             process.send_signal(signal.SIGTERM)
             manager.wait_for("STOPPING=1")
             for _ in range(2):

@@ -33,6 +33,7 @@ OpenDatabase = Callable[..., Database]
 StopServer = Callable[[str], Callable[[], None]]
 
 NOBODY_THERE = "postgresql://cat:the-secret@127.0.0.1:1/catfeeder"
+OURS = "datname = current_database() AND application_name = 'catfeeder-cron'"
 # As a connect_timeout: who waited for it would be ended by the test's own time.
 NEVER = 3600
 
@@ -247,7 +248,7 @@ def test_a_database_is_opened_by_its_first_use_and_closed_for_good(
     admin: psycopg.Connection, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     def backends() -> int:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'catfeeder-cron'"
+        query = "SELECT count(*) FROM pg_stat_activity WHERE " + OURS
         row = admin.execute(query).fetchone()
         assert row is not None
         return int(row[0])
@@ -290,6 +291,7 @@ def test_closing_lets_a_transaction_end(database: Database, admin: psycopg.Conne
     assert admin.execute("SELECT count(*) FROM cats").fetchone() == (1,)
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_an_embedded_server_is_started_by_the_first_use_and_stopped_by_closing(tmp_path_factory: Any) -> None:
     folder = Path(tmp_path_factory.mktemp("e"))
     folder.chmod(0o755)
@@ -335,8 +337,9 @@ def test_sessions_that_an_administrator_ended_are_replaced(admin: psycopg.Connec
     fill_pool(database, 4)
 
     for _ in range(3):
-        ended = admin.execute("""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-            WHERE application_name = 'catfeeder-cron'""").fetchall()
+        ended = admin.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}".encode()
+        ).fetchall()
         assert ended
         fill_pool(database, 4)
 

@@ -17,6 +17,7 @@ import pytest
 from catfeeder_cron import embedded
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError
 
+pytestmark = pytest.mark.usefixtures("embedded_alone")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone runs PostgreSQL as another user")
 
 OPEN_FOLDER = """

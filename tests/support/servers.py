@@ -38,9 +38,3 @@ def another() -> str | None:
 
 def version_of(connection: psycopg.Connection) -> str:
     return connection.info.parameter_status("server_version") or "of an unknown version"
-
-
-def skip_on_another() -> None:
-    """Skip a test that stops or starts its server, or sets it up in its own way."""
-    if os.environ.get(VARIABLE):
-        pytest.skip(f"stops, starts or sets up a server of its own, and {VARIABLE} names another")

@@ -33,6 +33,7 @@ class Link:
     refresh_link: str
     token_lifespan: int
     seconds_left: float | None
+    """None where the end is unknown or infinite."""
 
 
 @dataclass
@@ -69,7 +70,8 @@ class World:
 
     def link(self, id: int) -> Link:
         row = self.connection.execute(
-            "SELECT token, refresh_link, token_lifespan, extract(epoch FROM token_expiration - now())::float8"
+            "SELECT token, refresh_link, token_lifespan,"
+            " CASE WHEN isfinite(token_expiration) THEN extract(epoch FROM token_expiration - now())::float8 END"
             ' FROM "ActiveOauths" WHERE id = %s',
             [id],
         ).fetchone()

@@ -303,7 +303,8 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
         )
         late = threading.Thread(target=claim)
         late.start()
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%oauth_tokens%'"
+        waiting = """SELECT FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%oauth_tokens%'"""
         wait_until(lambda: world.connection.execute(waiting).fetchone() is not None)
     late.join()
 
@@ -455,8 +456,10 @@ def test_a_token_that_the_database_can_not_hold_stands_in_nobodys_way(
     world: World, provider: Provider, serve: Serve, tmp_path: Path
 ) -> None:
     """The euro sign in LATIN1. The answer stays in the journal, and is tried again."""
-    world.connection.execute(sql.SQL("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"))
-    url = make_conninfo(world.url, dbname="latin")
+    name = f"{world.connection.info.dbname}_latin"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+    world.connection.execute(create.format(sql.Identifier(name)))
+    url = make_conninfo(world.url, dbname=name)
     settings = DatabaseSettings.model_validate({"url": url})
     try:
         with Database(settings) as database, psycopg.connect(url, autocommit=True) as connection:
@@ -475,7 +478,7 @@ def test_a_token_that_the_database_can_not_hold_stands_in_nobodys_way(
             assert latin.renew().counts["renewed"] == 1
             assert len(latin.journals()) == 1
     finally:
-        world.connection.execute("DROP DATABASE latin WITH (FORCE)")
+        world.connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def test_a_lifespan_out_of_this_world_is_no_obstacle(world: World, provider: Provider) -> None:
