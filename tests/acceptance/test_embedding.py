@@ -26,7 +26,7 @@ called = threading.Semaphore(0)
 tasks = BackgroundTasks()
 tasks.add_task(called.release, trigger="interval", seconds=0.2)
 tasks.start()
-assert called.acquire(timeout=10) and called.acquire(timeout=10)
+assert called.acquire(timeout=60) and called.acquire(timeout=60)
 print("twice in", threading.main_thread().name)
 tasks.stop()
 """
@@ -98,7 +98,7 @@ from catfeeder_cron import Crons
 
 with Crons() as crons:
     print(crons.inject_crons())
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not crons_have_run() and time.monotonic() < deadline:
         time.sleep(0.05)
 """

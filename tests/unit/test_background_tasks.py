@@ -20,8 +20,8 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.errors import UnknownJob
+from tests.support.waiting import SOON
 
-SOON = 10  # seconds that something may take on a busy machine; never waited for in full
 NOT_NOW = 0.2  # seconds in which something would have happened if it were going to
 
 
