@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from tests.acceptance.program import Program, eventually
+from tests.acceptance.program import Program
+from tests.support.waiting import eventually
 
 # A sequence is not rolled back: the first two runs divide by zero, the third succeeds.
 TRIED = "SELECT 1 / CASE WHEN nextval('tries') < 3 THEN 0 ELSE 1 END"
@@ -28,7 +29,7 @@ def test_a_fleet_makes_each_retry_once_until_the_job_succeeds(
     for daemon in (program.start("start"), program.start("start")):
         daemon.wait_for("daemon_started")
 
-    eventually(lambda: ("retry", "succeeded") in admin.execute(RUNS).fetchall(), "a retry that succeeds", 90)
+    eventually(lambda: ("retry", "succeeded") in admin.execute(RUNS).fetchall(), "a retry that succeeds")
 
     assert admin.execute(RUNS).fetchall() == [("schedule", "failed"), ("retry", "failed"), ("retry", "succeeded")]
     told = program.run("history", "flaky", "--json").document
@@ -43,11 +44,11 @@ def test_a_daemon_that_dies_after_a_failure_leaves_the_retry_to_the_others(
     admin.execute("CREATE SEQUENCE tries")
     configure(program, database_url, 'retries = 5\nretry_after = "3s"')
     first = program.daemon()
-    eventually(lambda: admin.execute(RUNS).fetchall() == [("schedule", "failed")], "a failure", 60)
+    eventually(lambda: admin.execute(RUNS).fetchall() == [("schedule", "failed")], "a failure")
     os.kill(first.pid, signal.SIGKILL)
 
     program.daemon()
 
-    eventually(lambda: ("retry", "succeeded") in admin.execute(RUNS).fetchall(), "a retry that succeeds", 90)
+    eventually(lambda: ("retry", "succeeded") in admin.execute(RUNS).fetchall(), "a retry that succeeds")
     assert admin.execute(RUNS).fetchall()[0] == ("schedule", "failed")
     assert admin.execute(RUNS).fetchall()[1:] == [("retry", "failed"), ("retry", "succeeded")]
