@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -48,6 +49,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What a console can't show is shown as an escape, as standard error does anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
         sys.stdout.flush()
