@@ -146,7 +146,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     """
     from catfeeder_cron import overview, tables, terminal
 
-    settings = _load(context)
+    settings = _read(context.obj, needs_address=False)
     _log_warnings(settings)
     jobs = overview.jobs(settings)
     if as_json:
@@ -415,11 +415,12 @@ def _load(context: typer.Context) -> "Settings":
     return _read(context.obj)
 
 
-def _read(path: Path | None) -> "Settings":
+def _read(path: Path | None, *, needs_address: bool = True) -> "Settings":
     from catfeeder_cron.config import load
     from catfeeder_cron.jobs import built_in
 
-    return load(path, jobs={job.id: job.settings for job in built_in().values()})
+    jobs = {job.id: job.settings for job in built_in().values()}
+    return load(path, jobs=jobs, needs_address=needs_address)
 
 
 @contextmanager

@@ -268,7 +268,7 @@ class Database:
                 raise DatabaseUnavailable(_CLOSED)
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
-                if not conninfo and self._settings.url_file:
+                if self._settings.url_file_was_absent:
                     raise DatabaseUnavailable(
                         f"{self._settings.url_file} was missing or empty when the service was started: put the "
                         "database's URL into it, for root alone (mode 0600), and restart the service"
