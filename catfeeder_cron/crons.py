@@ -247,7 +247,10 @@ class Crons:
             schema.ensure(database)
             if not contacted.is_set():  # it is called until a heartbeat gets through
                 contacted.set()
-                self._on_contact()
+                try:
+                    self._on_contact()
+                except Exception:
+                    log.exception("callback_failed")
 
         supervisor = Supervisor(
             ledger,

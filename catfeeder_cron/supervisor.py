@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import ParamSpec
 
 from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
@@ -11,8 +12,11 @@ from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
+from catfeeder_cron.run_control import is_for_the_program
 
 log = get_logger(__name__)
+
+P = ParamSpec("P")
 
 # A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
 # end has been killed by then.
@@ -38,7 +42,7 @@ class Supervisor:
 
     `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
     for each run that does not end when it should. `on_change` is called with the report of every run that ends, and
-    with None when one begins and after every heartbeat; it must neither block nor raise.
+    with None when one begins and after every heartbeat; it must not block. What it or `on_stuck` raises is logged.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Supervisor:
             if self._stop_reason:
                 raise self._stop_reason
             self._claiming += 1
+        run: Run | None = None
         try:
             self._confirm()
             self._record()  # a run of the same job that has ended must not be in the way
@@ -112,31 +117,33 @@ class Supervisor:
             if run_id is None:
                 return None
             run = Run(run_id, job_id, context)
-            context.confirm = self._confirm
-            context.start_clock()
-            with self._changed:
-                self._runs.append(run)
-                if self._stop_reason:
-                    context.stop.set(self._stop_reason)
+            self._watch_over(run)
         except DatabaseUnavailable:
             self._presence.missed()
+            raise
+        except BaseException as error:
+            if run is not None:
+                self.end(run, _aborted(run, f"the program was interrupted by {type(error).__name__}"))
             raise
         finally:
             with self._changed:
                 self._claiming -= 1
                 self._changed.notify_all()
-        if context.timeout.total_seconds() < HEARTBEAT_SECONDS:
-            self._wake.set()
-        self._on_change(None)
         return run
 
+    def begun(self) -> None:
+        """Tell that a run has begun."""
+        self._tell(self._on_change, None)
+
     def end(self, run: Run, report: JobReport) -> None:
-        """Record how a run ended: now, or as soon as the database can be reached."""
+        """Record how a run ended: now, or as soon as the database can be reached. The first report counts."""
         with self._changed:
+            if run not in self._runs:
+                return
             self._runs.remove(run)
             self._unrecorded.append((run.run_id, report))
             self._changed.notify_all()
-        self._on_change(report)
+        self._tell(self._on_change, report)
         try:
             self._record()
         except DatabaseError as error:
@@ -217,9 +224,28 @@ class Supervisor:
                 except Exception:
                     log.exception("heartbeat_failed")
             next_timeout = self._look_at_timeouts()
-            self._on_change(None)
+            self._tell(self._on_change, None)
             self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
             self._wake.clear()
+
+    def _watch_over(self, run: Run) -> None:
+        run.context.confirm = self._confirm
+        run.context.start_clock()
+        with self._changed:
+            self._runs.append(run)
+            if self._stop_reason:
+                run.context.stop.set(self._stop_reason)
+        if run.context.timeout.total_seconds() < HEARTBEAT_SECONDS:
+            self._wake.set()
+
+    def _tell(self, callback: Callable[P, None], *arguments: P.args, **keywords: P.kwargs) -> None:
+        """Call what others have handed in: whatever it raises must end neither a run nor the heartbeats."""
+        try:
+            callback(*arguments, **keywords)
+        except BaseException as error:
+            if is_for_the_program(error):
+                raise
+            log.exception("callback_failed")
 
     def _forget(self) -> None:
         while not self._closing and self._ledger.forget(self._history_keep):
@@ -238,7 +264,7 @@ class Supervisor:
                     closed = self._ledger.close(run_id, report)
                 except DatabaseUnavailable:
                     raise
-                except DatabaseError as error:
+                except Exception as error:  # noqa: BLE001 - counts that are no numbers, say
                     # Told again it would be refused again, and hold up every claim behind it.
                     log.error("report_not_recorded", job=report.job, run_id=run_id, reason=str(error))
                     bare = replace(report, reason="its report could not be recorded; see the log", counts={})
@@ -270,14 +296,14 @@ class Supervisor:
 
     def _tell_stuck(self, run: Run, overdue: timedelta) -> None:
         if run.stuck_told_at is None:
-            self._on_stuck()
+            self._tell(self._on_stuck)
         if run.stuck_told_at is None or overdue - run.stuck_told_at >= _STUCK_TOLD_EVERY:
             run.stuck_told_at = overdue
             log.error("job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds()))
 
 
 def _aborted(run: Run, reason: str) -> JobReport:
-    return _report(run.job_id, reason, dict(run.context.counts), run.context.timeout + run.context.overdue())
+    return _report(run.job_id, reason, dict(run.context.counts), run.context.elapsed())
 
 
 def _report(job_id: str, reason: str, counts: dict[str, int], duration: timedelta) -> JobReport:

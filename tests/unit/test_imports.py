@@ -54,8 +54,8 @@ ARROWS = {
     "schedulers": "",
     "background_tasks": "lifecycle schedulers",
     "waker": "database",
-    "runner": "job jobs ledger database config",
-    "supervisor": "clock job ledger presence",
+    "runner": "run_control job jobs ledger database config",
+    "supervisor": "clock run_control job ledger presence",
     "workshop": "job children custom_jobs runner supervisor schedule pings oauth config database",
     "timetable": "workshop job dispatch ledger presence schedule triggers waker background_tasks config database",
     "crons": "timetable workshop job jobs supervisor ledger presence schedule background_tasks oauth schema config"
