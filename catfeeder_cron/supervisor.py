@@ -26,6 +26,7 @@ _FORGET_EVERY_SECONDS = 3600
 _NEVER = float("-inf")
 
 TAKEN_FOR_DEAD = "this process was taken for dead, and the run was closed by another"
+_CLOSED = "what runs the jobs of this process is closed"
 ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
@@ -93,9 +94,9 @@ class Supervisor:
         return self._stop_reason is not None
 
     def start(self) -> None:
-        """Begin the heartbeats, the first of them at once. Idempotent."""
+        """Begin the heartbeats, the first of them at once. Idempotent; does nothing after `close`."""
         with self._changed:
-            if self._thread is None:
+            if self._thread is None and not self._closing:
                 self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
                 self._thread.start()
 
@@ -156,14 +157,19 @@ class Supervisor:
             for run in self._runs:
                 run.context.stop.set(self._stop_reason)
 
-    def wait(self) -> None:
-        """Return when no run is left."""
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Return when no run is left, or so many seconds have passed."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._runs and not self._claiming)
+            self._changed.wait_for(lambda: not self._runs and not self._claiming, timeout_seconds)
 
     def beat(self) -> None:
-        """Tell the others that this process lives; learn which of its runs they have closed. Raises DatabaseError."""
+        """Tell the others that this process lives; learn which of its runs they have closed.
+
+        Raises DatabaseError, and JobInterrupted after `close`: a process that has left the list must not come back.
+        """
         with self._beating:
+            if self._closing:
+                raise self._stop_reason or JobAborted(_CLOSED)
             with self._changed:
                 before = list(self._runs)
                 claiming = self._claiming
@@ -188,7 +194,8 @@ class Supervisor:
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
-        self._closing = True
+        with self._changed:  # either `start` has made the thread by now, or it makes none any more
+            self._closing = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=HEARTBEAT_SECONDS)
@@ -215,8 +222,8 @@ class Supervisor:
                     if elapsed_seconds() >= next_forget:
                         next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
                         self._forget()
-                except DatabaseUnavailable:
-                    pass  # told by the database itself, once
+                except (DatabaseUnavailable, JobInterrupted):
+                    pass  # told by the database itself, once; closed meanwhile
                 except CatfeederCronError as error:
                     if str(error) != complaint:
                         complaint = str(error)

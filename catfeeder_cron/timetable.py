@@ -43,6 +43,7 @@ class Timetable:
         self._dispatches: dict[str, Dispatch] = {}
         self._returns_seen = 0
         self._wakers: dict[str, Waker] = {}
+        self._closed = False
         self._lock = threading.RLock()
 
     @property
@@ -114,11 +115,12 @@ class Timetable:
 
     def close(self) -> None:
         """Take off all that is on it, and wake no job any more. Idempotent."""
-        for waker in self._wakers.values():
+        with self._lock:  # a heartbeat or a waker that is at work at this moment puts nothing on any more
+            self._closed = True
+            wakers = list(self._wakers.values())
+        for waker in wakers:
             waker.close()
-        with self._lock:
-            for job_id in self._dispatches:
-                self._take_off(job_id)
+        self._tasks.remove_tasks_of(self)
 
     def _dispatch(self, job_id: str) -> Dispatch:
         job, settings = self._workshop.find(job_id)
@@ -128,6 +130,8 @@ class Timetable:
 
     def _put_on(self, dispatch: Dispatch) -> bool:
         job_id = dispatch.job_id
+        if self._closed:
+            return False
         if dispatch.schedule.next_after(datetime.now(UTC)) is None:
             log.info("job_has_no_slot_ahead", job=job_id, trigger=dispatch.schedule.describe())
             return True
@@ -144,14 +148,16 @@ class Timetable:
         return not isinstance(added, int)
 
     def _take_off(self, job_id: str) -> None:
-        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id), _recovery_id(job_id)):
-            with suppress(UnknownJob):  # a date's only slot is over
-                self._tasks.remove_task(task_id)
+        """Nothing is there to be taken off when a date's only slot is over."""
+        ids = (job_id, _catch_up_id(job_id), _woken_id(job_id), _recovery_id(job_id))
+        self._tasks.remove_tasks_of(self, *ids)
 
     def _run_soon(self, func: Callable[..., None], job_id: str, task_id: str, *args: object, at_once: int = 1) -> None:
-        self._tasks.safe_add_task(
-            func, args=[job_id, *args], trigger="date", id=task_id, replace_existing=True, max_instances=at_once
-        )
+        with self._lock:
+            if not self._closed:
+                self._tasks.safe_add_task(
+                    func, args=[job_id, *args], trigger="date", id=task_id, replace_existing=True, max_instances=at_once
+                )
 
     def _run_due(self, job_id: str, trigger: Trigger) -> None:
         """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
@@ -236,7 +242,7 @@ class Timetable:
 
     def _listen(self) -> None:
         """Have jobs run as soon as there is something to do for them."""
-        for job_id in self._dispatches:
+        for job_id in () if self._closed else self._dispatches:
             wake = self._workshop.find(job_id)[0].wake
             if wake is not None and job_id not in self._wakers:
                 due_in, run = partial(self._due_in, job_id), partial(self._wake, job_id)
