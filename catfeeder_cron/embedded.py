@@ -13,7 +13,6 @@ it. Two locks (flock, which the kernel releases however a process ends) arrange 
 alone while somebody starts or stops the server, `folder/data` is shared by all who use it.
 """
 
-import atexit
 import fcntl
 import importlib.util
 import os
@@ -25,7 +24,7 @@ import stat
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +32,7 @@ from types import TracebackType
 from typing import IO, Self
 from urllib.parse import quote
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import ConfigurationError, DatabaseError
 from catfeeder_cron.logs import get_logger
 
@@ -83,7 +83,10 @@ def open(folder: str | Path, *, durable: bool = True) -> "EmbeddedServer":
 
 
 class EmbeddedServer:
-    """A server that this process uses from `open` to `stop`, at the latest until the interpreter ends."""
+    """A server that this process uses from `open` to `stop`, at the latest until the interpreter ends.
+
+    A process that is forked meanwhile does not use it, and has to open it itself.
+    """
 
     def __init__(self, folder: Path, binaries: Path) -> None:
         self._folder = folder
@@ -91,6 +94,8 @@ class EmbeddedServer:
         self._socket = self._data / f".s.PGSQL.{_PORT}"
         self._binaries = binaries
         self._in_use: int | None = None
+        self._not_at_exit: Callable[[], None] = lambda: None
+        lifecycle.after_fork(self, EmbeddedServer._after_fork)
 
     @property
     def conninfo(self) -> str:
@@ -113,7 +118,7 @@ class EmbeddedServer:
                 self._copy_programs()
             self._in_use = os.open(self._data, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._in_use, fcntl.LOCK_SH)
-            atexit.register(self.stop)
+            self._not_at_exit = lifecycle.at_exit(self.stop)
             try:
                 if not self._is_running():
                     self._launch()
@@ -142,6 +147,12 @@ class EmbeddedServer:
     ) -> None:
         self.stop()
 
+    def _after_fork(self) -> None:
+        """Leave the server to the parent, whose lock this descriptor holds too as long as it is open."""
+        if self._in_use is not None:
+            os.close(self._in_use)
+            self._in_use = None
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -155,7 +166,7 @@ class EmbeddedServer:
         """Give the server up and stop it when it has no other user; the caller holds `_alone`."""
         in_use, self._in_use = self._in_use, None
         assert in_use is not None
-        atexit.unregister(self.stop)
+        self._not_at_exit()
         try:
             fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
