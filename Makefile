@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage test-integration test-oauth test-others proof test-systemd check format bench man install uninstall purge lock clean
+.PHONY: help run test coverage proof test-systemd check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -17,30 +17,21 @@ help: ## list the targets
 run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with sample data
 	@exec $(BIN)/catfeeder-cron demo
 
-test: $(VENV)/program ## run the tests, in three parts side by side (three minutes)
-	@echo "what each part says comes when it is over"
-	@$(MAKE) --no-print-directory --jobs --output-sync $(PARTS)
+# Most tests wait for something, so there are more workers than cores; each has a PostgreSQL of its own.
+WORKERS ?= 4
+PYTEST = $(BIN)/pytest
+TESTS = $(if $(ONLY),$(ONLY),tests --numprocesses $(WORKERS) --dist worksteal)
+
+test: $(VENV)/program ## run the tests, or some: make test ONLY="tests/unit/test_crontab.py -k leap"
+	$(PYTEST) $(TESTS)
 
 coverage: $(VENV)/program ## run the tests and say which lines and branches they leave out
 	$(BIN)/coverage erase
-	@$(MAKE) --no-print-directory --jobs --output-sync PYTEST="$(BIN)/coverage run -m pytest" $(PARTS)
+	$(BIN)/coverage run -m pytest $(TESTS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-# The parts of `make test`. Each has a PostgreSQL of its own, and most tests wait for something.
-PARTS := test-integration test-oauth test-others
-PYTEST = $(BIN)/pytest
-
-test-integration:
-	$(PYTEST) tests/integration --ignore=tests/integration/oauth
-
-test-oauth:
-	$(PYTEST) tests/integration/oauth
-
-test-others:
-	$(PYTEST) tests --ignore=tests/integration
-
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
-	$(BIN)/python -m pytest tests -m proof
+	$(BIN)/python -m pytest tests -m proof --timeout 1800 -o faulthandler_timeout=1830
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh

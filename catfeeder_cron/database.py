@@ -32,6 +32,7 @@ from catfeeder_cron.errors import (
     StatementTimeout,
     UndefinedObject,
 )
+from catfeeder_cron.imports import load
 from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
@@ -291,12 +292,13 @@ class Database:
                 raise DatabaseUnavailable(_CLOSED)
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
-                if not conninfo and self._settings.url_file:
+                if self._settings.url_file_was_absent:
                     raise DatabaseUnavailable(
                         f"{self._settings.url_file} was missing or empty when the service was started: put the "
                         "database's URL into it, for root alone (mode 0600), and restart the service"
                     )
                 if conninfo.startswith(EMBEDDED):
+                    load("catfeeder_cron.embedded")
                     from catfeeder_cron import embedded
 
                     server = self._opened.enter_context(embedded.open(conninfo.removeprefix(EMBEDDED)))

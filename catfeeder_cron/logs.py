@@ -6,7 +6,7 @@ the same kind of entry, on standard error or in systemd's journal. Where nobody 
 embeds our classes), that program's own handlers get a readable text, and nothing is ever written to
 standard output.
 
-structlog is imported on first use: it costs more than all of `--help`.
+structlog is imported on first use: it costs more than all of `--help`. `import structlog` brings all its parts.
 """
 
 import logging
@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+
+from catfeeder_cron.imports import load
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -64,6 +66,9 @@ class _LazyLogger:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        # Before cached_property takes its lock, which Python 3.11 has one of for all loggers: the thread that imports
+        # may come here as well.
+        load("structlog")
         return getattr(self._bound, attribute)
 
     @cached_property
@@ -80,6 +85,11 @@ class _LazyLogger:
         )
 
 
+def prepare() -> None:
+    """Import what the first entry needs; called by a program that will log from several threads, before they begin."""
+    load("structlog")
+
+
 def one_line(text: str) -> str:
     """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows.
 
@@ -91,6 +101,7 @@ def one_line(text: str) -> str:
 
 def context(**fields: object) -> AbstractContextManager[None]:
     """Add `fields` to every entry that this thread (or asyncio task) logs inside the `with` block."""
+    load("structlog")
     from structlog.contextvars import bound_contextvars
 
     return bound_contextvars(**fields)
@@ -106,6 +117,7 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
     stream = stream or sys.stderr
     handler = _handler(format, stream)
     handler.set_name(_HANDLER)
+    handler.addFilter(_load_structlog)
     logging.raiseExceptions = False
 
     root = logging.getLogger()
@@ -119,6 +131,12 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
         logging.getLogger(name).setLevel(logging.NOTSET if debugging else quiet_level)
     for name, quiet_level in _ALWAYS_QUIET.items():
         logging.getLogger(name).setLevel(quiet_level)
+
+
+def _load_structlog(_record: logging.LogRecord) -> bool:
+    """As a filter it is called before the handler takes its lock, which the thread that imports may want, too."""
+    prepare()
+    return True
 
 
 def show_debug_records() -> None:
@@ -156,6 +174,7 @@ class _LastResort(logging.Handler):
 
 
 def _handler(format: Format, stream: TextIO) -> logging.Handler:
+    load("catfeeder_cron.journald")
     from catfeeder_cron.journald import JournalHandler, is_journal
 
     if format == "journald" or (format == "auto" and is_journal(stream)):

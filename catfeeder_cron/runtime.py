@@ -63,6 +63,7 @@ class Runtime:
             prepare=_prepare(self.database, given.on_contact),
             after_beat=lambda: self.timetable.after_beat(),
             on_stuck=tasks.replace_worker,
+            on_retry=lambda job_id, retry_in: self.timetable.retry(job_id, retry_in),
             on_change=given.on_change,
         )
         self.workshop = Workshop(settings, given.jobs, self.database, self.supervisor, given.oauth)

@@ -1,22 +1,27 @@
 """Results for people: tables on a terminal, plain columns in a pipe, a progress bar for what takes long."""
 
+import codecs
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from catfeeder_cron.imports import load
 from catfeeder_cron.job import Progress, no_progress
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """Print it such that it is JSON whatever the encoding: an escape of Python's, as `\\xfc`, would be none."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    print(json.dumps(document, indent=2, ensure_ascii=not is_utf8))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under their headings: drawn on a terminal that is wide enough, elsewhere aligned with spaces."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if sys.stdout.isatty():
+        load("rich.console", "rich.table", "rich.text")
         from rich.console import Console
         from rich.table import Column, Table
         from rich.text import Text
@@ -55,6 +60,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield no_progress
         return
+    load("rich.console", "rich.progress")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

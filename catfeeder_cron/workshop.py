@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from catfeeder_cron.children.pool import Children
@@ -11,6 +11,7 @@ from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, UnknownJob
 from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
+from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.pings import Pings, Signal
@@ -132,11 +133,20 @@ class Workshop:
         self._children.close()
         self._pings.close()
 
+    def _retries(self, job_id: str, settings: JobSettings) -> Retries | None:
+        if not isinstance(settings, CustomJobSettings) or not settings.retries:
+            return None
+        try:
+            before = self.schedule(job_id).next_after(datetime.now(UTC))
+        except UnknownJob:  # a reload has removed it
+            return None
+        return Retries(settings.retries, settings.retry_after, before)
+
     def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
         self._ping(job.id, settings, "start")
         report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
         self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
-        self._supervisor.end(run, report)
+        self._supervisor.end(run, report, self._retries(job.id, settings))
         succeeded = report.outcome in ("succeeded", "skipped")
         self._ping(job.id, settings, "success" if succeeded else "fail", report.reason or "")
         return report

@@ -1,14 +1,18 @@
 """A real PostgreSQL for the tests: one server and one database for the session, emptied after each test."""
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
+from typing import LiteralString
 
 import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron import embedded
 from catfeeder_cron.embedded import EmbeddedServer
+from tests.support import servers
 
 # A busy machine is no fault of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,18 +34,48 @@ _EMPTY = """
     GRANT USAGE ON SCHEMA public TO PUBLIC"""
 
 
+def pytest_configure() -> None:
+    servers.another()  # which says why it can't serve, before any test fails for that reason
+
+
+def pytest_report_header() -> str:
+    url = servers.another()
+    if url is None:
+        return "PostgreSQL: the embedded one"
+    with psycopg.connect(url) as connection:
+        return f"PostgreSQL: {servers.version_of(connection)}, which {servers.VARIABLE} names"
+
+
 @pytest.fixture(scope="session")
-def server() -> Iterator[EmbeddedServer]:
+def embedded_alone() -> None:
+    """Skip a test that is about the embedded server, or does to a server what nobody wants done to another."""
+    if servers.another():
+        pytest.skip(f"stops, starts or sets up a server of its own, and {servers.VARIABLE} names another")
+
+
+@pytest.fixture(scope="session")
+def server(embedded_alone: None) -> Iterator[EmbeddedServer]:
     """A throw-away server, of which only `database_url`'s database should be written to."""
     with embedded.temporary() as server:
         yield server
 
 
+@pytest.fixture
+def own_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
+    """A server of the test's own, to stop and start or to set up in its own way."""
+    with embedded.temporary() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
-def _url(server: EmbeddedServer) -> str:
-    with psycopg.connect(server.conninfo, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE test TEMPLATE template0")
-    return make_conninfo(server.conninfo, dbname="test")
+def _url(request: pytest.FixtureRequest) -> Iterator[str]:
+    server = servers.another() or request.getfixturevalue("server").conninfo
+    name = f"catfeeder_cron_test_{secrets.token_hex(4)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
+    yield make_conninfo(server, dbname=name)
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
@@ -50,3 +84,23 @@ def database_url(_url: str) -> Iterator[str]:
     yield _url
     with psycopg.connect(_url, autocommit=True) as connection:
         connection.execute(_EMPTY)
+
+
+@pytest.fixture
+def role(database_url: str) -> Iterator[Callable[..., tuple[str, str]]]:
+    """Creates a role that may log in; gives its name and the address with which it does."""
+    names: list[sql.Identifier] = []
+
+    def create(options: LiteralString = "") -> tuple[str, str]:
+        name, password = f"somebody_{secrets.token_hex(4)}", secrets.token_hex(8)
+        with psycopg.connect(database_url, autocommit=True) as admin:
+            create = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} {}")
+            admin.execute(create.format(sql.Identifier(name), password, sql.SQL(options)))
+        names.append(sql.Identifier(name))
+        return name, make_conninfo(database_url, user=name, password=password)
+
+    yield create
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        for name in names:
+            admin.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(name))
+            admin.execute(sql.SQL("DROP ROLE {}").format(name))

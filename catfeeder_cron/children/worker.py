@@ -36,7 +36,7 @@ def main() -> NoReturn:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # a callable that reads its standard input must not take our lines
     os.close(null)
-    faulthandler.enable(os.dup(2))
+    faulthandler.enable(os.dup(2), all_threads=False)  # a crash tells where it was in the callable
     _Worker(channel, calls).work()
 
 
@@ -221,7 +221,11 @@ def _text_of(value: object) -> str:
 def _trace_of(error: BaseException) -> str:
     import traceback  # takes a while, and most calls end without
 
+    trace = error.__traceback__
+    if trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next  # from the callable on: that we called it is no news
     try:
-        return "".join(traceback.format_exception(error)).rstrip()[-_LONGEST_TEXT:]
+        text = "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:  # noqa: BLE001 - formatting asks the exception for its text
-        return "".join(traceback.format_tb(error.__traceback__)).rstrip()[-_LONGEST_TEXT:]
+        text = "".join(traceback.format_tb(trace))
+    return text.rstrip()[-_LONGEST_TEXT:]

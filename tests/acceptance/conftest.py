@@ -7,10 +7,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import embedded, schema
+from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.schema.application import create_tables
 from tests.acceptance.program import Program
 
@@ -38,10 +37,3 @@ def app_tables(program: Program, database_url: str) -> None:
     with Database(settings) as database:
         for _ in chain(schema.upgrade(database), create_tables(database, settings.tables)):
             pass
-
-
-@pytest.fixture
-def own_server() -> Iterator[EmbeddedServer]:
-    """A server of the test's own, to stop and start or to set up in its own way."""
-    with embedded.temporary() as server:
-        yield server

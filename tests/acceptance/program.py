@@ -10,8 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import IO, Any
 import psycopg
 
 import catfeeder_cron
+from tests.support.waiting import SOON, eventually
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _SCRIPT = Path(sys.executable).with_name("catfeeder-cron")
@@ -44,15 +44,6 @@ SLOW_DOWN_DELETIONS = """
 def command() -> list[str]:
     """Return how the program is called: the installed script, or the working tree where none is installed."""
     return [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "catfeeder_cron"]
-
-
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    """Return what `condition` gives as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return found
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class Running:
         with self._changed:
             return self._find(name, fields)
 
-    def wait_for(self, event: str, *, count: int = 1, seconds: float = 20, **fields: Any) -> dict[str, Any]:
+    def wait_for(self, event: str, *, count: int = 1, seconds: float = SOON, **fields: Any) -> dict[str, Any]:
         """Return the newest of `count` such entries of the log as soon as there are that many."""
         with self._changed:
             self._changed.wait_for(
@@ -113,7 +104,7 @@ class Running:
         assert len(entries) >= count, f"no {event} {fields} within {seconds:g} s; the log:\n{self.stderr}"
         return entries[-1]
 
-    def wait_for_text(self, text: str, seconds: float = 30) -> None:
+    def wait_for_text(self, text: str, seconds: float = SOON) -> None:
         """Return as soon as the log, whatever its format, has this text."""
         eventually(lambda: text in self.stderr or self.process.poll() is not None, text, seconds)
         assert text in self.stderr, self.stderr
@@ -121,7 +112,7 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def finish(self, seconds: float = 20) -> Finished:
+    def finish(self, seconds: float = SOON) -> Finished:
         """Wait for the end."""
         status = self.process.wait(seconds)
         for reader in self._readers:
@@ -169,11 +160,11 @@ class Program:
         file.chmod(0o600)
         return file
 
-    def run(self, *arguments: str, seconds: float = 60, variables: Mapping[str, str] = _NONE) -> Finished:
+    def run(self, *arguments: str, seconds: float = 2 * SOON, variables: Mapping[str, str] = _NONE) -> Finished:
         """Run a command to its end with these environment variables."""
         return self.run_command(*command(), *arguments, seconds=seconds, variables=variables)
 
-    def run_command(self, *words: str, seconds: float = 60, variables: Mapping[str, str] = _NONE) -> Finished:
+    def run_command(self, *words: str, seconds: float = 2 * SOON, variables: Mapping[str, str] = _NONE) -> Finished:
         """Do as `run` with any other command."""
         done = subprocess.run(
             words,
@@ -213,11 +204,11 @@ class Program:
         daemon.wait_for("daemon_started")
         return daemon
 
-    def run_on_terminal(self, *arguments: str, width: int = 160, seconds: float = 60) -> tuple[int, str]:
+    def run_on_terminal(self, *arguments: str, width: int = 160, seconds: float = 2 * SOON) -> tuple[int, str]:
         """Run a command on a terminal of this width; return its exit status and all that the terminal was sent."""
         return self.run_command_on_terminal(*command(), *arguments, width=width, seconds=seconds)
 
-    def run_command_on_terminal(self, *words: str, width: int = 160, seconds: float = 60) -> tuple[int, str]:
+    def run_command_on_terminal(self, *words: str, width: int = 160, seconds: float = 2 * SOON) -> tuple[int, str]:
         """Do as `run_on_terminal` with any other command."""
         ours, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
@@ -243,6 +234,9 @@ class Program:
         if command() != [str(_SCRIPT)]:
             environment["PYTHONPATH"] = str(Path(catfeeder_cron.__file__).parents[1])
         return {**environment, "HOME": str(self.folder), **variables}
+
+
+ASLEEP = "pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
 
 
 def count(connection: psycopg.Connection, rows: str) -> int:

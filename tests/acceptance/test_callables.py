@@ -11,7 +11,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.acceptance.program import ADD_CONNECTIONS, Program, command, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, Program, command, count
+from tests.support.processes import is_alive
+from tests.support.waiting import eventually
 
 CALLABLES = Path(__file__).parents[1] / "support" / "custom_callables.py"
 # What becomes of a run that calls each of these.
@@ -38,12 +40,6 @@ def path_of(program: Program) -> dict[str, str]:
     return {"PYTHONPATH": str(program.folder)}
 
 
-def is_alive(pid: int) -> bool:
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
-
-
 @pytest.mark.usefixtures("app_tables")
 def test_nothing_that_a_callable_does_reaches_the_daemon(
     program: Program, admin: psycopg.Connection, database_url: str
@@ -62,7 +58,7 @@ def test_nothing_that_a_callable_does_reaches_the_daemon(
     eventually(lambda: set(admin.execute(ENDED).fetchall()) >= expected, "a run of each", 120)
     assert set(admin.execute(ENDED).fetchall()) == expected
     before = count(admin, CLEANED)
-    eventually(lambda: count(admin, CLEANED) > before + 1, "the schedule goes on", 60)
+    eventually(lambda: count(admin, CLEANED) > before + 1, "the schedule goes on")
     admin.execute(ADD_CONNECTIONS, {"expired": 1, "live": 0})
     daemon.wait_for("job_finished", job="clean-tokens", deleted=1, seconds=60)
 
@@ -74,7 +70,7 @@ def test_nothing_that_a_callable_does_reaches_the_daemon(
     started = [json.loads(line) for line in (program.folder / "seen").read_text().splitlines()]
     pids = [pid for line in started if isinstance(line, list) for pid in line if isinstance(pid, int) and pid > 10]
     assert pids
-    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started", 60)
+    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started")
 
 
 @pytest.mark.usefixtures("app_tables")
@@ -83,12 +79,12 @@ def test_a_daemon_that_is_killed_leaves_nothing_of_its_callables_behind(program:
     program.configure(database_url, '[jobs.stay]\ncall = "feeders:never_end"\ninterval = 1\n')
     daemon = program.start("start", variables=path_of(program))
     seen = program.folder / "seen"
-    eventually(seen.exists, "the callable at work", 60)
+    eventually(seen.exists, "the callable at work")
     daemon.signal(signal.SIGKILL)
     daemon.finish()
 
     pids = json.loads(seen.read_text())
-    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started", 60)
+    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started")
 
 
 @pytest.mark.usefixtures("app_tables")
@@ -101,12 +97,12 @@ def test_a_callable_that_does_not_end_is_killed_at_the_end_of_the_grace(
     )
     daemon = program.start("start", variables=path_of(program))
     seen = program.folder / "seen"
-    eventually(seen.exists, "the callable at work", 60)
+    eventually(seen.exists, "the callable at work")
 
     assert daemon.stop(60).status == 0
 
     pids = json.loads(seen.read_text())
-    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started", 60)
+    eventually(lambda: not any(map(is_alive, pids)), "the end of all that was started")
     assert count(
         admin, "catfeeder_cron.job_runs WHERE outcome = 'aborted' AND reason = 'still running 1 s after the stop'"
     )
@@ -143,10 +139,10 @@ def test_as_the_first_process_of_a_container_it_reaps_orphans(
     container.wait_for("daemon_started", seconds=60)
     (init,) = map(int, Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split())
 
-    eventually(lambda: count(admin, ORPHANED) > 2, "runs that leave orphans", 60)
-    eventually(lambda: dead_children(init), "an orphan that has ended", 60)
+    eventually(lambda: count(admin, ORPHANED) > 2, "runs that leave orphans")
+    eventually(lambda: dead_children(init), "an orphan that has ended")
     assert program.run("pause", "orphan").status == 0
-    eventually(lambda: not dead_children(init), "the end of all orphans", 60)
+    eventually(lambda: not dead_children(init), "the end of all orphans")
     os.kill(init, signal.SIGTERM)
     assert container.finish(60).status == 0
 

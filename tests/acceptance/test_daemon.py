@@ -16,7 +16,8 @@ import psycopg
 import pytest
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Program, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Program, count
+from tests.support.waiting import eventually
 
 EVERY_SECOND = """
     [jobs.clean-tokens]
@@ -58,9 +59,9 @@ def test_daemons_share_the_slots_and_history_and_list_tell_them(
     assert (finished["job"], finished["outcome"], finished["deleted"]) == ("clean-tokens", "succeeded", 250)
 
     slots = admin.execute(
-        "SELECT slot FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND missed IS NULL ORDER BY slot"
+        "SELECT slot, coalesce(last_slot, slot) FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' ORDER BY slot"
     ).fetchall()
-    steps = {(second - first).total_seconds() for (first,), (second,) in pairwise(slots)}
+    steps = {(following - last).total_seconds() for (_, last), (following, _) in pairwise(slots)}
     assert steps == {1}, "a slot ran twice, or not at all"
 
     listed = {job["job"]: job for job in program.run("list", "--json").document}
@@ -71,9 +72,11 @@ def test_daemons_share_the_slots_and_history_and_list_tell_them(
     runs = program.run("history", "clean-tokens", "--limit", "100", "--json").document
     for run in runs:
         assert run.keys() == HISTORY_KEYS
+    runs = [run for run in runs if not run["missed"]]  # a busy machine may pass a slot over, and says so
+    for run in runs:
         assert re.fullmatch(INSTANT, run["slot"])
         assert run["pid"] in {daemon.pid for daemon in daemons}
-        assert (run["trigger"], run["dry_run"]) == ("schedule", False)
+        assert (run["trigger"], run["dry_run"]) in (("schedule", False), ("catch_up", False))
     started = [datetime.fromisoformat(run["started_at"]) for run in runs]
     assert started == sorted(started, reverse=True)
     assert sum(run["counts"].get("deleted", 0) for run in runs) == 250
@@ -134,7 +137,7 @@ def test_a_stop_lets_the_batch_in_hand_end_and_exits_0(
     running = {job["job"]: job["last_outcome"] for job in program.run("list", "--json").document}
     assert running["clean-tokens"] == "running"
     daemon.signal(number)
-    assert daemon.finish(seconds=5).status == 0
+    assert daemon.finish().status == 0
     assert daemon.wait_for("daemon_stopping")["running"] == ["clean-tokens"]
     left = count(admin, EXPIRED)
     assert 0 < left < 20_000
@@ -157,13 +160,13 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
     for grace, ended_by in ((60, -signal.SIGTERM), (0.2, 0)):
         program.configure(database_url, f"[scheduler]\nshutdown_grace = {grace}\n{EVERY_SECOND}")
         daemon = program.daemon()
-        eventually(lambda: count(admin, "pg_stat_activity WHERE wait_event = 'PgSleep'"), "a batch in hand")
+        eventually(lambda: count(admin, ASLEEP), "a batch in hand")
         daemon.signal(signal.SIGTERM)
         daemon.wait_for("daemon_stopping")
         if ended_by:
             daemon.signal(signal.SIGTERM)
-        assert daemon.finish(seconds=10).status == ended_by
-        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        assert daemon.finish().status == ended_by
+        admin.execute(f"SELECT pg_terminate_backend(pid) FROM {ASLEEP}".encode())
         if not ended_by:
             assert daemon.events("shutdown_grace_is_over")
         # What a process that was killed left open is closed when it was not heard of for a while; not to be waited for.
@@ -187,7 +190,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     own_server.start(durable=False)
     with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
         admin.execute(ADD_CONNECTIONS, {"expired": 10, "live": 10})
-    daemon.wait_for("job_finished", seconds=30, job="clean-tokens", outcome="succeeded", deleted=10)
+    daemon.wait_for("job_finished", job="clean-tokens", outcome="succeeded", deleted=10)
     assert len(daemon.events("database_unreachable")) == 1
     assert len(daemon.events("database_reachable_again")) == 1
 
@@ -198,7 +201,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     own_server.start(durable=False)
     with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
         admin.execute(ADD_CONNECTIONS, {"expired": 20, "live": 10})
-        daemon.wait_for("job_finished", seconds=30, job="clean-tokens", outcome="succeeded", deleted=20)
+        daemon.wait_for("job_finished", job="clean-tokens", outcome="succeeded", deleted=20)
         assert len(daemon.events("database_unreachable")) == 2
         missed = "catfeeder_cron.job_runs WHERE reason = 'database unreachable' AND missed > 0"
         eventually(lambda: count(admin, missed), "the account of the outage")
@@ -207,6 +210,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     assert daemon.stop().status == 0, "a stop needs no database"
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_a_daemon_and_run_once_share_an_embedded_database_and_the_last_one_stops_it(program: Program) -> None:
     program.configure("embedded:pg", EVERY_SECOND)
     daemon = program.start("start")
@@ -228,10 +232,11 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Program, temporary: Path) -> None:
     demo = program.start("demo", variables={"TMPDIR": str(temporary)})
     for text in ("demo_ready", "job=clean-tokens", "job=clean-verification"):
-        demo.wait_for_text(text, seconds=30)
+        demo.wait_for_text(text)
     server = int(next(temporary.glob("*/data/postmaster.pid")).read_text().splitlines()[0])
     os.killpg(demo.pid, signal.SIGINT)
     ended = demo.finish()
@@ -243,6 +248,7 @@ def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Prog
     assert not command_line.exists() or not command_line.read_bytes(), "the server runs on"
 
 
+@pytest.mark.usefixtures("embedded_alone")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_interrupted_while_it_is_set_up_leaves_nothing_behind(
     program: Program, temporary: Path, number: signal.Signals

@@ -6,7 +6,8 @@ import sys
 import psycopg
 import pytest
 
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, count
+from tests.support.waiting import eventually
 
 EXPIRED = '"Connections" WHERE expiration_date < now()'
 
@@ -38,7 +39,7 @@ called = threading.Semaphore(0)
 tasks = BackgroundTasks()
 tasks.add_task(called.release, trigger="interval", seconds=0.2)
 tasks.start()
-assert called.acquire(timeout=10) and called.acquire(timeout=10)
+assert called.acquire(timeout=60) and called.acquire(timeout=60)
 print("twice in", threading.main_thread().name)
 tasks.stop()
 """
@@ -110,7 +111,7 @@ from catfeeder_cron import Crons
 
 with Crons() as crons:
     print(crons.inject_crons())
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not crons_have_run() and time.monotonic() < deadline:
         time.sleep(0.05)
 """

@@ -12,10 +12,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 import catfeeder_cron
-from tests.acceptance.program import Program, Running, count, eventually
+from tests.acceptance.program import Program, Running, count
+from tests.support.waiting import eventually
 
 TICK = """
 [jobs.tick]
@@ -59,7 +59,8 @@ def assert_no_slot_lost_or_doubled(admin: psycopg.Connection, job: str, at_least
     assert sum(number for _, _, number, _ in rows) >= at_least
     for (_, last, _, _), (following, _, _, _) in pairwise(rows):
         assert (following - last).total_seconds() == 1, rows
-    assert not [reason for _, _, _, reason in rows if reason], rows
+    # A machine that is too busy to start a run in time passes its slot over, and says so: that is no loss.
+    assert {reason for _, _, _, reason in rows} <= {None, "no daemon was free", "still running"}, rows
 
 
 @pytest.fixture
@@ -325,19 +326,13 @@ GRANTS = """
 
 
 @pytest.fixture
-def make_role(admin: psycopg.Connection, database_url: str) -> Any:
-    roles: list[str] = []
-
+def make_role(admin: psycopg.Connection, role: Callable[[], tuple[str, str]]) -> Callable[[str], str]:
     def make(grants: str) -> str:
-        roles.append(f"operator_{time.monotonic_ns()}")
-        admin.execute(f"CREATE ROLE {roles[-1]} LOGIN".encode())
-        admin.execute(grants.format(role=roles[-1]).encode())
-        return make_conninfo(database_url, user=roles[-1])
+        name, url = role()
+        admin.execute(grants.format(role=name).encode())
+        return url
 
-    yield make
-    for name in roles:
-        admin.execute(f"DROP OWNED BY {name}".encode())
-        admin.execute(f"DROP ROLE {name}".encode())
+    return make
 
 
 def test_a_least_privileged_role_works_from_end_to_end(

@@ -4,7 +4,7 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,13 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, command, count, eventually
+from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Finished, Program, command, count
+from tests.support.waiting import eventually
 
 INSTANT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)"
 EXPIRED = '"Connections" WHERE expiration_date < now()'
 LIVE = '"Connections" WHERE expiration_date > now()'
 UNDER_WAY = "catfeeder_cron.job_runs WHERE outcome IS NULL"
-
-
-@pytest.fixture
-def role(admin: psycopg.Connection, database_url: str) -> Iterator[str]:
-    """The address of the database for a role that may log in and nothing else."""
-    admin.execute("CREATE ROLE visitor LOGIN")
-    yield make_conninfo(database_url, user="visitor")
-    admin.execute("DROP OWNED BY visitor CASCADE; DROP ROLE visitor")
 
 
 def one(finished: Finished) -> dict[str, Any]:
@@ -105,17 +98,18 @@ def test_a_missing_column_and_a_column_of_the_wrong_type_are_told(program: Progr
 
 @pytest.mark.usefixtures("app_tables")
 def test_what_a_role_lacks_is_told_with_the_grant_that_helps(
-    program: Program, admin: psycopg.Connection, database_url: str, role: str
+    program: Program, admin: psycopg.Connection, role: Callable[[], tuple[str, str]]
 ) -> None:
-    program.configure(role)
+    name, url = role()
+    program.configure(url)
     admin.execute(
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO visitor;"
-        'GRANT SELECT ON "Connections" TO visitor'
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA catfeeder_cron TO {name};"
+        f'GRANT SELECT ON "Connections" TO {name}'.encode()
     )
     failed = program.run("run-once", "clean-tokens")
     assert failed.status == 84
     assert failed.stderr.count("\n") == 1
-    (grant,) = re.findall(r"GRANT .* TO \"visitor\"", failed.stdout)
+    (grant,) = re.findall(rf'GRANT .* TO "{name}"', failed.stdout)
     admin.execute(grant)
     assert program.run("run-once", "clean-tokens").status == 0
 
@@ -194,7 +188,7 @@ def test_a_second_signal_ends_a_run_at_once(program: Program, admin: psycopg.Con
     admin.execute(SLOW_DOWN_DELETIONS.replace("0.1", "5"))
     admin.execute(ADD_CONNECTIONS, {"expired": 1000, "live": 0})
     working = program.start("run-once", "clean-tokens")
-    eventually(lambda: count(admin, "pg_stat_activity WHERE wait_event = 'PgSleep'"), "a batch in hand")
+    eventually(lambda: count(admin, ASLEEP), "a batch in hand")
     # Two at the same instant would be one to the kernel.
     while working.process.poll() is None:
         working.signal(signal.SIGINT)

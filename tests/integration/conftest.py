@@ -1,14 +1,11 @@
-"""What the tests on a real PostgreSQL have in common: connections, roles, and a way to run the clean-up jobs."""
+"""What the tests on a real PostgreSQL have in common: connections, and a way to run the clean-up jobs."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron import embedded
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
@@ -17,8 +14,6 @@ from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.job import Job, JobContext, JobReport
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.runner import run_job
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture
@@ -86,7 +81,7 @@ def clean(database: Database) -> Callable[..., JobReport]:
 
 
 @pytest.fixture(scope="session")
-def mortal_server() -> Iterator[EmbeddedServer]:
+def mortal_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
     """A server that tests may stop and start."""
     with embedded.temporary() as server:
         yield server
@@ -103,20 +98,3 @@ def stop_server(mortal_server: EmbeddedServer) -> Iterator[Callable[[str], Calla
     yield stop
     if not mortal_server._is_running():
         mortal_server._launch()
-
-
-@pytest.fixture
-def role(admin: psycopg.Connection, database_url: str) -> Iterator[Callable[..., tuple[str, str]]]:
-    """Creates a role that may log in; gives its name and the address with which it does."""
-    names: list[sql.Identifier] = []
-
-    def create(options: LiteralString = "") -> tuple[str, str]:
-        name = f"somebody_{next(_numbers)}"
-        names.append(sql.Identifier(name))
-        admin.execute(sql.SQL("CREATE ROLE {} LOGIN {}").format(names[-1], sql.SQL(options)))
-        return name, make_conninfo(database_url, user=name)
-
-    yield create
-    for name in names:
-        admin.execute(sql.SQL("DROP OWNED BY {}").format(name))
-        admin.execute(sql.SQL("DROP ROLE {}").format(name))

@@ -1,8 +1,6 @@
 """What the tests of the ledger and of those who use it have in common."""
 
 import threading
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from catfeeder_cron.config import DatabaseTables, JobSettings
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import Job, JobContext, JobReport
+from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
@@ -38,11 +37,7 @@ STARTED_LONG_AGO = """
     END $$"""
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+wait_for = eventually
 
 
 def rows(admin: psycopg.Connection, columns: str, where: str = "true") -> list[tuple[Any, ...]]:

@@ -14,7 +14,8 @@ import pytest
 
 from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.errors import CatfeederCronError, ChildDied
-from tests.integration.daemons import wait_for
+from tests.support.processes import is_alive
+from tests.support.waiting import eventually
 
 CODE = """
 import os, sys, time
@@ -43,6 +44,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
+
+
 def call(children: Children, function: str, *arguments: Any, key: str = "key") -> Call:
     return children.call(key, f"called:{function}", *arguments, on_line=lambda _line: None)
 
@@ -55,15 +60,8 @@ def lasting(children: Children, folder: Path, name: str = "pid") -> tuple[Call, 
     """Begin a call that lasts for ever; return it with its process."""
     begun = folder / name
     made = call(children, "last", str(begun))
-    wait_for(begun.exists, 60)
+    eventually(begun.exists)
     return made, int(begun.read_text())
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_calls_of_one_key_share_a_process_and_those_of_another_do_not(folder: Path) -> None:
@@ -79,20 +77,20 @@ def test_calls_at_the_same_time_have_a_process_each(folder: Path) -> None:
             made.kill()
             with pytest.raises(ChildDied):
                 made.future.result(60)
-            wait_for(partial(is_gone, pid))
+            eventually(partial(is_gone, pid))
 
 
 def test_one_that_has_idled_for_long_is_ended(folder: Path) -> None:
     with Children(idle=timedelta(seconds=0.05)) as children:
         idle = pid_of(children)
-        wait_for(lambda: is_gone(idle), 60)
+        eventually(lambda: is_gone(idle))
         assert pid_of(children) != idle
 
 
 def test_of_many_that_idle_the_oldest_are_ended(folder: Path) -> None:
     with Children() as children:
         pids = [pid_of(children, str(key)) for key in range(18)]
-        wait_for(lambda: is_gone(pids[0]) and is_gone(pids[1]), 60)
+        eventually(lambda: is_gone(pids[0]) and is_gone(pids[1]))
         assert not any(map(is_gone, pids[2:]))
 
 
@@ -101,7 +99,7 @@ def test_one_that_is_retired_ends_in_order(folder: Path) -> None:
         file = folder / "goodbye"
         pid = int(call(children, "say_goodbye", str(file)).future.result(60).text or 0)
         children.retire()
-        wait_for(lambda: is_gone(pid) and file.read_text() == "goodbye", 60)
+        eventually(lambda: is_gone(pid) and file.read_text() == "goodbye")
         assert pid_of(children) != pid
 
 
@@ -134,7 +132,7 @@ def test_a_pool_that_is_dropped_ends_its_processes(folder: Path) -> None:
     del children
     gc.collect()
 
-    wait_for(lambda: is_gone(idle), 60)
+    eventually(lambda: is_gone(idle))
 
 
 def test_the_deadline_holds_though_the_process_that_called_is_frozen(folder: Path) -> None:
@@ -161,13 +159,13 @@ call.future.result()
     assert caller.stdin is not None
     assert caller.stdout is not None
     try:
-        wait_for(begun.exists, 60)
+        eventually(begun.exists)
         pid = int(begun.read_text())
         caller.stdin.write("\n")
         caller.stdin.flush()
         assert caller.stdout.readline() == "set\n"
         os.kill(caller.pid, signal.SIGSTOP)
-        wait_for(lambda: is_gone(pid), 60)
+        eventually(lambda: is_gone(pid))
     finally:
         caller.kill()
         caller.communicate()

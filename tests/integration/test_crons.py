@@ -33,6 +33,7 @@ from tests.integration.daemons import (
     tasks_of,
     wait_for,
 )
+from tests.support.waiting import SOON
 
 Events = Callable[[], list[str]]
 
@@ -240,20 +241,19 @@ def test_a_job_that_obeys_is_stopped_when_its_time_is_up(office: Office, admin: 
     work = Work(released=False)
     report = office.open(work, timeout=0.3).run("work")
     assert (report.outcome, report.reason) == ("timed_out", "longer than its timeout of 0.3 s")
-    assert 0.3 <= report.duration.total_seconds() < 2
+    assert report.duration >= timedelta(seconds=0.3)
     assert rows(admin, "outcome, reason") == [("timed_out", "longer than its timeout of 0.3 s")]
 
 
 def test_a_statement_is_cancelled_when_the_time_of_its_job_is_up(office: Office, admin: psycopg.Connection) -> None:
     def run(context: JobContext, settings: JobSettings) -> None:
         with context.transaction() as connection:
-            connection.execute("SELECT pg_sleep(20)")
+            connection.execute("SELECT pg_sleep(3600)")
 
     work = Work()
     work.job = Job(id="work", summary="sleep", settings=JobSettings, run=run)
     report = office.open(work, timeout=0.5).run("work")
     assert report.outcome == "timed_out"
-    assert report.duration.total_seconds() < 5
     assert rows(admin, "outcome") == [("timed_out",)]
 
 
@@ -512,7 +512,7 @@ def test_a_stopping_daemon_lets_its_jobs_end_their_batch_and_exits_with_0(
 ) -> None:
     process = start("obeys")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(SOON) == 0
     assert last_run(admin) == ("aborted", "the process was asked to stop")
 
 
@@ -522,7 +522,7 @@ def test_after_the_grace_a_job_is_recorded_as_aborted_and_the_daemon_exits_with_
     process = start("ignores", grace=1)
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(SOON) == 0
     assert time.monotonic() - begun >= 1
     assert last_run(admin) == ("aborted", "still running 1 s after the stop")
     assert admin.execute("SELECT * FROM catfeeder_cron.daemons").fetchall() == []
@@ -535,7 +535,7 @@ def test_after_the_grace_a_daemon_whose_database_does_not_answer_ends_all_the_sa
     holder = connect(autocommit=False)
     holder.execute("LOCK TABLE catfeeder_cron.job_runs")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 0
+    assert process.wait(SOON) == 0
     holder.rollback()
 
 
@@ -545,7 +545,7 @@ def test_a_second_signal_ends_the_daemon_at_once(start: Callable[..., "subproces
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == -signal.SIGTERM
+    assert process.wait(SOON) == -signal.SIGTERM
 
 
 def test_run_once_is_refused_with_75_while_a_daemon_runs_the_job_and_may_wait(
@@ -562,7 +562,7 @@ def test_run_once_is_refused_with_75_while_a_daemon_runs_the_job_and_may_wait(
     waiting = subprocess.Popen([*command, "test-hello-world", "--wait", "30s"], stdout=subprocess.PIPE)
     wait_for(lambda: admin.execute("SELECT count(*) FROM catfeeder_cron.daemons").fetchone() == (2,))
     process.send_signal(signal.SIGTERM)
-    output, _ = waiting.communicate(timeout=20)
+    output, _ = waiting.communicate(timeout=SOON)
     assert waiting.returncode == 0
     assert output.startswith(b"test-hello-world: succeeded")
     assert rows(admin, "outcome, trigger", "trigger = 'manual'") == [("succeeded", "manual")]

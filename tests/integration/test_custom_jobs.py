@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from catfeeder_cron.config import load
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.runner import run_job
+from tests.support.processes import is_alive
+from tests.support.waiting import eventually
 
 CALLABLES = Path(__file__).parents[1] / "support" / "custom_callables.py"
 
@@ -82,13 +83,6 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
         return given, end
 
     return prepare
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -267,6 +261,7 @@ def test_the_traceback_of_what_it_raised_is_kept_in_one_entry(run: Run, caplog: 
     (entry,) = [entry for entry in events(caplog) if entry["event"] == "job_raised"]
     assert entry["job"] == "report"
     assert "in fail" in entry["exception"]
+    assert "worker.py" not in entry["exception"]
     assert "ValueError: no" in entry["exception"]
 
 
@@ -360,7 +355,7 @@ def test_a_callable_that_looks_is_stopped_by_its_timeout(run: Run) -> None:
 
 def test_a_coroutine_is_cancelled_at_its_timeout_and_may_clean_up(context: Any, callables: Any) -> None:
     given, end = context('call = "feeders:patient"')
-    wait_for(callables)
+    eventually(callables)
     given.time_out()
 
     assert end().outcome == "timed_out"
@@ -369,7 +364,7 @@ def test_a_coroutine_is_cancelled_at_its_timeout_and_may_clean_up(context: Any, 
 
 def test_a_coroutine_that_resists_is_cancelled_again(context: Any, callables: Any) -> None:
     given, end = context('call = "feeders:stubborn"')
-    wait_for(callables)
+    eventually(callables)
     given.time_out()
 
     assert (end().outcome, end().reason) == ("timed_out", "longer than its timeout of 600 s")
@@ -379,7 +374,7 @@ def test_a_coroutine_that_resists_is_cancelled_again(context: Any, callables: An
 @pytest.mark.parametrize("function", ["until_stopped", "until_a_thread_sees_the_stop", "patient"])
 def test_one_that_is_asked_to_stop_and_looks_is_aborted(context: Any, callables: Any, function: str) -> None:
     given, end = context(f'call = "feeders:{function}"')
-    wait_for(callables)
+    eventually(callables)
     given.stop.set(JobAborted("the process was asked to stop"))
 
     assert (end().outcome, end().reason) == ("aborted", "the process was asked to stop")
@@ -387,7 +382,7 @@ def test_one_that_is_asked_to_stop_and_looks_is_aborted(context: Any, callables:
 
 def test_one_that_never_looks_and_does_all_its_work_has_succeeded(context: Any, callables: Any) -> None:
     given, end = context('call = "feeders:deaf"\nargs = [0.3]')
-    wait_for(callables)
+    eventually(callables)
     given.stop.set(JobAborted("the process was asked to stop"))
 
     assert end().outcome == "succeeded"
@@ -401,7 +396,7 @@ def test_one_that_overruns_its_time_is_recorded_as_timed_out(run: Run, callables
 
 def test_one_that_does_not_end_is_killed_with_all_that_it_started(context: Any, callables: Any) -> None:
     given, end = context('call = "feeders:never_end"')
-    wait_for(callables)
+    eventually(callables)
     given.time_out()
 
     report = end()
@@ -409,7 +404,7 @@ def test_one_that_does_not_end_is_killed_with_all_that_it_started(context: Any, 
     assert report.outcome == "timed_out"
     assert report.reason == "longer than its timeout of 600 s; it did not end within 10 s and was killed"
     (pids,) = callables()
-    wait_for(lambda: not any(map(is_alive, pids)))
+    eventually(lambda: not any(map(is_alive, pids)))
 
 
 def test_a_process_serves_its_job_again_as_long_as_it_is_there(
@@ -457,7 +452,7 @@ def test_what_it_leaves_behind_keeps_nothing_from_closing_and_ends_with_it(
     crons.close()
 
     (pids,) = callables()
-    wait_for(lambda: not any(map(is_alive, pids)))
+    eventually(lambda: not any(map(is_alive, pids)))
 
 
 def test_a_reload_takes_new_code(crons_for: Callable[[str], Crons], callables: Any, tmp_path: Path) -> None:
@@ -479,12 +474,12 @@ def test_a_program_that_dies_takes_its_callables_and_all_that_they_started_along
     path = crons_for('call = "feeders:never_end"').settings.path
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from catfeeder_cron import Crons; "
     embedding = subprocess.Popen([sys.executable, "-c", f'{program} Crons(config={str(path)!r}).run("report")'])
-    wait_for(callables)
+    eventually(callables)
     embedding.send_signal(how)
     embedding.wait(20)
 
     (pids,) = callables()
-    wait_for(lambda: not any(map(is_alive, pids)))
+    eventually(lambda: not any(map(is_alive, pids)))
 
 
 def events(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -496,10 +491,3 @@ def job_of_context() -> str:
     from structlog.contextvars import get_contextvars
 
     return str(get_contextvars().get("job"))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs still; one that has ended and that nobody has reaped does not."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False

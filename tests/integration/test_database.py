@@ -1,7 +1,6 @@
 """The pool: what a transaction promises, and what is told when the server refuses, goes away and comes back."""
 
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +28,15 @@ from catfeeder_cron.errors import (
     StatementTimeout,
     UndefinedObject,
 )
+from tests.support.waiting import eventually
 
 OpenDatabase = Callable[..., Database]
 StopServer = Callable[[str], Callable[[], None]]
 
 NOBODY_THERE = "postgresql://cat:the-secret@127.0.0.1:1/catfeeder"
+OURS = "datname = current_database() AND application_name = 'catfeeder-cron'"
+# As a connect_timeout: who waited for it would be ended by the test's own time.
+NEVER = 3600
 
 
 def show(connection: Connection, setting: str) -> Any:
@@ -248,7 +251,7 @@ def test_a_database_is_opened_by_its_first_use_and_closed_for_good(
     admin: psycopg.Connection, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     def backends() -> int:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'catfeeder-cron'"
+        query = "SELECT count(*) FROM pg_stat_activity WHERE " + OURS
         row = admin.execute(query).fetchone()
         assert row is not None
         return int(row[0])
@@ -264,9 +267,7 @@ def test_a_database_is_opened_by_its_first_use_and_closed_for_good(
         with pytest.raises(DatabaseUnavailable, match="has closed its connections"):
             late()
     assert (events(caplog), database.trouble) == ([], ""), "it is no outage"
-    deadline = time.monotonic() + 5
-    while backends():
-        assert time.monotonic() < deadline
+    eventually(lambda: not backends())
 
 
 def test_who_waits_for_a_connection_when_the_database_is_closed_is_told_so(
@@ -275,9 +276,7 @@ def test_who_waits_for_a_connection_when_the_database_is_closed_is_told_so(
     database = open_database(pool_max_size=1)
     with ThreadPoolExecutor(1) as thread, database.transaction():
         waits = thread.submit(fill_pool, database, 1)
-        deadline = time.monotonic() + 5
-        while not database.pool_use["waiting"]:
-            assert time.monotonic() < deadline
+        eventually(lambda: database.pool_use["waiting"])
         database.close()
 
         with pytest.raises(DatabaseUnavailable, match="has closed its connections"):
@@ -295,6 +294,7 @@ def test_closing_lets_a_transaction_end(database: Database, admin: psycopg.Conne
     assert admin.execute("SELECT count(*) FROM cats").fetchone() == (1,)
 
 
+@pytest.mark.usefixtures("embedded_alone")
 def test_an_embedded_server_is_started_by_the_first_use_and_stopped_by_closing(tmp_path_factory: Any) -> None:
     folder = Path(tmp_path_factory.mktemp("e"))
     folder.chmod(0o755)
@@ -322,12 +322,10 @@ def test_a_restart_of_the_server_is_not_noticed_by_the_next_transactions(
     database = open_database(mortal_server.conninfo, pool_max_size=3)
     fill_pool(database, 3)
     stop_server(how)()
-    begun = time.monotonic()
 
     for _ in range(2):
         fill_pool(database, 3)
 
-    assert time.monotonic() - begun < 3
     assert "database_unreachable" not in events(caplog)
 
 
@@ -342,8 +340,9 @@ def test_sessions_that_an_administrator_ended_are_replaced(admin: psycopg.Connec
     fill_pool(database, 4)
 
     for _ in range(3):
-        ended = admin.execute("""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-            WHERE application_name = 'catfeeder-cron'""").fetchall()
+        ended = admin.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}".encode()
+        ).fetchall()
         assert ended
         fill_pool(database, 4)
 
@@ -354,7 +353,7 @@ def test_an_outage_is_logged_when_it_is_met_and_when_it_is_over_however_many_mee
     stop_server: StopServer,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    database = open_database(mortal_server.conninfo)
+    database = open_database(mortal_server.conninfo, connect_timeout=NEVER)
     fill_pool(database, 2)
     start = stop_server("fast")
 
@@ -366,9 +365,7 @@ def test_an_outage_is_logged_when_it_is_met_and_when_it_is_over_however_many_mee
         return True
 
     with ThreadPoolExecutor(4) as threads:
-        begun = time.monotonic()
         assert not any(threads.map(lambda _: work(), range(12)))
-        assert time.monotonic() - begun < 5, "each waited for a connection that can't come"
         start()
         assert all(threads.map(lambda _: work(), range(12)))
 
@@ -407,13 +404,11 @@ def test_a_connection_that_breaks_in_the_middle_is_an_outage(admin: psycopg.Conn
 
 
 def test_a_server_that_is_not_there_is_named_at_once(open_database: OpenDatabase) -> None:
-    database = open_database(NOBODY_THERE)
-    begun = time.monotonic()
+    database = open_database(NOBODY_THERE, connect_timeout=NEVER)
 
     for _ in range(2):
         line = the_one_line(database)
         assert 'connection to server at "127.0.0.1", port 1 failed: Connection refused' in line
-    assert time.monotonic() - begun < 1
 
 
 def test_every_host_of_an_address_is_named(open_database: OpenDatabase, tmp_path: Path) -> None:
@@ -428,11 +423,9 @@ def test_a_server_that_says_nothing_is_given_up_after_connect_timeout(open_datab
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        begun = time.monotonic()
         line = the_one_line(open_database(f"postgresql://cat@127.0.0.1:{port}/x", connect_timeout=2))
 
     assert "timeout" in line
-    assert 1.5 < time.monotonic() - begun < 4
 
 
 @pytest.fixture
@@ -454,11 +447,8 @@ def with_password(mortal_server: EmbeddedServer) -> Iterator[str]:
 
 def test_a_wrong_password_is_told_without_it(open_database: OpenDatabase, with_password: str) -> None:
     database = open_database(with_password)
-    deadline = time.monotonic() + 5
-    while "password authentication failed" not in (line := the_one_line(database)):
-        assert time.monotonic() < deadline  # the server reads its rules again a little later
-
-    assert 'password authentication failed for user "careful"' in line
+    # The server reads its rules again a little later.
+    eventually(lambda: 'password authentication failed for user "careful"' in the_one_line(database))
 
 
 def test_a_database_that_does_not_exist_is_named(open_database: OpenDatabase, database_url: str) -> None:
@@ -471,17 +461,13 @@ def test_a_server_without_a_free_connection_is_unavailable_for_now(
     open_database: OpenDatabase, role: Callable[..., tuple[str, str]], connect: Callable[..., psycopg.Connection]
 ) -> None:
     name, url = role("CONNECTION LIMIT 1")
-    other, database = connect(url), open_database(url)
-    begun = time.monotonic()
+    other, database = connect(url), open_database(url, connect_timeout=NEVER)
 
     with pytest.raises(DatabaseUnavailable, match=f'too many connections for role "{name}"'), database.transaction():
         pass
-    assert time.monotonic() - begun < 1
 
     other.close()
-    deadline = time.monotonic() + 5
-    while not works(database):
-        assert time.monotonic() < deadline
+    eventually(lambda: works(database))
 
 
 def works(database: Database) -> bool:

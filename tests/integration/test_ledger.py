@@ -26,6 +26,7 @@ from catfeeder_cron.ledger import (
 )
 from catfeeder_cron.schedule import Slots
 from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
+from tests.support.waiting import eventually
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
 NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
@@ -364,25 +365,32 @@ def test_a_run_that_is_under_way_is_never_forgotten_nor_a_stretch_that_still_gro
     assert ledger.forget(timedelta(days=30)) == 0
 
 
-def test_the_heartbeat_does_not_read_the_history(ledger: Ledger, admin: psycopg.Connection) -> None:
-    admin.execute(
+def test_the_heartbeat_does_not_read_the_history(
+    ledger: Ledger, connect: Callable[..., psycopg.Connection], admin: psycopg.Connection
+) -> None:
+    other = connect()
+    other.execute(
         "INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, outcome, finished_at, host, pid, daemon) "
         "SELECT 'job', now() - n * interval '1 s', 'schedule', 'succeeded', now(), 'h', 1, gen_random_uuid() "
         "FROM generate_series(1, 20000) n"
     )
-    admin.execute("ANALYZE catfeeder_cron.job_runs")
-    before = scanned(admin)
+    other.execute("ANALYZE catfeeder_cron.job_runs")
+    other.close()
+    before = scanned(admin, 20_000)
     ledger.beat()
     claim(ledger, 0, 1)
-    assert scanned(admin) == before
+    ledger._database.close()
+    assert scanned(admin, 20_001) == before
 
 
-def scanned(admin: psycopg.Connection) -> int:
-    """Return how often the history was read from its beginning to its end."""
-    admin.execute("SELECT pg_stat_force_next_flush(), pg_sleep(1.1)")
-    row = admin.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'job_runs'").fetchone()
-    assert row
-    return int(row[0])
+def scanned(admin: psycopg.Connection, runs: int) -> int:
+    """Return how often the history was read from its beginning to its end, when the server knows of so many runs.
+
+    What a session has done is known when it has ended.
+    """
+    query = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'job_runs' AND n_tup_ins = %s"
+    (scans,) = eventually(lambda: admin.execute(query, [runs]).fetchone())
+    return int(scans)
 
 
 def woken_run(ledger: Ledger, outcome: str = "succeeded", **counts: int) -> int:
@@ -441,7 +449,12 @@ def test_a_run_that_another_closes_at_that_moment_takes_nothing_in(
         closing = threading.Thread(target=ledger.close, args=[run_id, report()])
         closing.start()
         wait_for(
-            lambda: admin.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchone() is not None
+            lambda: (
+                admin.execute(
+                    "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                ).fetchone()
+                is not None
+            )
         )
     closing.join()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,8 +30,8 @@ from catfeeder_cron.job import JobReport
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.metrics import Metrics
 from catfeeder_cron.standing import StandingReader
+from tests.support.waiting import SOON, eventually
 
-SOON = 20
 MINUTE = timedelta(minutes=1)
 
 
@@ -46,14 +46,6 @@ def samples(text: str) -> dict[str, float]:
     """Return the samples by name and labels, without the program's prefix."""
     found = re.findall(r"(?m)^catfeeder_cron_(\S+) (\S+)$", text)
     return {name: float(value) for name, value in found}
-
-
-def eventually(holds: Callable[[], Any]) -> Any:
-    until = time.monotonic() + SOON
-    while not (found := holds()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return found
 
 
 @contextmanager
@@ -220,15 +212,14 @@ def test_health_fails_when_the_loop_no_longer_turns_and_not_while_stopping(
 def test_a_database_that_hangs_holds_up_one_thread_and_nobody_who_asks() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never says a word
         url = SecretStr(f"postgresql://cat@127.0.0.1:{silent.getsockname()[1]}/x")
-        with Database(DatabaseSettings(url=url, connect_timeout=timedelta(seconds=6))) as database:
+        with Database(DatabaseSettings(url=url, connect_timeout=timedelta(hours=1))) as database:
             reader = StandingReader(database, list)
-            before, begun = threading.active_count(), time.monotonic()
+            before = threading.active_count()
             with ThreadPoolExecutor() as asking:
                 answers = [asking.submit(reader.now) for _ in range(5)]
             for standing in [answer.result() for answer in answers]:
                 assert not standing.reachable
                 assert "has not answered" in (standing.trouble or "")
-            assert 1.5 < time.monotonic() - begun < 3.5
             assert threading.active_count() <= before + 3  # ours, the pool's worker and its scheduler
 
 

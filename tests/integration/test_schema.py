@@ -18,6 +18,7 @@ from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes
+from tests.support.waiting import eventually
 
 OpenDatabase = Callable[..., Database]
 Role = Callable[..., tuple[str, str]]
@@ -38,13 +39,6 @@ INDEXES = """
 def in_background() -> Iterator[Callable[..., Future[Any]]]:
     with ThreadPoolExecutor() as threads:
         yield threads.submit
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.002)
 
 
 def versions(admin: psycopg.Connection) -> list[int]:
@@ -366,7 +360,7 @@ def test_an_index_is_created_beside_transactions_that_write(
     other.execute('INSERT INTO "Connections" VALUES (1, now())')
 
     building = in_background(lambda: list(create_indexes(database, TABLES, ONE)))
-    until(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
+    eventually(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
     admin.execute('INSERT INTO "Connections" VALUES (2, now())')
     time.sleep(0.1)  # longer than any of the timeouts
     assert not building.done()
@@ -386,7 +380,7 @@ def test_an_invalid_index_left_by_an_interrupted_try_is_rebuilt(
     other = connect(autocommit=False)
     other.execute('INSERT INTO "Connections" VALUES (1, now())')
     building = in_background(lambda: list(create_indexes(database, TABLES, ONE)))
-    until(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
+    eventually(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
     assert admin.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_progress_create_index").fetchall() == [(True,)]
     assert building.exception() is not None
     other.commit()
@@ -408,7 +402,7 @@ def test_an_index_that_another_process_is_building_is_left_to_it(
     other = connect(autocommit=False)
     other.execute('INSERT INTO "Connections" VALUES (1, now())')
     first = in_background(lambda: list(create_indexes(open_database(), TABLES, ONE)))
-    until(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
+    eventually(lambda: admin.execute("SELECT FROM pg_stat_progress_create_index WHERE phase ~ 'waiting'").rowcount)
 
     (line,) = create_indexes(open_database(), TABLES, ONE)
 

@@ -11,7 +11,7 @@ from catfeeder_cron.checks import check
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.schema.application import create_tables
-from tests.integration.daemons import wait_for
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_who_looks_for_due_actions_says_it_too(
     admin.execute('ALTER TABLE "Actions" DROP COLUMN state CASCADE')
     opened = crons()
     assert opened.inject_crons() == 0
-    wait_for(lambda: "waker_failed" in caplog.text, 60)
+    eventually(lambda: "waker_failed" in caplog.text)
     told = next(record.getMessage() for record in caplog.records if "waker_failed" in record.getMessage())
     assert 'table "public"."Actions" has no column state; if that table is another program' in told
 

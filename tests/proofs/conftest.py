@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 
-from catfeeder_cron import embedded
 from catfeeder_cron.embedded import EmbeddedServer
 from tests.proofs.fleet import Fleet
 
@@ -34,13 +33,6 @@ def launch(folder: Path) -> Iterator[Callable[..., Fleet]]:
     yield make
     for fleet in fleets:
         fleet.end()
-
-
-@pytest.fixture
-def own_server() -> Iterator[EmbeddedServer]:
-    """A server of the test's own, to be restarted."""
-    with embedded.temporary() as server:
-        yield server
 
 
 @pytest.fixture

@@ -9,15 +9,9 @@ import pytest
 
 from catfeeder_cron.embedded import EmbeddedServer
 from tests.proofs.fleet import JOB, Audit, Fleet
+from tests.support.waiting import eventually
 
 Launch = Callable[..., Fleet]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def count(url: str, query: str) -> int:
@@ -55,7 +49,7 @@ def kill_at_random(fleet: Fleet, seconds: float, pause: tuple[float, float]) -> 
 
 def close_dead_runs(fleet: Fleet, url: str) -> None:
     """Wait until the living have closed what the dead left open."""
-    wait_for(lambda: open_runs(url) == 0, seconds=60)
+    eventually(lambda: open_runs(url) == 0)
     fleet.stop()
 
 
@@ -64,7 +58,7 @@ def test_three_daemons_of_which_one_is_killed_now_and_then_account_for_every_slo
 ) -> None:
     fleet = launch(database_url)
     fleet.start(3)
-    wait_for(lambda: accounted(database_url) > 0)
+    eventually(lambda: accounted(database_url) > 0)
     kill_at_random(fleet, 3, (0.7, 1.5))
     fleet.stop()
     # The runs of those that were killed are open: nobody lived long enough to close them.
@@ -79,7 +73,7 @@ def test_three_daemons_of_which_one_is_killed_now_and_then_account_for_every_slo
 def test_three_daemons_run_every_slot_of_a_minute_exactly_once(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url)
     fleet.start(3)
-    wait_for(lambda: living(database_url) == 3)
+    eventually(lambda: living(database_url) == 3)
     time.sleep(60)
     fleet.stop()
     audit = Audit(database_url)
@@ -94,7 +88,7 @@ def test_three_daemons_run_every_slot_of_a_minute_exactly_once(launch: Launch, d
 def test_daemons_killed_every_few_seconds_leave_no_slot_out(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url)
     fleet.start(3)
-    wait_for(lambda: living(database_url) == 3)
+    eventually(lambda: living(database_url) == 3)
     assert kill_at_random(fleet, 60, (1, 4)) >= 15
     close_dead_runs(fleet, database_url)
     audit = Audit(database_url)
@@ -106,7 +100,7 @@ def test_daemons_killed_every_few_seconds_leave_no_slot_out(launch: Launch, data
 def test_a_lone_daemon_killed_again_and_again_leaves_no_slot_out(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url)
     fleet.start()
-    wait_for(lambda: accounted(database_url) > 0)
+    eventually(lambda: accounted(database_url) > 0)
     kill_at_random(fleet, 40, (2, 6))
     close_dead_runs(fleet, database_url)
     audit = Audit(database_url)
@@ -120,7 +114,7 @@ def test_a_lone_daemon_killed_again_and_again_leaves_no_slot_out(launch: Launch,
 def test_a_daemon_frozen_past_its_heartbeat_comes_back_without_harm(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url)
     fleet.start(3)
-    wait_for(lambda: living(database_url) == 3)
+    eventually(lambda: living(database_url) == 3)
     time.sleep(3)
     fleet.freeze(0)
     time.sleep(40)
@@ -138,7 +132,7 @@ def test_a_daemon_frozen_past_its_heartbeat_comes_back_without_harm(launch: Laun
 def test_when_all_daemons_were_frozen_the_slots_of_that_time_had_no_daemon(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url)
     fleet.start(2)
-    wait_for(lambda: accounted(database_url) > 1)
+    eventually(lambda: accounted(database_url) > 1)
     for number in (0, 1):
         fleet.freeze(number)
     time.sleep(35)
@@ -170,7 +164,7 @@ def test_the_database_restarted_behind_a_transaction_pooler(
 def restart_in_the_middle(launch: Launch, server: EmbeddedServer, url: str, mode: str, *further_reasons: str) -> None:
     fleet = launch(url)
     fleet.start(3)
-    wait_for(lambda: living(url) == 3)
+    eventually(lambda: living(url) == 3)
     for pause in (0.0, 1.0, 4.0, 0.2):
         time.sleep(8)
         assert server._run("pg_ctl", "stop", "-D", "data", "-m", mode, "-w").returncode == 0
@@ -194,7 +188,7 @@ def test_behind_a_transaction_pooler_daemons_killed_every_few_seconds_leave_no_s
 ) -> None:
     fleet = launch(pgbouncer)
     fleet.start(3)
-    wait_for(lambda: living(pgbouncer) == 3)
+    eventually(lambda: living(pgbouncer) == 3)
     kill_at_random(fleet, 30, (1, 4))
     close_dead_runs(fleet, pgbouncer)
     audit = Audit(pgbouncer)
@@ -206,14 +200,14 @@ def test_behind_a_transaction_pooler_daemons_killed_every_few_seconds_leave_no_s
 def test_a_daemon_that_was_down_for_several_intervals_catches_up_once(launch: Launch, database_url: str) -> None:
     fleet = launch(database_url, interval=5)
     fleet.start()
-    wait_for(lambda: accounted(database_url) == 1)
+    eventually(lambda: accounted(database_url) == 1)
     fleet.stop()
     # Down while the account of half an hour is moved back in time: 360 intervals.
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("UPDATE catfeeder_cron.schedule SET accounted_until = accounted_until - interval '30 min'")
         connection.execute("DELETE FROM catfeeder_cron.job_runs")
     fleet.start()
-    wait_for(lambda: accounted(database_url) == 3, seconds=20)
+    eventually(lambda: accounted(database_url) == 3)
     fleet.stop()
     with psycopg.connect(database_url) as connection:
         rows = connection.execute(

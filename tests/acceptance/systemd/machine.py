@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ UNIT = "catfeeder-cron"
 CONFIG = "/etc/catfeeder-cron/config.toml"
 URL_FILE = "/etc/catfeeder-cron/database-url"
 DROP_IN = f"/etc/systemd/system/{UNIT}.service.d/test.conf"
-SOON = 30
 
 # What pip may need to find packages: the machine's commands are started with an empty environment.
 _HANDED_DOWN = ("PIP_", "SSL_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
@@ -73,12 +70,3 @@ class Machine:
     def messages(self, *matches: str) -> str:
         """Return their messages only."""
         return self.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager", *matches)
-
-
-def eventually(holds: Callable[[], Any], seconds: float = SOON) -> Any:
-    """Return what `holds` returns as soon as that is true."""
-    until = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < until, "it never came about"
-        time.sleep(0.1)
-    return found

@@ -7,7 +7,8 @@ import pytest
 
 from tests.acceptance.systemd.conftest import Installed
 from tests.acceptance.systemd.doorway import Doorway, database_of
-from tests.acceptance.systemd.machine import CONFIG, ROOT, UNIT, URL_FILE, Machine, eventually
+from tests.acceptance.systemd.machine import CONFIG, ROOT, UNIT, URL_FILE, Machine
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.systemd
 

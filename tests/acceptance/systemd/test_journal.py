@@ -5,7 +5,8 @@ import json
 import psycopg
 import pytest
 
-from tests.acceptance.systemd.machine import CONFIG, UNIT, URL_FILE, Machine, eventually
+from tests.acceptance.systemd.machine import CONFIG, UNIT, URL_FILE, Machine
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.systemd
 

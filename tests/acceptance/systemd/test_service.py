@@ -9,7 +9,8 @@ import psycopg
 import pytest
 
 from tests.acceptance.systemd.doorway import Doorway
-from tests.acceptance.systemd.machine import CONFIG, UNIT, URL_FILE, Machine, eventually
+from tests.acceptance.systemd.machine import CONFIG, UNIT, URL_FILE, Machine
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.systemd
 

@@ -21,15 +21,12 @@ from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from tests.integration.actions.conftest import Actions, Run
+from tests.support.waiting import SOON, eventually
 
 FREE = ("pending", None, None)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come to be"
-        time.sleep(0.01)
+wait_until = eventually
 
 
 @pytest.mark.parametrize("kind", ["note", "note_later", "scribble"])
@@ -63,7 +60,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     async def opened(_settings: ActionsSettings) -> AsyncIterator[Perform]:
         async def hold_the_loop(_action: Action) -> None:
             holding.set()
-            released.wait(20)
+            released.wait(SOON)
 
         yield hold_the_loop
 
@@ -72,7 +69,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     )
     with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, Children(), 60, 60) as attempts:
         attempts.begin([first])
-        assert holding.wait(20)
+        assert holding.wait(SOON)
         attempts.begin([second])
         attempts.cancel([2])
         released.set()
@@ -354,6 +351,27 @@ def test_asked_to_stop_it_lets_the_handlers_at_work_end(
     assert (reports[0].outcome, reports[0].counts["done"]) == ("aborted", 1)
     assert actions.get(first, "state") == "done"
     assert actions.get(second, "state, attempts") == ("pending", 0)
+
+
+def test_a_handler_that_looks_ends_at_its_timeout_and_is_retried(actions: Actions, run: Run) -> None:
+    action = actions.add("until_stopped")
+
+    assert run(action_timeout=1).counts["retried"] == 1
+    assert actions.log(action) == [(1, "retried", "longer than the action_timeout of 1 s")]
+
+
+def test_a_handler_that_looks_ends_when_the_daemon_stops_and_is_retried(
+    actions: Actions, run: Run, context: Callable[..., JobContext]
+) -> None:
+    action = actions.add("until_stopped")
+    given = context()
+    thread, reports = in_background(run, given)
+    wait_until(actions.notes)
+    given.stop.set(JobAborted("the process was asked to stop"))
+    thread.join()
+
+    assert (reports[0].outcome, reports[0].counts["retried"]) == ("aborted", 1)
+    assert actions.log(action) == [(1, "retried", "it was asked to stop")]
 
 
 def test_out_of_time_it_stops_the_handlers_as_well(

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -33,6 +33,7 @@ class Link:
     refresh_link: str
     token_lifespan: int
     seconds_left: float | None
+    """None where the end is unknown or infinite."""
 
 
 @dataclass
@@ -69,7 +70,8 @@ class World:
 
     def link(self, id: int) -> Link:
         row = self.connection.execute(
-            "SELECT token, refresh_link, token_lifespan, extract(epoch FROM token_expiration - now())::float8"
+            "SELECT token, refresh_link, token_lifespan,"
+            " CASE WHEN isfinite(token_expiration) THEN extract(epoch FROM token_expiration - now())::float8 END"
             ' FROM "ActiveOauths" WHERE id = %s',
             [id],
         ).fetchone()
@@ -110,11 +112,15 @@ class World:
             known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
         return known["acme"][0]
 
-    def paused_seconds(self) -> float | None:
-        """Return for how long the only provider that is known of is paused."""
-        row = self.connection.execute(
-            "SELECT extract(epoch FROM paused_until - now())::float8 FROM catfeeder_cron.oauth_providers"
-        ).fetchone()
+    def now(self) -> datetime:
+        """Return what the database's clock says."""
+        row = self.connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        return cast("datetime", row[0])
+
+    def paused_until(self) -> datetime | None:
+        """Return until when the only provider that is known of is paused."""
+        row = self.connection.execute("SELECT paused_until FROM catfeeder_cron.oauth_providers").fetchone()
         return row[0] if row else None
 
     def journals(self) -> list[Path]:

@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, Script
+from tests.support.waiting import eventually
 
 
 @contextmanager
@@ -48,11 +48,7 @@ def processes(world: World, longest_file: int | None = None) -> Iterator[Callabl
             process.wait()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.01)
+wait_until = eventually
 
 
 def stored(world: World, provider: Provider) -> set[str]:

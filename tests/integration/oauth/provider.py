@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
+from tests.support.waiting import SOON
+
 
 @dataclass(frozen=True)
 class Request:
@@ -161,10 +163,10 @@ def running(provider: Provider) -> Iterator[Provider]:
     stopped = asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()), daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(SOON)
     try:
         yield provider
     finally:
         loop.call_soon_threadsafe(stopped.set)
-        thread.join(10)
+        thread.join(SOON)
         loop.close()

@@ -28,6 +28,7 @@ from catfeeder_cron.schema.application import create_tables
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
+from tests.support.waiting import SOON
 
 Serve = Callable[..., Provider]
 
@@ -48,7 +49,7 @@ def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database
             process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)  # it does not give up
-        assert process.wait(20) == 84
+        assert process.wait(SOON) == 84
     assert len(stored(world, provider)) == 3
 
 
@@ -66,7 +67,7 @@ def test_nor_is_one_lost_whose_row_is_locked(world: World, provider: Provider) -
         process = start()
         wait_until(lambda: len(stored(world, provider)) == 2)
         web.close()
-        assert process.wait(20) == 84
+        assert process.wait(SOON) == 84
     assert len(stored(world, provider)) == 3
 
 
@@ -131,11 +132,22 @@ def test_claims_that_grew_old_are_taken_again(world: World, serve: Serve) -> Non
     assert len(slow.requests) == 24
 
 
+# Statements that would wait for a locked row longer than a moment; a sequence counts what is rolled back, too.
+COUNT_LONG_WAITS = """
+    CREATE SEQUENCE long_waits;
+    CREATE FUNCTION count_long_wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF current_setting('lock_timeout')::interval > interval '50 ms' THEN PERFORM nextval('long_waits'); END IF;
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER count_long_wait BEFORE UPDATE ON "ActiveOauths" EXECUTE FUNCTION count_long_wait()"""
+
+
 def test_locked_rows_do_not_hold_up_a_stop_one_by_one(world: World, provider: Provider) -> None:
     for number in range(40):
         world.add_link(provider.log_in(f"user{number}"))
     world.settings["providers"] = {"acme": {"concurrency": 32}}
     context = world.context()
+    world.connection.execute(COUNT_LONG_WAITS)
     with psycopg.connect(world.url) as web:
 
         def lock_and_stop(request: Request) -> Raw:
@@ -148,7 +160,9 @@ def test_locked_rows_do_not_hold_up_a_stop_one_by_one(world: World, provider: Pr
         report = world.run(context)
     received = sum(provider.renewals.values())
     assert received > 20
-    assert report.duration < timedelta(seconds=received * 0.25)
+    long_waits = world.connection.execute("SELECT last_value FROM long_waits WHERE is_called").fetchone()
+    assert long_waits is not None
+    assert long_waits[0] <= received / 2
     assert report.counts["postponed"] == report.counts["due"] == 40
     assert report.reason is not None
     assert f"{received} answers could not be stored; they are kept in the journal" in report.reason
@@ -177,7 +191,7 @@ def test_a_token_that_alone_is_refused_starves_no_other(world: World, serve: Ser
 
     assert (first.outcome, first.counts["renewed"]) == ("failed", 0)
     assert second.counts == {"due": 21, "renewed": 20, "needs_reauth": 0, "failed": 0, "postponed": 1}
-    assert world.paused_seconds() is None
+    assert world.paused_until() is None
 
 
 def test_unknown_errors_of_some_users_do_not_stop_the_others(world: World, serve: Serve) -> None:
@@ -289,7 +303,8 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
         )
         late = threading.Thread(target=claim)
         late.start()
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%oauth_tokens%'"
+        waiting = """SELECT FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%oauth_tokens%'"""
         wait_until(lambda: world.connection.execute(waiting).fetchone() is not None)
     late.join()
 
@@ -314,12 +329,16 @@ def test_a_corrected_secret_ends_the_pause_for_good_where_the_method_is_learnt(w
 
 def test_a_pause_that_another_process_keeps_is_neither_ended_nor_shortened(world: World, provider: Provider) -> None:
     acme = world.known_provider()
+    hour, before = timedelta(hours=1), world.now()
 
     providers.pause(world.database, acme, providers.throttled("slow down", 3600))
+    after = world.now()
     providers.pause(world.database, acme, providers.throttled("slow down", 5))
     providers.resume(world.database, acme)
 
-    assert 3590 < (world.paused_seconds() or 0) <= 3600
+    paused_until = world.paused_until()
+    assert paused_until is not None
+    assert before <= paused_until - hour <= after
 
 
 @pytest.mark.parametrize("second", [reply(429, b""), reply(503, b""), reply(401, {"error": "invalid_client"})])
@@ -427,18 +446,20 @@ def test_an_address_that_is_none_stops_its_provider_alone(world: World, provider
 
 
 def test_no_request_outlives_the_jobs_time(world: World, serve: Serve) -> None:
-    world.settings["request_timeout"] = 20
+    world.settings |= {"request_timeout": 3600, "lease": 7200}
     world.add_provider(serve(script=lambda _: Raw(hang=True)))
     world.add_link("r")
-    assert world.renew(timeout=2).duration < timedelta(seconds=10)
+    assert world.renew(timeout=2).outcome == "timed_out"
 
 
 def test_a_token_that_the_database_can_not_hold_stands_in_nobodys_way(
     world: World, provider: Provider, serve: Serve, tmp_path: Path
 ) -> None:
     """The euro sign in LATIN1. The answer stays in the journal, and is tried again."""
-    world.connection.execute(sql.SQL("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"))
-    url = make_conninfo(world.url, dbname="latin")
+    name = f"{world.connection.info.dbname}_latin"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
+    world.connection.execute(create.format(sql.Identifier(name)))
+    url = make_conninfo(world.url, dbname=name)
     settings = DatabaseSettings.model_validate({"url": url})
     try:
         with Database(settings) as database, psycopg.connect(url, autocommit=True) as connection:
@@ -457,7 +478,7 @@ def test_a_token_that_the_database_can_not_hold_stands_in_nobodys_way(
             assert latin.renew().counts["renewed"] == 1
             assert len(latin.journals()) == 1
     finally:
-        world.connection.execute("DROP DATABASE latin WITH (FORCE)")
+        world.connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 def test_a_lifespan_out_of_this_world_is_no_obstacle(world: World, provider: Provider) -> None:
