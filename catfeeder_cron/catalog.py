@@ -6,7 +6,7 @@ from typing import NamedTuple
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, single
-from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.errors import SchemaProblem, UndefinedObject
 
 
 class WantedIndex(NamedTuple):
@@ -131,7 +131,7 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
     described = f'"{schema}"."{name}"'
     row = connection.execute(_TABLE, {"schema": schema, "name": name, "column": column}).fetchone()
     if row is None:
-        raise SchemaProblem(
+        raise UndefinedObject(
             f"there is no table {described}; correct [database.tables], or create Cat Feeder's tables with "
             "`catfeeder-cron init-db --with-app-tables`"
         )
@@ -139,7 +139,7 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
     if kind not in ("r", "p"):
         raise SchemaProblem(f"{described} is {_KINDS.get(kind, 'no table')}; set [database.tables] to the table itself")
     if column_type is None:
-        raise SchemaProblem(f'table {described} has no column "{column}"; it has {", ".join(columns or ["none"])}')
+        raise UndefinedObject(f'table {described} has no column "{column}"; it has {", ".join(columns or ["none"])}')
     return oid, column_type
 
 

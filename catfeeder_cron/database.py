@@ -29,8 +29,8 @@ from catfeeder_cron.errors import (
     DatabaseUnavailable,
     LockTimeout,
     PermissionDenied,
-    SchemaProblem,
     StatementTimeout,
+    UndefinedObject,
 )
 from catfeeder_cron.imports import load
 from catfeeder_cron.logs import get_logger
@@ -47,6 +47,12 @@ EMBEDDED = "embedded:"
 # A connection that was cut off without a word is given up after a minute instead of the kernel's quarter of an hour.
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
+
+_UNDEFINED = (
+    *(pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName),
+    # A column of another type, with which nothing can be compared, or to which nothing can be assigned.
+    *(pg.UndefinedFunction, pg.DatatypeMismatch),
+)
 
 _CLOSED = "the program has closed its connections to the database, because it ends"
 
@@ -378,8 +384,8 @@ def translate(error: Exception) -> DatabaseError:
             return ConstraintViolation(message, error.diag.constraint_name)
         case pg.InsufficientPrivilege():
             return PermissionDenied(message)
-        case pg.UndefinedTable() | pg.UndefinedColumn() | pg.InvalidSchemaName():
-            return SchemaProblem(message)
+        case error if isinstance(error, _UNDEFINED):
+            return UndefinedObject(message)
         case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
             return DatabaseUnavailable(message)
         case _:

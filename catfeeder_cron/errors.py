@@ -9,7 +9,8 @@ CatfeederCronError
 │   ├── StatementTimeout      a statement took longer than it may
 │   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
 │   ├── ConstraintViolation   a constraint keeps the change from being made
-│   └── SchemaProblem         a table, a column or a privilege is missing
+│   └── SchemaProblem         a table, a column or a privilege is missing, or a column is of another type
+│       ├── UndefinedObject   a statement names what is not there, or not of that type
 │       └── PermissionDenied  the server refused it to this role
 ├── HopelessAction            trying this action again would not help
 ├── PostponedAction           this attempt of an action failed, and when the next one may be is known
@@ -73,7 +74,11 @@ class ConstraintViolation(DatabaseError):
 
 
 class SchemaProblem(DatabaseError):
-    """A table, a column or a privilege that is needed is missing."""
+    """A table, a column or a privilege that is needed is missing, or a column is of another type."""
+
+
+class UndefinedObject(SchemaProblem):
+    """The server knows no table or column of a statement's, or none of that type: what is wrong can be looked for."""
 
 
 class PermissionDenied(SchemaProblem):

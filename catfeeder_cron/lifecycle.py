@@ -77,7 +77,7 @@ def after_fork(owner: T, call: Callable[[T], None]) -> None:
     """Have `call` called with the owner in every process that is forked from this one, for as long as it exists.
 
     There, no thread but the one that forked exists, and any lock may be held for ever by one that does not: `call` must
-    make the owner's locks anew, and must not use what it shares with the parent.
+    make the owner's locks anew, and must not use what it shares with the parent. The last to ask is called first.
     """
     _told_of_forks[owner] = call
 
@@ -147,7 +147,7 @@ def _at_exit() -> None:
 
 
 def _in_forked_child() -> None:
-    for owner, call in list(_told_of_forks.items()):
+    for owner, call in reversed(list(_told_of_forks.items())):
         call(owner)
     _open.clear()
     _dropped.clear()

@@ -10,6 +10,7 @@ from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, Jo
 from catfeeder_cron.job import Job, JobContext, JobReport, Outcome
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.run_control import is_for_the_program
+from catfeeder_cron.table_requirements import explain
 
 log = get_logger(__name__)
 # By itself, so that a command that prints the result can leave it out.
@@ -82,7 +83,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
     except JobTimedOut as timed_out:
         return "timed_out", str(timed_out)
     except CatfeederCronError as error:
-        return "failed", str(error)
+        return "failed", explain(error, job, context.database, context.tables)
     except BaseException as error:
         if is_for_the_program(error):
             raise

@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Self
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
@@ -23,13 +24,15 @@ _SEND_TIMEOUT_SECONDS = 1
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `requested`; a second one ends the process at once.
 
-    For the main thread alone, as Python's signal handlers are.
+    For the main thread alone, as Python's signal handlers are. A process that is forked meanwhile has the handlers that
+    were there before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self._entered = False
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -39,12 +42,24 @@ class StopSignals:
         os.set_blocking(self._write_end, False)
         self._previous_end = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._read, args=[read_end], name="signals", daemon=True).start()
+        self._entered = True
+        lifecycle.after_fork(self, StopSignals._after_fork)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._previous_end)
+        if self._entered:  # not in a forked process
+            self._leave(self._previous_end)
+
+    def _after_fork(self) -> None:
+        """Let go of what a forked process has inherited: the pipe would bring its signals to the parent."""
+        if self._entered:
+            self._leave(-1)
+
+    def _leave(self, wakeup_end: int) -> None:
+        self._entered = False
+        signal.set_wakeup_fd(wakeup_end)
         os.close(self._write_end)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -79,21 +94,32 @@ class ReloadSignal:
         self._action = action
         self._hung_up = threading.Event()
         self._leaving = False
+        self._entered = False
         self._thread = threading.Thread(target=self._work, name="reload", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         self._previous = signal.signal(signal.SIGHUP, lambda _number, _frame: self._hung_up.set())
+        self._entered = True
+        lifecycle.after_fork(self, ReloadSignal._after_fork)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._entered:  # in a forked process
+            return
         # Ignored from here on: whoever asks for a reload must not end a process that stops in order.
         signal.signal(signal.SIGHUP, signal.SIG_IGN if self._previous is signal.SIG_DFL else self._previous)
+        self._entered = False
         self._leaving = True
         self._hung_up.set()
         self._thread.join(_LONGEST_RELOAD_SECONDS)
+
+    def _after_fork(self) -> None:
+        if self._entered:
+            self._entered = False
+            signal.signal(signal.SIGHUP, self._previous)
 
     def _work(self) -> None:
         while self._hung_up.wait() and not self._leaving:

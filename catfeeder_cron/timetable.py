@@ -14,7 +14,15 @@ from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.dispatch import Dispatch
-from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, JobInterrupted, UnknownJob
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    DatabaseUnavailable,
+    JobInterrupted,
+    PermissionDenied,
+    SchemaProblem,
+    UndefinedObject,
+    UnknownJob,
+)
 from catfeeder_cron.job import JobReport
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
 from catfeeder_cron.logs import get_logger
@@ -260,7 +268,7 @@ class Timetable:
         except DatabaseUnavailable:
             pass  # told by the database itself; called again when it is back
         except CatfeederCronError as error:
-            log.error("job_not_recovered", job=job_id, reason=str(error))
+            log.error("job_not_recovered", job=job_id, reason=self._workshop.explain(job_id, error))
 
     def _listen(self) -> None:
         """Have jobs run as soon as there is something to do for them."""
@@ -273,7 +281,10 @@ class Timetable:
 
     def _due_in(self, job_id: str) -> float | None:
         wake = self._workshop.find(job_id)[0].wake
-        return wake.due_in(self._workshop.context(job_id)) if wake else None
+        try:
+            return wake.due_in(self._workshop.context(job_id)) if wake else None
+        except (UndefinedObject, PermissionDenied) as problem:
+            raise SchemaProblem(self._workshop.explain(job_id, problem)) from None
 
     def _wake(self, job_id: str) -> None:
         if not self._workshop.stopping:

@@ -9,7 +9,7 @@ from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.errors import CatfeederCronError, UnknownJob
 from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
@@ -18,6 +18,7 @@ from catfeeder_cron.pings import Pings, Signal
 from catfeeder_cron.runner import broken_off, run_job
 from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor
+from catfeeder_cron.table_requirements import explain
 
 log = get_logger(__name__)
 
@@ -116,6 +117,10 @@ class Workshop:
         context = self.context(job_id, progress)
         context.dry_run = True
         return run_job(job, context, settings)
+
+    def explain(self, job_id: str, problem: CatfeederCronError) -> str:
+        """Say why a job could not do something. Raises UnknownJob."""
+        return explain(problem, self.find(job_id)[0], self._database, self._settings.database.tables)
 
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""

@@ -4,18 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from catfeeder_cron import catalog
-from catfeeder_cron.catalog import Leaf
 from catfeeder_cron.checks.finding import Finding
 from catfeeder_cron.config import Settings
-from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, SchemaProblem
 from catfeeder_cron.job import Job, TableUse
-
-_NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
-
-_ACCESS = """
-    SELECT current_user, n.nspname, has_schema_privilege(n.oid, 'USAGE'), row_security_active(c.oid)
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"""
+from catfeeder_cron.table_requirements import require_table
 
 
 def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:
@@ -42,7 +36,7 @@ def _table(database: Database, settings: Settings, job_id: str, use: TableUse) -
     try:
         with database.transaction() as connection:
             exists = catalog.has_table(connection, tables.schema_, getattr(tables, use.table))
-            hidden = _require(connection, settings, use)
+            hidden = require_table(connection, tables, job_id, use)
     except SchemaProblem as error:
         yield Finding("warning" if use.optional and not exists else "error", job_id, str(error))
         return
@@ -53,41 +47,6 @@ def _table(database: Database, settings: Settings, job_id: str, use: TableUse) -
             f"row-level security may hide rows of {table} from this role; its owner can add a policy for the role, "
             "or a superuser can say ALTER ROLE ... BYPASSRLS",
         )
-
-
-def _require(connection: Connection, settings: Settings, use: TableUse) -> list[str]:
-    """Raise SchemaProblem unless the table is as the job needs it; return the tables whose rows may be hidden."""
-    tables = settings.database.tables
-    name = getattr(tables, use.table)
-    columns = (*use.columns, *use.numbers, *use.times)
-    oid, _ = catalog.find_table(connection, tables.schema_, name, columns[0])
-    types = catalog.column_types(connection, oid)
-    if missing := [column for column in columns if column not in types]:
-        raise SchemaProblem(
-            f'table "{tables.schema_}"."{name}" has no column {", ".join(missing)}; '
-            "correct [database.tables], or add what is missing"
-        )
-    for wanted, kinds, what in ((use.times, catalog.TIMES, "a time"), (use.numbers, _NUMBERS, "a number")):
-        for column in wanted:
-            if types[column] not in kinds:
-                raise SchemaProblem(
-                    f'column "{column}" of table "{tables.schema_}"."{name}" is {types[column]}, not {what}; '
-                    "correct [database.tables], or the column's type"
-                )
-    whole = Leaf(oid, tables.schema_, name, 0, 0, indexed=False)
-    places = catalog.leaves(connection, oid, columns[0]) if use.by_leaf else [whole]
-    hidden = []
-    for place in places:
-        role, owner_schema, usable, filtered = single(connection, _ACCESS, [place.oid])
-        if not usable:
-            raise SchemaProblem(
-                f'role "{role}" lacks USAGE on schema "{owner_schema}"; its owner can say: '
-                f'GRANT USAGE ON SCHEMA "{owner_schema}" TO "{role}"'
-            )
-        catalog.require_privileges(connection, place, *use.privileges)
-        if filtered:
-            hidden.append(place.identifier.as_string())
-    return hidden
 
 
 def _indexes(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import UUID
 from zlib import crc32
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import RenewalError
 from catfeeder_cron.logs import get_logger
 
@@ -50,11 +51,13 @@ class Journal:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._closed = False
         self._end = 0
         self._places: dict[Entry, tuple[int, int]] = {}
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self.keep = False
         """Whether the file must stay although it is empty: its being there lets others free this run's leases."""
+        lifecycle.after_fork(self, Journal._after_fork)
 
     def append(self, entry: Entry) -> None:
         """Write an answer down; it survives this process at once, and the machine after `sync`. Raises OSError."""
@@ -84,12 +87,19 @@ class Journal:
                 _write(self._descriptor, b"\n" * size, place)
                 self._free[size].append(place)
 
+    def _after_fork(self) -> None:
+        """Leave the lock to the parent: this process could outlive it, and keep others from taking over."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+
     def close(self) -> None:
         """Leave the file to whoever takes over what is in it; if that is nothing, remove it."""
         try:
             if not self._places and not self.keep:
                 self._path.unlink(missing_ok=True)
         finally:
+            self._closed = True
             os.close(self._descriptor)
 
 

@@ -13,9 +13,8 @@ import pytest
 from catfeeder_cron import BackgroundTasks, Crons
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.job import Job, JobContext
-from tests.integration.daemons import Work, rows, tasks_of, wait_for
-
-SOON = 60  # seconds that something may take on a busy machine; never waited for in full
+from tests.integration.daemons import Work, rows, tasks_of
+from tests.support.waiting import SOON, eventually
 
 # "Actions" is there, so that check-actions listens on a connection of its own.
 TABLES = """
@@ -67,8 +66,13 @@ def nowhere(tmp_path: Path) -> Path:
 def threads() -> Iterator[Callable[[], set[threading.Thread]]]:
     """Gives the threads that have come up since the test began; in the end there must be none."""
     before = set(threading.enumerate())
-    yield lambda: set(threading.enumerate()) - before
-    wait_for(lambda: set(threading.enumerate()) <= before, SOON)
+
+    def new() -> set[threading.Thread]:
+        # The one that imports for all the others lasts as long as the process.
+        return {thread for thread in set(threading.enumerate()) - before if thread.name != "imports"}
+
+    yield new
+    eventually(lambda: not new())
 
 
 def sessions(admin: psycopg.Connection) -> int:
@@ -107,13 +111,13 @@ def test_a_dropped_crons_lets_go_of_threads_connections_and_its_place_among_the_
 ) -> None:
     crons = Crons(config=config)
     use(crons)
-    wait_for(lambda: sessions(admin) and threads(), SOON)
+    eventually(lambda: sessions(admin) and threads())
     gone = weakref.ref(crons)
 
     del crons
 
     assert gone() is None, "nothing refers to it, not even in a circle"
-    wait_for(lambda: not threads() and sessions(admin) == 0, SOON)
+    eventually(lambda: not threads() and sessions(admin) == 0)
     if use is not dry:
         assert running_here(admin) == []
 
@@ -126,20 +130,20 @@ def test_a_background_tasks_that_was_handed_in_loses_the_tasks_of_a_dropped_cron
         first = Crons(config=config, background_tasks=tasks)
         assert first.inject_crons() == 0
         tasks.start()
-        wait_for(lambda: sessions(admin), SOON)
+        eventually(lambda: sessions(admin))
         second = Crons(config=config, background_tasks=tasks)
         assert second.inject_crons() == 0
         ids = {task.id for task in tasks.tasks}
-        wait_for(lambda: len(running_here(admin)) == 2, SOON)
+        eventually(lambda: len(running_here(admin)) == 2)
 
         del first
 
-        wait_for(lambda: len(running_here(admin)) == 1, SOON)
+        eventually(lambda: len(running_here(admin)) == 1)
         assert {"clean-tokens", "check-actions", mine.id} <= ids
         assert {"clean-tokens", "check-actions", mine.id} <= {task.id for task in tasks.tasks}, "the second's"
         del second
-        wait_for(lambda: [task.id for task in tasks.tasks] == [mine.id], SOON)
-        wait_for(lambda: sessions(admin) == 0, SOON)
+        eventually(lambda: [task.id for task in tasks.tasks] == [mine.id])
+        eventually(lambda: sessions(admin) == 0)
         assert tasks.running
 
 
@@ -163,10 +167,10 @@ def test_running_jobs_of_a_dropped_crons_are_asked_to_end_and_recorded(
         crons = open_with(work, database_url, tmp_path, **({"background_tasks": tasks} if handed_in else {}))
         assert crons.inject_crons() == 0
         tasks.start()
-        wait_for(lambda: work.runs, SOON)
+        eventually(lambda: work.runs)
         del crons
-        wait_for(lambda: rows(admin, "*", "outcome = 'aborted'"), SOON)
-        wait_for(lambda: sessions(admin) == 0, SOON)
+        eventually(lambda: rows(admin, "*", "outcome = 'aborted'"))
+        eventually(lambda: sessions(admin) == 0)
         assert tasks.tasks == []
     found = rows(admin, "outcome, reason", "missed IS NULL")
     assert found == [("aborted", "the Crons object that ran it was dropped")]
@@ -179,9 +183,9 @@ def test_a_crons_that_is_dropped_by_one_of_its_own_tasks_lets_go_too(
     crons = [Crons(config=config)]
     assert crons[0].inject_crons() == 0
     crons[0].background_tasks.add_task(crons.clear, trigger="date")
-    wait_for(lambda: not crons, SOON)
+    eventually(lambda: not crons)
     gc.collect()
-    wait_for(lambda: not threads() and sessions(admin) == 0, SOON)
+    eventually(lambda: not threads() and sessions(admin) == 0)
 
 
 def test_opening_waits_for_those_that_were_dropped_before(
@@ -209,7 +213,7 @@ def test_a_closed_crons_says_so_and_starts_nothing(
         if used:
             assert crons.inject_crons() == 0
             assert crons.clean_expired_tokens() == 0
-    wait_for(lambda: not threads(), SOON)
+    eventually(lambda: not threads())
 
     for method in (Crons.inject_crons, *JOB_METHODS):
         caplog.clear()
@@ -252,7 +256,7 @@ def test_nothing_is_left_of_a_crons_that_is_closed_while_it_is_put_on_a_schedule
             assert not tasks_of(crons).running
             assert tasks_of(crons).tasks == []
     assert codes <= {0, 84}
-    wait_for(lambda: not threads(), SOON)
+    eventually(lambda: not threads())
 
 
 def test_a_job_that_is_run_by_hand_while_it_is_closed_ends_or_is_refused(
@@ -263,7 +267,7 @@ def test_a_job_that_is_run_by_hand_while_it_is_closed_ends_or_is_refused(
     codes: list[int] = []
     by_hand = threading.Thread(target=lambda: codes.append(crons._run_now("work")))
     by_hand.start()
-    wait_for(lambda: work.runs, SOON)
+    eventually(lambda: work.runs)
     crons.close()
     by_hand.join(SOON)
     assert codes == [84]
@@ -312,5 +316,5 @@ def test_what_runs_in_a_process_of_its_own_ends_with_a_dropped_crons(
     assert crons.inject_crons() == 0
     assert begun.wait(SOON)
     del crons
-    wait_for(lambda: rows(admin, "*", "outcome = 'aborted'"), SOON)
-    wait_for(lambda: not threads(), SOON)
+    eventually(lambda: rows(admin, "*", "outcome = 'aborted'"))
+    eventually(lambda: not threads())

@@ -26,6 +26,7 @@ from catfeeder_cron.errors import (
     PermissionDenied,
     SchemaProblem,
     StatementTimeout,
+    UndefinedObject,
 )
 from tests.support.waiting import eventually
 
@@ -172,9 +173,11 @@ def test_one_statement_alone_is_committed_and_tells_what_it_did(admin: psycopg.C
         ("INSERT INTO cats VALUES (1), (1)", ConstraintViolation),
         ("INSERT INTO cats VALUES (2)", ConstraintViolation),
         ("LOCK TABLE locked NOWAIT", LockTimeout),
-        ("SELECT * FROM dogs", SchemaProblem),
-        ("SELECT age FROM cats", SchemaProblem),
-        ("SELECT nothing.cats()", SchemaProblem),
+        ("SELECT * FROM dogs", UndefinedObject),
+        ("SELECT age FROM cats", UndefinedObject),
+        ("SELECT nothing.cats()", UndefinedObject),
+        ("SELECT FROM cats WHERE id < now()", UndefinedObject),
+        ("UPDATE cats SET id = now()", UndefinedObject),
         ("SELECT 1 / 0", DatabaseError),
         ("SELEKT", DatabaseError),
     ],

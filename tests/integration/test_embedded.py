@@ -346,3 +346,35 @@ def test_a_folder_of_somebody_else_with_something_else_in_it_is_left_alone(folde
 
     assert "isn't empty (it has thesis.txt)" in the_one_line_for(folder)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+IN_A_CHILD = """
+import os, sys
+from pathlib import Path
+from catfeeder_cron import Crons
+
+crons = Crons(config=Path(sys.argv[1]))
+assert crons._test_hello_world() == 0
+for way in (sys.exit, os._exit):
+    if (child := os.fork()) == 0:
+        crons.close()
+        way(0)
+    print(os.waitpid(child, 0)[1], crons._test_hello_world(), flush=True)
+"""
+
+
+def test_a_forked_process_leaves_the_server_to_its_parent_and_an_open_crons_leaves_it_in_the_end(
+    tmp_path: Path,
+) -> None:
+    """What Crons has to say to the database at the program's end comes before the server's end."""
+    (config := tmp_path / "config.toml").write_text('[database]\nurl = "embedded:server"\n')
+    options = ["-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    ended = subprocess.run(
+        [sys.executable, *options, "-c", IN_A_CHILD, str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, ["0 0", "0 0"], "")
+    assert not (tmp_path / "server" / "data" / "postmaster.pid").exists(), "the server was stopped"

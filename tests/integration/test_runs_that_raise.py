@@ -13,7 +13,8 @@ import pytest
 from catfeeder_cron import Crons
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.job import Job, JobContext, JobReport
-from tests.integration.daemons import Work, rows, wait_for
+from tests.integration.daemons import Work, rows
+from tests.support.waiting import eventually
 
 NO_SUCH_PING = '\nping_url = "http://127.0.0.1:1/"'
 
@@ -60,9 +61,9 @@ def test_a_job_on_the_schedule_may_raise_anything(
     other = Work("other")
     crons = open_crons(raising(error("the bowl fell")), other.job)
     crons.inject_crons()
-    wait_for(lambda: caplog.text.count("job_raised") >= 2)
+    eventually(lambda: caplog.text.count("job_raised") >= 2)
     ran = other.runs
-    wait_for(lambda: other.runs > ran)
+    eventually(lambda: other.runs > ran)
     crons.close()
 
     outcomes = set(rows(admin, "outcome, reason, counts->>'deleted'", "job = 'raising' AND missed IS NULL"))
@@ -164,7 +165,7 @@ def test_heartbeats_go_on_whatever_the_one_raises_who_is_told_of_them(
     for _ in range(3):
         assert told.acquire(timeout=60)
         crons._open().supervisor._wake.set()
-    wait_for(lambda: rows(admin, "*", "outcome = 'succeeded'"))
+    eventually(lambda: rows(admin, "*", "outcome = 'succeeded'"))
 
 
 def test_the_one_who_is_told_of_the_first_contact_may_raise(

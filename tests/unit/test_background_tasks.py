@@ -54,13 +54,6 @@ class Gate:
         self.ended.set()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def in_thread(func: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=func, daemon=True)
     thread.start()
@@ -661,7 +654,7 @@ def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(
     with BackgroundTasks() as tasks:
         tasks.add_task(nothing, trigger=Faulty(), id="faulty")
         tasks.start()
-        wait_until(lambda: "due_tasks_not_found" in caplog.text)
+        eventually(lambda: "due_tasks_not_found" in caplog.text)
         tasks.remove_task("faulty")
         tasks.add_task(ran.set, trigger="date")
         assert ran.wait(SOON)

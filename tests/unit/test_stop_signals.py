@@ -1,6 +1,8 @@
 """Signals that ask for a stop, whatever the main thread does when they arrive."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -55,3 +57,36 @@ def test_afterwards_all_is_as_before() -> None:
     assert [signal.getsignal(number) for number in StopSignals.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
     join_readers()
+
+
+FORKS = """
+import os, signal, sys, time
+from catfeeder_cron.service import ReloadSignal, StopSignals
+
+ready, told = os.pipe()
+with StopSignals(), StopSignals() as signals, ReloadSignal(lambda: print("reloads", flush=True)):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        child = os.fork()
+        if child == 0:
+            os.write(told, b"!")
+            time.sleep(300)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, number)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number)
+    child = os.fork()
+    if child == 0:
+        sys.exit()  # leaves the blocks
+    print(os.waitpid(child, 0)[1], signals.requested.wait(0.5))
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(signals.requested.wait(60))
+"""
+
+
+def test_a_signal_that_a_forked_process_gets_is_its_own() -> None:
+    """A pool of processes that is terminated, say, must not stop the daemon that has forked it."""
+    options = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    ended = subprocess.run(
+        [sys.executable, *options, "-c", FORKS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stdout.splitlines()) == (0, ["True", "True", "True", "0 False", "True"])
