@@ -9,7 +9,6 @@ import functools
 import inspect
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, tzinfo
@@ -23,22 +22,21 @@ from apscheduler.events import (
     EVENT_JOB_SUBMITTED,
     JobEvent,
 )
-from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.job import Job
 from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers import (
     SchedulerAlreadyRunningError,
     SchedulerNotRunningError,
 )
-from apscheduler.schedulers.background import BackgroundScheduler
-from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.date import DateTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import UnknownJob
-from catfeeder_cron.logs import get_logger
+from catfeeder_cron.logs import get_logger, show_debug_records
+from catfeeder_cron.schedulers import Executor, ForegroundScheduler, ThreadScheduler
 
 log = get_logger(__name__)
 
@@ -79,12 +77,15 @@ class BackgroundTasks:
     The thread that keeps the schedule calls `on_turn` whenever it has looked for due tasks: at least every
     `turn_every_seconds`, paused or not, however busy the workers are. It must neither block nor raise.
 
-    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` logs each
-    task that is added, submitted to a worker, finished or failed, at level debug.
+    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` makes the debug
+    records of this package visible: by the handlers that the program's logging has, on standard error where it has
+    none. They tell of each start, stop, pause and resume, and of each task that is added, submitted to a worker,
+    finished or failed.
 
     All methods may be called from any thread, and from within tasks. Leaving a `with` block stops the scheduler,
-    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down; a
-    task that refers to the object keeps it alive.
+    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down, and
+    the end of the program waits for the tasks that run; a task that refers to the object keeps it alive. In a forked
+    process, an object that was started before is not running and can't be started: make, or start, it after the fork.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class BackgroundTasks:
     ) -> None:
         self._success = success
         self._error = error
+        self._debug = debug
         self._blocking = blocking
         self._max_workers = max_workers
         self._lock = threading.RLock()
@@ -108,8 +110,10 @@ class BackgroundTasks:
         self._drained = threading.Event()  # unset while a stop() waits for running tasks
         self._drained.set()
         self._worker = threading.local()  # has the attribute `ours` in the threads that run our tasks
+        self._closed: Callable[[], None] | None = None  # tells `lifecycle` of a stop; None while not running
+        self._is_the_parents = False  # it was running when this process was forked
         self._executor = self._new_executor()
-        self._scheduler = (_ForegroundScheduler if blocking else _BackgroundScheduler)(
+        self._scheduler = (ForegroundScheduler if blocking else ThreadScheduler)(
             on_turn=on_turn,
             longest_sleep=min(turn_every_seconds, _LONGEST_SLEEP_SECONDS),
             timezone=timezone,
@@ -121,8 +125,9 @@ class BackgroundTasks:
             },
         )
         if debug:
+            show_debug_records()
             self._scheduler.add_listener(_log_event, functools.reduce(int.__or__, _DEBUG_EVENTS))
-        weakref.finalize(self, _abandon, self._scheduler)
+        lifecycle.after_fork(self, BackgroundTasks._after_fork)
 
     def __init_subclass__(cls) -> None:
         raise TypeError("BackgroundTasks is final and can't be subclassed")
@@ -140,9 +145,24 @@ class BackgroundTasks:
         self._drained.wait()  # for a stop() that another thread has begun
 
     @property
+    def success(self) -> int:
+        """What the `safe_*` methods return when it went well."""
+        return self._success
+
+    @property
+    def error(self) -> int:
+        """What the `safe_*` methods return when it did not."""
+        return self._error
+
+    @property
+    def debug(self) -> bool:
+        """Whether debug records were asked for."""
+        return self._debug
+
+    @property
     def running(self) -> bool:
         """Whether the scheduler is started, paused or not."""
-        return bool(self._scheduler.running)
+        return bool(self._scheduler.running) and not self._is_the_parents
 
     @property
     def timezone(self) -> tzinfo:
@@ -154,7 +174,7 @@ class BackgroundTasks:
     def tasks(self) -> list[Job]:
         """The tasks that still have a run ahead of them."""
         with self._lock:
-            return list(self._scheduler.get_jobs())
+            return [] if self._is_the_parents else list(self._scheduler.get_jobs())
 
     def add_task(
         self,
@@ -168,8 +188,8 @@ class BackgroundTasks:
         """Run `func(*args, **kwargs)` whenever `trigger` says, before the start or while running.
 
         `trigger` is "interval" (options `weeks`, `days`, `hours`, `minutes`, `seconds`; 5 seconds where none of
-        them is given), "cron" (`minute`, `hour`, `day_of_week` ...), "date" (`run_date`, default now), or an
-        APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
+        them is given), "cron" (at least one of `minute`, `hour`, `day_of_week` ...), "date" (`run_date`, default now),
+        or an APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
         `max_instances`, `coalesce`, `misfire_grace_time`, `next_run_time` and `replace_existing` of the task.
 
         Raises ValueError, and adds nothing, when any of it can't be used or the id is taken.
@@ -208,6 +228,8 @@ class BackgroundTasks:
         """Take a task off the schedule; a run that has begun goes on. Raises UnknownJob."""
         try:
             with self._lock:
+                if self._is_the_parents:
+                    raise JobLookupError(job_id)
                 self._scheduler.remove_job(job_id)
         except JobLookupError as error:
             raise UnknownJob(f"can't remove the task {job_id!r}: no task has this id") from error
@@ -224,7 +246,9 @@ class BackgroundTasks:
             if not self.running and self._looping:
                 raise RuntimeError("can't start the scheduler: the start that was stopped has not returned yet")
             self._scheduler.start()
+            self._closed = lifecycle.keep(self, self._scheduler)
             self._looping = self._blocking
+            log.debug("scheduler_started")
         if self._blocking:
             try:
                 self._scheduler.loop()
@@ -236,11 +260,13 @@ class BackgroundTasks:
         """Begin no further runs until `resume`; running tasks go on. Raises RuntimeError when not running."""
         with self._changing("pause"):
             self._scheduler.pause()
+            log.debug("scheduler_paused")
 
     def resume(self) -> None:
         """End a pause: what fell due in it runs once, at once. Raises RuntimeError when not running."""
         with self._changing("resume"):
             self._scheduler.resume()
+            log.debug("scheduler_resumed")
 
     def stop(self, wait: bool = True) -> None:
         """Begin no further runs and, with `wait`, return when none is running any more. The tasks are kept.
@@ -256,12 +282,15 @@ class BackgroundTasks:
                 raise SchedulerNotRunningError
             self._drained.clear()  # before the loop can end: a blocking start() then waits for it
             tasks = self._scheduler.halt()
+            if self._closed is not None:
+                self._closed()
             stopped_executor = self._executor
             self._renew(tasks)
         # Under no lock, ours or APScheduler's: a task that adds or removes one needs them before it can end.
         try:
             if wait:
                 stopped_executor.shutdown(wait=True)
+            log.debug("scheduler_stopped", waited=wait)
         finally:
             self._drained.set()
 
@@ -297,6 +326,8 @@ class BackgroundTasks:
         **options: Any,
     ) -> Job:
         with self._lock:
+            if self._is_the_parents:
+                raise ValueError(lifecycle.FORKED)
             job_id = options.get("id")
             same = self._scheduler.get_job(job_id) if job_id else None
             if same and not replace_existing:
@@ -307,9 +338,9 @@ class BackgroundTasks:
                 self._scheduler.remove_job(job_id)
             return task
 
-    def _new_executor(self) -> ThreadPoolExecutor:
+    def _new_executor(self) -> Executor:
         mark = functools.partial(setattr, self._worker, "ours", True)
-        return ThreadPoolExecutor(
+        return Executor(
             self._max_workers,
             {"initializer": mark, "thread_name_prefix": "BackgroundTasks"},
         )
@@ -326,12 +357,24 @@ class BackgroundTasks:
     def _changing(self, action: str) -> Iterator[None]:
         """One change of state at a time, with APScheduler's errors translated."""
         with self._lock:
+            if self._is_the_parents:
+                not_running = None if action == "start" else SchedulerNotRunningError()
+                raise RuntimeError(f"can't {action} the scheduler: {lifecycle.FORKED}") from not_running
             try:
                 yield
             except SchedulerAlreadyRunningError as error:
                 raise RuntimeError(f"can't {action} the scheduler: it is running already") from error
             except SchedulerNotRunningError as error:
                 raise RuntimeError(f"can't {action} the scheduler: it is not running") from error
+
+    def _after_fork(self) -> None:
+        """Make anew what a thread may have held that does not exist in this process, which was just forked."""
+        self._is_the_parents = self._is_the_parents or self._scheduler.running or self._looping
+        self._lock = threading.RLock()
+        self._drained = threading.Event()
+        self._drained.set()
+        self._looping = False
+        self._scheduler.renew_locks()
 
     def _safely(
         self,
@@ -346,65 +389,6 @@ class BackgroundTasks:
                 log.error("scheduler_not_changed", action=action, reason=str(error))
                 return self._error
         return self._success
-
-
-class _Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no types
-    """What both kinds of scheduler do otherwise than APScheduler's."""
-
-    def __init__(self, on_turn: Callable[[], None] | None, longest_sleep: float, **options: Any) -> None:
-        self._turn = threading.RLock()
-        self._on_turn = on_turn
-        self._longest_sleep = longest_sleep
-        super().__init__(**options)
-
-    def _process_jobs(self) -> float:
-        """Submit what is due, and return how many seconds the loop may sleep.
-
-        The sleep is measured by a clock that neither a change of the system's time nor a suspended machine moves
-        on. After either of them a long sleep would last far beyond the next run.
-        """
-        with self._turn:
-            until_next_run = super()._process_jobs()
-        if self._on_turn:
-            self._on_turn()
-        return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
-
-    def halt(self) -> list[Job]:
-        """Shut down without waiting for running jobs, and return the jobs that have a run ahead of them.
-
-        APScheduler's own `shutdown` may come while the loop is busy with a job that has no further run: the loop
-        then dies because it no longer finds that job, which would also be among those returned here.
-        """
-        with self._turn:
-            jobs: list[Job] = self.get_jobs()
-            BlockingScheduler.shutdown(self, wait=False)
-        return jobs
-
-
-class _BackgroundScheduler(_Scheduler, BackgroundScheduler):  # type: ignore[misc]
-    def halt(self) -> list[Job]:
-        jobs = super().halt()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        return jobs
-
-
-class _ForegroundScheduler(_Scheduler):
-    """A blocking scheduler whose `start` returns, so that it can be made under a lock, and whose `loop` blocks.
-
-    APScheduler loses a task that is added by another thread just while it starts.
-    """
-
-    def _main_loop(self) -> None:
-        pass
-
-    def loop(self) -> None:
-        super()._main_loop()
-
-
-def _abandon(scheduler: _Scheduler) -> None:
-    if scheduler.running:
-        scheduler.halt()
 
 
 def _log_event(event: JobEvent) -> None:
@@ -437,6 +421,11 @@ def _make_trigger(trigger: object, options: dict[str, Any], zone: tzinfo) -> Bas
         _check_number("jitter", options["jitter"])
     if trigger == "interval":
         options = _with_interval(options)
+    if trigger == "cron" and all(options.get(field) is None for field in CronTrigger.FIELD_NAMES):
+        raise ValueError(
+            "a cron trigger without any field would be due every second; give it second='*' if that is meant, or "
+            f"one of {', '.join(CronTrigger.FIELD_NAMES)}"
+        )
     return _TRIGGERS[trigger](**{"timezone": zone, **options})
 
 

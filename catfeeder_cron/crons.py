@@ -117,6 +117,7 @@ class Crons:
 
         A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
         """
+        _log_warnings(settings)
         self._open().timetable.reload(settings)
 
     def check_actions(self) -> int:
@@ -232,6 +233,7 @@ class Crons:
 
     def _make_parts(self) -> _Parts:
         settings = self._config if isinstance(self._config, Settings) else self._load(self._config)
+        _log_warnings(settings)
         scheduler = settings.scheduler
         database = self._database or Database(settings.database)
         tasks = self._tasks or BackgroundTasks(
@@ -254,6 +256,7 @@ class Crons:
             prepare=prepare,
             after_beat=lambda: timetable.after_beat(),
             on_stuck=tasks.replace_worker,
+            on_retry=lambda job_id, retry_in: timetable.retry(job_id, retry_in),
             on_change=self._on_change,
         )
         workshop = Workshop(settings, self._jobs, database, supervisor, self._oauth)
@@ -270,6 +273,11 @@ class Crons:
             log.error("job_not_run", job=job_id, reason=str(error))
             return self._error
         return self._success if report.outcome in ("succeeded", "skipped") else self._error
+
+
+def _log_warnings(settings: Settings) -> None:
+    for warning in settings.warnings:
+        log.warning("configuration_warning", warning=warning)
 
 
 def _where_it_runs(job_id: str, ledger: Ledger) -> str:

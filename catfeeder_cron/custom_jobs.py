@@ -1,31 +1,25 @@
 """Jobs that only exist in config.toml: one SQL statement, or one Python callable."""
 
-import asyncio
-import inspect
-from copy import deepcopy
 from datetime import timedelta
-from threading import current_thread, main_thread
-from typing import Any
 
-from catfeeder_cron.callables import find_callable
+from catfeeder_cron.children.pool import STOP_GRACE, Call
+from catfeeder_cron.children.process import Returned
 from catfeeder_cron.config import CustomJobSettings
 from catfeeder_cron.database import RollBack
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, JobSkipped
+from catfeeder_cron.errors import CallableRaised, CatfeederCronError, ChildDied, DatabaseError, JobSkipped
 from catfeeder_cron.job import Job, JobContext
-from catfeeder_cron.logs import one_line
-from catfeeder_cron.output import captured_output
+from catfeeder_cron.logs import get_logger
 
-# How often a coroutine's run looks whether it was asked to stop, and how long it may take to clean up before it is
-# cancelled once more.
-_LOOK_SECONDS = 0.2
-_CLEAN_UP_SECONDS = 3
+log = get_logger(__name__)
+# What callables print, on a logger of its own: a command that logs little beside its results tells it all the same.
+log_of_output = get_logger("catfeeder_cron.output")
 
 
 def custom_job(job_id: str, settings: CustomJobSettings) -> Job[CustomJobSettings]:
     """Return the job that a [jobs.ID] table describes."""
     if settings.sql is not None:
         return Job(job_id, "a statement of SQL", CustomJobSettings, _run_sql)
-    return Job(job_id, f"call {settings.call}", CustomJobSettings, _run_callable)
+    return Job(job_id, f"call {settings.call}", CustomJobSettings, lambda *run: _run_callable(job_id, *run))
 
 
 def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
@@ -42,44 +36,39 @@ def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
         raise
 
 
-def _run_callable(context: JobContext, settings: CustomJobSettings) -> None:
+def _run_callable(job_id: str, context: JobContext, settings: CustomJobSettings) -> None:
+    """Call it in a process of its own. Asked to stop, it has STOP_GRACE to end, then it is killed."""
     assert settings.call is not None
-    with captured_output(), context.as_current():
-        function = find_callable(settings.call)
-        if context.dry_run:
-            raise JobSkipped("a Python callable can't tell what it would do")
-        try:
-            # Copies: what a run does to its arguments is not for the next one to see.
-            _finish(function(*deepcopy(settings.args), **deepcopy(settings.kwargs)), context)
-        except SystemExit as end:
-            if end.code not in (None, 0):
-                raise CatfeederCronError(one_line(f"it ended with exit status {end.code}")) from None
-        except asyncio.CancelledError:
-            context.raise_if_over()
-            raise CatfeederCronError("it was cancelled, though nobody asked it to stop") from None
-        except KeyboardInterrupt:
-            if current_thread() is main_thread():
-                raise
-            raise CatfeederCronError("it raised KeyboardInterrupt") from None
+    key = f"job {job_id}"
+    if context.dry_run:
+        _wait(context.children.find(key, settings.call, on_line=_log_line), context)
+        raise JobSkipped("a Python callable can't tell what it would do")
+    call = context.children.call(key, settings.call, *settings.args, keywords=settings.kwargs, on_line=_log_line)
+    returned = _wait(call, context)
     # One that never looked whether it should stop has done all of its work.
-    if context.stop_was_seen or context.overdue() >= timedelta(0):
+    if returned.stop_was_seen or context.overdue() >= timedelta(0):
         context.raise_if_over()
 
 
-def _finish(result: object, context: JobContext) -> None:
-    if inspect.isawaitable(result):
-        asyncio.run(_awaited(result, context))
-    elif inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise CatfeederCronError("it is a generator function, so calling it does nothing; expected no `yield` in it")
+def _wait(call: Call, context: JobContext) -> Returned:
+    with context.stop.calling(call.ask_to_stop):
+        try:
+            try:
+                return call.future.result(timeout=max(0.0, -context.overdue().total_seconds()))
+            except TimeoutError:
+                context.time_out()  # which asks it to stop
+                return call.future.result()
+        except ChildDied:
+            reason = context.stop.reason
+            if call.was_killed and reason is not None:
+                seconds = STOP_GRACE.total_seconds()
+                raise type(reason)(f"{reason}; it did not end within {seconds:g} s and was killed") from None
+            raise
+        except CallableRaised as error:
+            log.error("job_raised", exception=error.traceback)
+            # Its text may hold anything, and everybody may read the history.
+            raise CatfeederCronError(f"{error.class_name}: see the log for the traceback") from None
 
 
-async def _awaited(result: Any, context: JobContext) -> None:
-    """Await what an async function gave, and cancel it when the run is asked to stop."""
-    task = asyncio.ensure_future(result)
-    while not (await asyncio.wait([task], timeout=_LOOK_SECONDS))[0]:
-        if context.stopping:
-            # One that resists is asked again and again; the supervisor tells of it.
-            while not task.done():
-                task.cancel()
-                await asyncio.wait([task], timeout=_CLEAN_UP_SECONDS)
-    await task
+def _log_line(line: str) -> None:
+    log_of_output.info("job_output", line=line)

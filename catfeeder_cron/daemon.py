@@ -18,8 +18,10 @@ from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
+from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job, JobReport
-from catfeeder_cron.logs import get_logger
+from catfeeder_cron.logs import get_logger, prepare
+from catfeeder_cron.orphans import reap_orphans_as_init
 from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 
@@ -39,6 +41,8 @@ def run(
     SIGHUP takes over what `read_again`, if there is one, returns. A stop lets running jobs end their batch; those
     that need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
     """
+    prepare()
+    reap_orphans_as_init()
     notifier = Notifier()
     # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
     turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY
@@ -79,6 +83,7 @@ def _serve(
     address: str, crons: Crons, database: Database, condition: Condition
 ) -> Iterator[Callable[[JobReport], None]]:
     """Serve metrics and health; yield what counts a report. An address that can't be had is no reason not to run."""
+    load("catfeeder_cron.endpoints", "catfeeder_cron.metrics")
     from catfeeder_cron.endpoints import Endpoints
     from catfeeder_cron.metrics import Metrics
 

@@ -31,6 +31,7 @@ from catfeeder_cron.errors import (
     SchemaProblem,
     StatementTimeout,
 )
+from catfeeder_cron.imports import load
 from catfeeder_cron.logs import get_logger
 
 log = get_logger(__name__)
@@ -273,6 +274,7 @@ class Database:
                         "database's URL into it, for root alone (mode 0600), and restart the service"
                     )
                 if conninfo.startswith(EMBEDDED):
+                    load("catfeeder_cron.embedded")
                     from catfeeder_cron import embedded
 
                     server = self._opened.enter_context(embedded.open(conninfo.removeprefix(EMBEDDED)))

@@ -13,6 +13,8 @@ CatfeederCronError
 │       └── PermissionDenied  the server refused it to this role
 ├── HopelessAction            trying this action again would not help
 ├── PostponedAction           this attempt of an action failed, and when the next one may be is known
+├── CallableRaised            an operator's callable raised an exception of its own
+├── ChildDied                 the process that a callable ran in ended before it had answered
 ├── RenewalError              no OAuth token could be renewed, for a reason of ours
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
@@ -92,6 +94,19 @@ class PostponedAction(CatfeederCronError):
     def __init__(self, reason: str, after_seconds: float = 0) -> None:
         self.after_seconds = after_seconds
         super().__init__(reason)
+
+
+class CallableRaised(CatfeederCronError):
+    """An operator's callable raised an exception: of class `class_name`, whose text may hold anything."""
+
+    def __init__(self, class_name: str, text: str, traceback: str) -> None:
+        self.class_name = class_name
+        self.traceback = traceback
+        super().__init__(f"{class_name}: {text}")
+
+
+class ChildDied(CatfeederCronError):
+    """The process of an operator's callable could not be started, or ended before the callable had returned."""
 
 
 class RenewalError(CatfeederCronError):

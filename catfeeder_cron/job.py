@@ -1,21 +1,21 @@
 """What a job is, what it is given for a run, and what is told of the run afterwards."""
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from catfeeder_cron.catalog import WantedIndex
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
-from catfeeder_cron.errors import JobInterrupted, JobTimedOut, StatementTimeout
+from catfeeder_cron.errors import JobTimedOut, StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.run_control import StopRequest
 from catfeeder_cron.schedule import Schedule, timestamp
 
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
@@ -67,30 +67,6 @@ class Job(Generic[S]):
     """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
 
 
-class StopRequest:
-    """Asks a run to end early. Set by any thread, looked at by the run between its batches; the first reason stays."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._reason: JobInterrupted | None = None
-
-    def __bool__(self) -> bool:
-        return self._event.is_set()
-
-    def set(self, reason: JobInterrupted) -> None:
-        if self._reason is None:
-            self._reason = reason
-        self._event.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep, at most until the request comes. True when it came."""
-        return self._event.wait(seconds)
-
-    def raise_if_set(self) -> None:
-        if self._reason is not None and self._event.is_set():
-            raise self._reason
-
-
 def no_progress(done: int, total: int) -> None:
     """Tell nobody."""
 
@@ -114,10 +90,10 @@ class JobContext:
     oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
     state_directory: Path = field(default_factory=state_directory)
     """Where the job may keep what must survive the process; it need not exist."""
+    children: Children = field(default_factory=Children)
+    """The processes for code of the operator's."""
     counts: Counter[str] = field(default_factory=Counter)
     actions: ActionsSettings = field(default_factory=ActionsSettings)
-    stop_was_seen: bool = False
-    """Whether the run has been answered that it should end."""
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
     """The same, for a job that works with OAuth providers, by their names."""
     provider_reasons: dict[str, str] = field(default_factory=dict)
@@ -127,17 +103,7 @@ class JobContext:
     @property
     def stopping(self) -> bool:
         """Whether the run should end: look between batches and requests."""
-        self.stop_was_seen = self.stop_was_seen or bool(self.stop) or self._remaining() <= timedelta(0)
-        return self.stop_was_seen
-
-    @contextmanager
-    def as_current(self) -> Iterator[None]:
-        """Let code that is not handed this context ask `stopping()` for it."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
+        return bool(self.stop) or self._remaining() <= timedelta(0)
 
     def checkpoint(self) -> None:
         """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
@@ -186,15 +152,6 @@ class JobContext:
 
     def _timed_out(self) -> JobTimedOut:
         return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
-
-
-_current: ContextVar[JobContext | None] = ContextVar("current_job", default=None)
-
-
-def stopping() -> bool:
-    """Whether the job that this code runs in should end: its time is up, or the process stops. False outside a job."""
-    context = _current.get()
-    return context is not None and context.stopping
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 10
 # Three missed heartbeats.
 DEAD_AFTER_SECONDS = 30
 
-Trigger = Literal["schedule", "manual", "catch_up"]
+Trigger = Literal["schedule", "manual", "catch_up", "retry"]
 
 DIED = "its process died or lost the database"
 STILL_RUNNING = "still running"
@@ -53,6 +53,39 @@ class Missed:
 
 
 @dataclass(frozen=True)
+class Retries:
+    """How often a run that failed is made again, and how soon."""
+
+    most: int
+    after: timedelta
+    """The pause before the first; before each further one it is twice as long, an hour at most."""
+    before: datetime | None
+    """The next slot, which takes the place of a retry."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What came of recording how a run ended."""
+
+    by_another: bool
+    """It was closed before, by somebody who had taken this process for dead."""
+    retry_in: timedelta | None
+    """When it is to be made again, if it is."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a process learns when it tells that it lives."""
+
+    open_runs: set[int]
+    """Its own: one that was thought to be and is not was closed by somebody else."""
+    closed: list[str]
+    """In words, the runs of dead processes that were closed."""
+    retries: dict[str, timedelta]
+    """The jobs that are to be retried before the next heartbeat, and in how long."""
+
+
+@dataclass(frozen=True)
 class Claim:
     """What came of claiming a slot: where the job's account stands, and the run if it is the caller's."""
 
@@ -69,7 +102,8 @@ _CLAIM = """
     WITH advanced AS (
         INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
         SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s < now() + interval '1 hour'
-        ON CONFLICT (job) DO UPDATE SET accounted_until = excluded.accounted_until
+        ON CONFLICT (job) DO UPDATE
+        SET accounted_until = excluded.accounted_until, retry_slot = NULL, retry_at = NULL
         WHERE s.accounted_until = %(known)s
         RETURNING accounted_until),
     account AS (
@@ -127,6 +161,28 @@ _CLAIM_WITHOUT_SLOT = """
     ON CONFLICT DO NOTHING
     RETURNING run_id"""
 
+# The row of `schedule` is locked until the run is there, so of many that try one gets it. A pause makes it a skipped
+# run; while the job runs (by hand), it waits.
+_CLAIM_RETRY = """
+    WITH due AS MATERIALIZED (
+        SELECT retry_slot FROM catfeeder_cron.schedule
+        WHERE job = %(job)s AND retry_at <= now() AND accounted_until = retry_slot FOR UPDATE),
+    paused AS (
+        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
+        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
+    added AS (
+        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, host, pid, daemon, outcome, reason, finished_at)
+        SELECT %(job)s, retry_slot, 'retry', %(host)s, %(pid)s, %(daemon)s,
+               CASE WHEN paused.reason IS NOT NULL THEN 'skipped' END, paused.reason,
+               CASE WHEN paused.reason IS NOT NULL THEN now() END
+        FROM due LEFT JOIN paused ON true
+        ON CONFLICT DO NOTHING
+        RETURNING run_id, outcome),
+    done AS (
+        UPDATE catfeeder_cron.schedule SET retry_slot = NULL, retry_at = NULL
+        WHERE job = %(job)s AND EXISTS (SELECT FROM added))
+    SELECT run_id FROM added WHERE outcome IS NULL"""
+
 # What keeps this process from running the job: of a shared one its own run alone.
 _UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs
@@ -160,10 +216,22 @@ _CLOSE = """
                                   SELECT each.* FROM taken_in, jsonb_each_text(taken_in.counts) AS each) both_of
                             GROUP BY key) summed)
         WHERE run_id = %(run_id)s AND outcome IS NULL
-        RETURNING run_id)
+        RETURNING job, slot),
+    retry AS (
+        SELECT job, slot, now() + interval '1 second' * (1 + random() / 4)
+                   * least(3600, extract(epoch FROM %(retry_after)s::interval) * 2 ^ least(made, 30)) AS retry_at
+        FROM closed, LATERAL (SELECT count(*) AS made FROM catfeeder_cron.job_runs r
+                              WHERE r.job = closed.job AND r.slot = closed.slot AND r.trigger = 'retry') AS so_far
+        WHERE %(outcome)s IN ('failed', 'timed_out') AND made < %(retries)s),
+    awaited AS (
+        UPDATE catfeeder_cron.schedule s SET retry_slot = retry.slot, retry_at = retry.retry_at
+        FROM retry WHERE s.job = retry.job AND s.accounted_until = retry.slot
+            AND (retry.retry_at < %(retry_before)s OR %(retry_before)s::timestamptz IS NULL)
+        RETURNING s.retry_at - now() AS retry_in)
     SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
-        SELECT FROM catfeeder_cron.job_runs
-        WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text))"""
+               SELECT FROM catfeeder_cron.job_runs
+               WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
+           (SELECT retry_in FROM awaited)"""
 
 # After a restart of the server nobody has been heard of for a while, so nobody is taken for dead until everybody had
 # the time to come back.
@@ -184,7 +252,9 @@ _BEAT = """
         DELETE FROM catfeeder_cron.daemons d
         WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s)
     SELECT array(SELECT run_id FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND daemon = %(daemon)s),
-           array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed)"""
+           array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed),
+           (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule
+            WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot)"""
 
 _LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
 
@@ -196,6 +266,8 @@ _REGISTER = """
     SELECT job, trigger, now() FROM unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger) ORDER BY job
     ON CONFLICT (job) DO UPDATE SET
         trigger = excluded.trigger,
+        retry_slot = CASE WHEN s.trigger = excluded.trigger THEN s.retry_slot END,
+        retry_at = CASE WHEN s.trigger = excluded.trigger THEN s.retry_at END,
         accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + interval '1 hour'
                                THEN excluded.accounted_until ELSE s.accounted_until END
     RETURNING job, accounted_until"""
@@ -269,6 +341,11 @@ class Ledger:
         """Claim a run between the slots; None when the job is paused, or running already."""
         return self._claim_without_slot(job, "schedule", shared)
 
+    def claim_retry(self, job: str) -> int | None:
+        """Claim the retry of a run that failed; None when it is not due or another's, or the job runs or is paused."""
+        rows = self._database.query(_CLAIM_RETRY, self._process.parameters() | {"job": job})
+        return rows[0][0] if rows else None
+
     def _claim_without_slot(self, job: str, trigger: Trigger, shared: bool) -> int | None:
         parameters = self._process.parameters() | {"job": job, "trigger": trigger, "shared": shared}
         rows = self._database.query(_CLAIM_WITHOUT_SLOT, parameters)
@@ -279,8 +356,8 @@ class Ledger:
         rows = self._database.query(_UNDER_WAY, self._process.parameters() | {"job": job})
         return rows[0] if rows else None
 
-    def close(self, run_id: int, report: JobReport) -> bool:
-        """Record how a run ended. True when another has closed it before, having taken this process for dead.
+    def close(self, run_id: int, report: JobReport, retries: Retries | None = None) -> Closed:
+        """Record how a run ended, and have it made again if it failed and `retries` says so.
 
         Runs between slots that follow each other, and succeed, become one row: `runs` says how many, the counts are
         their sums. It begins anew every hour.
@@ -291,25 +368,29 @@ class Ledger:
             "reason": report.reason,
             "error": report.reason if report.outcome == "failed" else None,
             "counts": Jsonb(report.counts),
+            "retries": retries.most if retries else 0,
+            "retry_after": retries.after if retries else timedelta(0),
+            "retry_before": retries.before if retries else None,
         }
-        ((closed_by_another,),) = self._database.query(_CLOSE, parameters)
-        return bool(closed_by_another)
+        ((by_another, retry_in),) = self._database.query(_CLOSE, parameters)
+        return Closed(bool(by_another), retry_in)
 
-    def beat(self) -> tuple[set[int], list[str]]:
-        """Say that this process lives, and close what dead ones left open.
-
-        Returns the runs of this process that are open (one that was thought to be is not, when somebody closed it),
-        and in words what was closed.
-        """
-        parameters: dict[str, Any] = {"died": DIED, "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS)}
+    def beat(self) -> Heartbeat:
+        """Say that this process lives, and close what dead ones left open."""
+        parameters: dict[str, Any] = {
+            "died": DIED,
+            "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
+            "heartbeat": timedelta(seconds=HEARTBEAT_SECONDS),
+        }
         parameters |= self._process.parameters()
         try:
-            ((open_runs, closed),) = self._database.query(_BEAT, parameters)
+            ((open_runs, closed, retries),) = self._database.query(_BEAT, parameters)
         except AllInUse:
             # By long statements of the jobs, which must not make others take this process for dead.
             with self._database.session() as connection:
-                ((open_runs, closed),) = connection.execute(_BEAT, parameters).fetchall()
-        return set(open_runs), closed
+                ((open_runs, closed, retries),) = connection.execute(_BEAT, parameters).fetchall()
+        soon = {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()}
+        return Heartbeat(set(open_runs), closed, soon)
 
     def leave(self) -> None:
         """Take this process off the list of the living."""

@@ -6,7 +6,7 @@ the same kind of entry, on standard error or in systemd's journal. Where nobody 
 embeds our classes), that program's own handlers get a readable text, and nothing is ever written to
 standard output.
 
-structlog is imported on first use: it costs more than all of `--help`.
+structlog is imported on first use: it costs more than all of `--help`. `import structlog` brings all its parts.
 """
 
 import logging
@@ -19,13 +19,19 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
+from catfeeder_cron.imports import load
+
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
     from structlog.typing import EventDict, Processor
 
 Format = Literal["auto", "console", "json", "journald"]
 
+_PACKAGE = "catfeeder_cron"
 _HANDLER = "catfeeder_cron"
+
+TRACEBACK = "traceback_text"
+"""The attribute of a record that comes from another process, with the text of its traceback."""
 
 # What these say at lower levels is noise to an operator: APScheduler tells every run that our own
 # events tell better, and psycopg's pool repeats a warning per attempt where the database module tells
@@ -60,6 +66,9 @@ class _LazyLogger:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        # Before cached_property takes its lock, which Python 3.11 has one of for all loggers: the thread that imports
+        # may come here as well.
+        load("structlog")
         return getattr(self._bound, attribute)
 
     @cached_property
@@ -76,6 +85,11 @@ class _LazyLogger:
         )
 
 
+def prepare() -> None:
+    """Import what the first entry needs; called by a program that will log from several threads, before they begin."""
+    load("structlog")
+
+
 def one_line(text: str) -> str:
     """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows.
 
@@ -87,6 +101,7 @@ def one_line(text: str) -> str:
 
 def context(**fields: object) -> AbstractContextManager[None]:
     """Add `fields` to every entry that this thread (or asyncio task) logs inside the `with` block."""
+    load("structlog")
     from structlog.contextvars import bound_contextvars
 
     return bound_contextvars(**fields)
@@ -102,6 +117,7 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
     stream = stream or sys.stderr
     handler = _handler(format, stream)
     handler.set_name(_HANDLER)
+    handler.addFilter(_load_structlog)
     logging.raiseExceptions = False
 
     root = logging.getLogger()
@@ -117,7 +133,48 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
         logging.getLogger(name).setLevel(quiet_level)
 
 
+def _load_structlog(_record: logging.LogRecord) -> bool:
+    """As a filter it is called before the handler takes its lock, which the thread that imports may want, too."""
+    prepare()
+    return True
+
+
+def show_debug_records() -> None:
+    """Let this package's debug records reach the handlers that a program has; standard error, as long as it has none.
+
+    For programs that embed us. Their own loggers, levels and handlers stay as they are.
+    """
+    ours = logging.getLogger(_PACKAGE)
+    ours.setLevel(logging.DEBUG)
+    if not any(isinstance(handler, _LastResort) for handler in ours.handlers):
+        ours.addHandler(_LastResort())
+
+
+class _LastResort(logging.Handler):
+    """Writes to standard error what no other handler gets: a program may configure its logging at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._is_handled_elsewhere(record.name):
+            try:
+                sys.stderr.write(f"{self.format(record)}\n")
+            except Exception:  # noqa: BLE001 - logging raises nothing into the code that logs
+                self.handleError(record)
+
+    def _is_handled_elsewhere(self, name: str) -> bool:
+        logger: logging.Logger | None = logging.getLogger(name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
+
+
 def _handler(format: Format, stream: TextIO) -> logging.Handler:
+    load("catfeeder_cron.journald")
     from catfeeder_cron.journald import JournalHandler, is_journal
 
     if format == "journald" or (format == "auto" and is_journal(stream)):
@@ -201,6 +258,8 @@ def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
         "logger": record.name,
     }
     added = {**get_contextvars(), **fields, "exc_info": event_dict.get("exc_info")}
+    if hasattr(record, TRACEBACK):
+        added["exception"] = getattr(record, TRACEBACK)
     return entry | {key: value for key, value in added.items() if key not in entry}
 
 

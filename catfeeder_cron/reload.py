@@ -9,7 +9,6 @@ from catfeeder_cron.config import Settings
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.output import standard_error
 from catfeeder_cron.service import StopSignals
 
 log = get_logger(__name__)
@@ -23,14 +22,13 @@ def reload(
     `started_with` is what holds for the keys that need a restart. Returns the first of the faults of one that was
     refused.
     """
-    before = crons.settings
     try:
         settings = read_again()
     except ConfigurationError as error:
         for fault in error.faults:
             log.error("reload_refused", fault=fault, in_force="the old configuration")
         return error.faults[0]
-    logs.configure(settings.logging.level, settings.logging.format, standard_error())
+    logs.configure(settings.logging.level, settings.logging.format)
     try:
         crons.reload(settings)
     except CatfeederCronError as error:
@@ -39,15 +37,14 @@ def reload(
         log.info("reloaded", config=str(settings.path), jobs=sum(job.enabled for job in settings.jobs.values()))
     for key in _settled_at_start(started_with, settings):
         log.warning("restart_needed", key=key)
-    if _callables(before) != _callables(settings):
-        begin_to_check(check_callables(settings), signals)
+    begin_to_check(check_callables(settings), signals)
     return None
 
 
 def begin_to_check(findings: Iterable[Finding], signals: StopSignals) -> None:
     """Log what a check finds, each finding at its own level, in a thread of its own.
 
-    A callable that hangs while it is imported must hold up neither the first heartbeat nor a reload.
+    A callable that is slow to be imported must hold up neither the first heartbeat nor a reload.
     """
 
     def work() -> None:
@@ -73,7 +70,3 @@ def _settled_at_start(before: Settings, after: Settings) -> list[str]:
         for name, field in type(new).model_fields.items()
         if name not in applied and getattr(old, name) != getattr(new, name)
     ]
-
-
-def _callables(settings: Settings) -> list[object]:
-    return [settings.actions.handlers, *(getattr(job, "call", None) for job in settings.jobs.values())]

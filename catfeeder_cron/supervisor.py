@@ -8,14 +8,15 @@ from datetime import UTC, datetime, timedelta
 from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
 from catfeeder_cron.job import JobContext, JobReport
-from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger
+from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
 
 log = get_logger(__name__)
 
-# A run that does not end this long after its timeout is stuck, and told of again this often.
-_STUCK_AFTER = timedelta(seconds=10)
+# A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
+# end has been killed by then.
+_STUCK_AFTER = timedelta(seconds=15)
 _STUCK_TOLD_EVERY = timedelta(minutes=5)
 _FORGET_EVERY_SECONDS = 3600
 _NEVER = float("-inf")
@@ -32,12 +33,22 @@ class Run:
     stuck_told_at: timedelta | None = field(default=None)
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended, and that is to be recorded."""
+
+    run_id: int
+    report: JobReport
+    retries: Retries | None = None
+
+
 class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`.
 
     `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
-    for each run that does not end when it should. `on_change` is called with the report of every run that ends, and
-    with None when one begins and after every heartbeat; it must neither block nor raise.
+    for each run that does not end when it should; `on_retry` with a job and how soon it is to be retried, several times
+    maybe. `on_change` is called with the report of every run that ends, and with None when one begins and after every
+    heartbeat; it must neither block nor raise.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class Supervisor:
         prepare: Callable[[], None],
         after_beat: Callable[[], None],
         on_stuck: Callable[[], None],
+        on_retry: Callable[[str, timedelta], None] = lambda _job, _retry_in: None,
         on_change: Callable[[JobReport | None], None] = lambda _report: None,
     ) -> None:
         self._ledger = ledger
@@ -56,11 +68,12 @@ class Supervisor:
         self._prepare = prepare
         self._after_beat = after_beat
         self._on_stuck = on_stuck
+        self._on_retry = on_retry
         self._on_change = on_change
         self._changed = threading.Condition()
         self._runs: list[Run] = []
         self._claiming = 0
-        self._unrecorded: list[tuple[int, JobReport]] = []
+        self._unrecorded: list[Ended] = []
         self._strays: set[int] = set()
         self._stop_reason: JobInterrupted | None = None
         self._closing = False
@@ -129,11 +142,11 @@ class Supervisor:
         self._on_change(None)
         return run
 
-    def end(self, run: Run, report: JobReport) -> None:
+    def end(self, run: Run, report: JobReport, retries: Retries | None = None) -> None:
         """Record how a run ended: now, or as soon as the database can be reached."""
         with self._changed:
             self._runs.remove(run)
-            self._unrecorded.append((run.run_id, report))
+            self._unrecorded.append(Ended(run.run_id, report, retries))
             self._changed.notify_all()
         self._on_change(report)
         try:
@@ -163,20 +176,22 @@ class Supervisor:
             try:
                 if self._last_beat == _NEVER:
                     self._prepare()
-                open_runs, closed = self._ledger.beat()
+                heartbeat = self._ledger.beat()
             except DatabaseUnavailable:
                 self._presence.missed()
                 raise
             self._last_beat = begun
         for run in before:
-            if run.run_id not in open_runs:
+            if run.run_id not in heartbeat.open_runs:
                 run.context.stop.set(JobAborted(TAKEN_FOR_DEAD))
-        for description in closed:
+        for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
         self._presence.seen(datetime.now(UTC))
         self._record()
-        self._close_strays(set() if claiming else open_runs)
+        self._close_strays(set() if claiming else heartbeat.open_runs)
         self._after_beat()
+        for job, retry_in in heartbeat.retries.items():
+            self._on_retry(job, retry_in)
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
@@ -186,7 +201,7 @@ class Supervisor:
             self._thread.join(timeout=HEARTBEAT_SECONDS)
         with self._changed:
             runs, self._runs = self._runs, []
-            self._unrecorded += [(run.run_id, _aborted(run, abandoned or ANSWER_LOST)) for run in runs]
+            self._unrecorded += [Ended(run.run_id, _aborted(run, abandoned or ANSWER_LOST)) for run in runs]
         if self._last_beat > _NEVER:
             try:
                 self._record()
@@ -232,24 +247,27 @@ class Supervisor:
     def _record(self) -> None:
         with self._recording:
             while self._unrecorded:
-                run_id, report = self._unrecorded[0]
+                ended = self._unrecorded[0]
+                run_id, report = ended.run_id, ended.report
                 try:
-                    closed_by_another = self._ledger.close(run_id, report)
+                    closed = self._ledger.close(run_id, report, ended.retries)
                 except DatabaseUnavailable:
                     raise
                 except DatabaseError as error:
                     # Told again it would be refused again, and hold up every claim behind it.
                     log.error("report_not_recorded", job=report.job, run_id=run_id, reason=str(error))
                     bare = replace(report, reason="its report could not be recorded; see the log", counts={})
-                    closed_by_another = self._ledger.close(run_id, bare)
+                    closed = self._ledger.close(run_id, bare, ended.retries)
                 self._unrecorded.pop(0)
-                if closed_by_another:
+                if closed.retry_in is not None:
+                    self._on_retry(report.job, closed.retry_in)
+                if closed.by_another:
                     log.warning("run_was_closed_by_another", job=report.job, run_id=run_id, outcome=report.outcome)
 
     def _close_strays(self, open_runs: set[int]) -> None:
         """Close runs that were claimed for this process, but whose number never arrived here."""
         with self._changed:
-            strays = open_runs - {run.run_id for run in self._runs} - {run_id for run_id, _ in self._unrecorded}
+            strays = open_runs - {run.run_id for run in self._runs} - {each.run_id for each in self._unrecorded}
         for run_id in strays & self._strays:
             self._ledger.close(run_id, _report("", ANSWER_LOST, {}, timedelta(0)))
         self._strays = strays

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from catfeeder_cron.imports import load
 from catfeeder_cron.job import Progress, no_progress
 
 
@@ -17,6 +18,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under their headings: drawn on a terminal that is wide enough, elsewhere aligned with spaces."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if sys.stdout.isatty():
+        load("rich.console", "rich.table", "rich.text")
         from rich.console import Console
         from rich.table import Column, Table
         from rich.text import Text
@@ -55,6 +57,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield no_progress
         return
+    load("rich.console", "rich.progress")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -112,6 +112,13 @@ class Timetable:
         if report.job in self._wakers:
             self._wakers[report.job].ran(fruitful=any(report.counts.values()))
 
+    def retry(self, job_id: str, retry_in: timedelta) -> None:
+        """Try to make a run of the job again, so soon; whichever process is first makes it."""
+        with self._lock:
+            if job_id in self._dispatches and not self._workshop.stopping:
+                at = datetime.now(UTC) + retry_in
+                self._run_soon(self._run_retry, job_id, _retry_id(job_id), at=at)
+
     def close(self) -> None:
         """Take off all that is on it, and wake no job any more. Idempotent."""
         for waker in self._wakers.values():
@@ -144,13 +151,28 @@ class Timetable:
         return not isinstance(added, int)
 
     def _take_off(self, job_id: str) -> None:
-        for task_id in (job_id, _catch_up_id(job_id), _woken_id(job_id), _recovery_id(job_id)):
+        for task_id in (job_id, *(make_id(job_id) for make_id in (_catch_up_id, _woken_id, _recovery_id, _retry_id))):
             with suppress(UnknownJob):  # a date's only slot is over
                 self._tasks.remove_task(task_id)
 
-    def _run_soon(self, func: Callable[..., None], job_id: str, task_id: str, *args: object, at_once: int = 1) -> None:
+    def _run_soon(
+        self,
+        func: Callable[..., None],
+        job_id: str,
+        task_id: str,
+        *args: object,
+        at: datetime | None = None,
+        at_once: int = 1,
+    ) -> None:
+        """Have a worker call `func`: now, or `at` a time. It takes the place of a call of this id that is to come."""
         self._tasks.safe_add_task(
-            func, args=[job_id, *args], trigger="date", id=task_id, replace_existing=True, max_instances=at_once
+            func,
+            args=[job_id, *args],
+            trigger="date",
+            run_date=at,
+            id=task_id,
+            replace_existing=True,
+            max_instances=at_once,
         )
 
     def _run_due(self, job_id: str, trigger: Trigger) -> None:
@@ -251,10 +273,19 @@ class Timetable:
         if not self._workshop.stopping:
             self._run_soon(self._run_woken, job_id, _woken_id(job_id))
 
+    def _run_retry(self, job_id: str) -> None:
+        """Make a run again that failed, if this process is the one that gets it."""
+        if job_id in self._dispatches:
+            self._run(job_id, partial(self._ledger.claim_retry, job_id))
+
     def _run_woken(self, job_id: str) -> None:
         """Run a job between its slots, unless it is running here, or paused."""
         job, _ = self._workshop.find(job_id)
         self._run(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared))
+
+
+def _retry_id(job_id: str) -> str:
+    return f"{job_id} (retrying)"
 
 
 def _catch_up_id(job_id: str) -> str:

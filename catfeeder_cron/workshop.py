@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
+from catfeeder_cron.ledger import Retries
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.pings import Pings
 from catfeeder_cron.runner import run_job
@@ -35,6 +37,7 @@ class Workshop:
         self._owns_oauth = oauth is None
         self._oauth = oauth or OAuthClient(settings.oauth)
         self._pings = Pings()
+        self._children = Children()
         self._skipped: dict[str, str | None] = {}
 
     @property
@@ -52,6 +55,7 @@ class Workshop:
         if self._owns_oauth and settings.oauth != self._settings.oauth:
             self._oauth = OAuthClient(settings.oauth)
         self._settings = settings
+        self._children.retire()  # what they have imported may be another by now
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -77,6 +81,7 @@ class Workshop:
             schedule=self.schedule(job_id),
             slot=slot,
             oauth=self._oauth,
+            children=self._children,
         )
 
     def run(
@@ -109,13 +114,23 @@ class Workshop:
             with suppress(UnknownJob):  # a reload has removed it
                 self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
         self._supervisor.close(abandoned)
+        self._children.close()
         self._pings.close()
+
+    def _retries(self, job_id: str, settings: JobSettings) -> Retries | None:
+        if not isinstance(settings, CustomJobSettings) or not settings.retries:
+            return None
+        try:
+            before = self.schedule(job_id).next_after(datetime.now(UTC))
+        except UnknownJob:  # a reload has removed it
+            return None
+        return Retries(settings.retries, settings.retry_after, before)
 
     def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
         self._pings.send(job.id, settings.ping_url, "start")
         report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
         self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
-        self._supervisor.end(run, report)
+        self._supervisor.end(run, report, self._retries(job.id, settings))
         succeeded = report.outcome in ("succeeded", "skipped")
         self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
         return report

@@ -4,9 +4,11 @@ import pkgutil
 from importlib import import_module
 
 from catfeeder_cron.action import Handler
+from catfeeder_cron.imports import load
 
 
 def built_in() -> dict[str, Handler]:
     """Return the handler of every module in this folder by its kind."""
-    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return {module.HANDLER.kind: module.HANDLER for module in modules}
+    names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
+    load(*names)
+    return {module.HANDLER.kind: module.HANDLER for module in map(import_module, names)}

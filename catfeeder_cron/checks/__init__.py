@@ -4,22 +4,26 @@ import stat
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from catfeeder_cron import schema
-from catfeeder_cron.callables import find_callable
 from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.checks.renewal import check_providers, check_state_directory
 from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
 from catfeeder_cron.database import Connection, Database, single
-from catfeeder_cron.errors import ConfigurationError, DatabaseError, DatabaseUnavailable
+from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
-from catfeeder_cron.output import captured_output
+from catfeeder_cron.logs import get_logger
 
 __all__ = ["Finding", "check", "check_callables"]
 
+log_of_output = get_logger("catfeeder_cron.output")
+
+_IMPORT_SECONDS = 30
 _OLDEST_SERVER = 140000
 _MOST_CLOCK_DIFFERENCE_SECONDS = 2
 
@@ -63,26 +67,33 @@ def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
 
 
 def check_callables(settings: Settings) -> Iterator[Finding]:
-    """Yield a finding for every Python callable that the configuration names. This imports them."""
-    for job_id, job in settings.jobs.items():
-        if isinstance(job, CustomJobSettings) and job.call is not None:
-            # A disabled job can be run by hand still.
-            yield _callable(job_id, job.call, "error" if job.enabled else "warning")
-    for kind, reference in settings.actions.handlers.items():
-        yield _callable(f"actions.{kind}", reference, "error")
+    """Yield a finding for every Python callable that the configuration names. This imports them, in another process."""
+    with Children() as children:
+        for job_id, job in settings.jobs.items():
+            if isinstance(job, CustomJobSettings) and job.call is not None:
+                # A disabled job can be run by hand still.
+                yield _callable(children, job_id, job.call, "error" if job.enabled else "warning")
+        for kind, reference in settings.actions.handlers.items():
+            yield _callable(children, f"actions.{kind}", reference, "error")
 
 
-def _callable(subject: str, reference: str, level: Level) -> Finding:
+def _callable(children: Children, subject: str, reference: str, level: Level) -> Finding:
+    call = children.find("check", reference, on_line=partial(log_of_output.info, "job_output", subject=subject))
     try:
-        with captured_output():
-            find_callable(reference)
+        call.future.result(timeout=_IMPORT_SECONDS)
+    except TimeoutError:
+        call.kill()
+        message = f'"{reference}" can\'t be imported: not done after {_IMPORT_SECONDS} s; what does it wait for?'
+        return Finding(level, subject, message)
     except ConfigurationError as error:
         return Finding(level, subject, f"{error}; install its package where catfeeder-cron is installed")
+    except CatfeederCronError as error:
+        return Finding(level, subject, f'"{reference}" can\'t be imported: {error}')
     return Finding("ok", subject, f"{reference} can be imported")
 
 
 def _files(settings: Settings) -> Iterator[Finding]:
-    """Who else can read the secrets. Who else can write them was looked at before they were read."""
+    """What reading the file gave no fault for. Who else can write it was looked at before it was read."""
     try:
         secret = holds_secret(settings.path)
     except ConfigurationError as error:
@@ -90,6 +101,8 @@ def _files(settings: Settings) -> Iterator[Finding]:
     else:
         ok = Finding("ok", "configuration", str(settings.path))
         yield _private("configuration", settings.path, "it holds secrets") if secret else ok
+    for warning in settings.warnings:
+        yield Finding("warning", "configuration", warning)
     if settings.database.url_file is not None:
         yield _private("database.url_file", Path(settings.database.url_file), "it holds the database's address")
 

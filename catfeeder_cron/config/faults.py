@@ -1,5 +1,7 @@
 """Say all that is wrong with a file at once, a line for each fault: `FILE: KEY: got X, expected Y`.
 
+What looks wrong in a part of the file that belongs to another program is a warning, and the file is used.
+
 A value that is or may hold a secret is never shown: one under a key that sounds like it, one with a URL or a
 password in it, one under a key that nobody knows.
 """
@@ -49,6 +51,12 @@ class Faults:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._lines: list[str] = []
+        self._warnings: list[str] = []
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was found and is no fault, a line for each."""
+        return tuple(self._warnings)
 
     def add(self, where: Where, text: str) -> None:
         """Add what is wrong with the key at `where`."""
@@ -62,6 +70,11 @@ class Faults:
         """Add that nobody knows the key at `where`, and which one was probably meant."""
         keys = sorted(known)
         self.add(where, "unknown key" + (did_you_mean(str(where[-1]), keys) or f", expected one of {', '.join(keys)}"))
+
+    def ignore(self, where: Where, known: Iterable[str]) -> None:
+        """Add a warning that the key at `where` is not known and has no effect, and which one was probably meant."""
+        meant = did_you_mean(str(where[-1]), known)
+        self._warnings.append(f"{self._file}: {spell(where)}: unknown key, which has no effect{meant}")
 
     def mistyped(self, where: Where, value: object, expected: str) -> None:
         """Add that the key at `where` has a value of the wrong kind."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from catfeeder_cron.config.durations import Duration, StatementTimeout, format_duration
+from catfeeder_cron.config.durations import Duration, StatementTimeout, format_duration, within
 from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
 from catfeeder_cron.crontab import Crontab
 
@@ -84,6 +84,10 @@ class CustomJobSettings(JobSettings):
     args: tuple[Any, ...] = Field(default=(), strict=False)
     kwargs: dict[str, Any] = Field(default_factory=dict)
     sql: str | None = None
+    retries: int = Field(default=0, ge=0, le=100)
+    """How often a run that failed or timed out is made again before the next slot."""
+    retry_after: Annotated[Duration, within(timedelta(seconds=1))] = timedelta(minutes=1)
+    """The pause before the first; before each further one it is twice as long, an hour at most."""
 
     @field_validator("sql")
     @classmethod

@@ -43,4 +43,4 @@ def load(
     if database:
         sections["database"] = database_url.resolve(database, file, environ, faults)
     faults.raise_if_any()
-    return Settings(path=file, jobs=job_settings, **sections)
+    return Settings(path=file, jobs=job_settings, warnings=faults.warnings, **sections)

@@ -125,6 +125,8 @@ class Settings(Table):
     actions: ActionsSettings
     metrics: MetricsSettings
     jobs: dict[str, JobSettings]
+    warnings: tuple[str, ...] = ()
+    """What was found in the file that is no fault, a line for each."""
 
     def require_job(self, job_id: str) -> JobSettings:
         """Return the settings of a job. Raises UnknownJob, which names the nearest id."""

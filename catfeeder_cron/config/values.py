@@ -11,6 +11,7 @@ from catfeeder_cron.config.suggestions import did_you_mean
 
 _PYTHON_NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _REFERENCE = re.compile(f"{_PYTHON_NAME}:{_PYTHON_NAME}")
+_OTHER_DATABASE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CONNINFO = re.compile(r"postgres(ql)?://.*|embedded:\s*\S.*|\s*[a-z_]+\s*=.*")
 
 
@@ -79,8 +80,9 @@ def _address(value: str) -> str:
 def check_conninfo(value: str) -> str:
     """Return what may stand in database.url: something for libpq, "embedded:PATH", or nothing at all."""
     if value and not (value.isprintable() and _CONNINFO.fullmatch(value)):
+        only = "; no other database than PostgreSQL is supported" if _OTHER_DATABASE.match(value) else ""
         raise ValueError(
-            '"postgresql://...", "embedded:PATH", or pairs such as "host=/run/postgresql dbname=catfeeder"'
+            f'"postgresql://...", "embedded:PATH", or pairs such as "host=/run/postgresql dbname=catfeeder"{only}'
         )
     return value
 

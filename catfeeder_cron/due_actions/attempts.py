@@ -10,14 +10,16 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from catfeeder_cron import logs
 from catfeeder_cron.action import Handler, Perform
+from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.config import ActionsSettings
-from catfeeder_cron.due_actions.children import Child, Children
 from catfeeder_cron.due_actions.leases import Claimed
-from catfeeder_cron.errors import HopelessAction, PostponedAction
+from catfeeder_cron.errors import CallableRaised, ChildDied, ConfigurationError, HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
 
 log = get_logger(__name__)
+log_of_output = get_logger("catfeeder_cron.output")
 
 # Outcomes that come this close together are stored together.
 _GATHER_SECONDS = 0.001
@@ -39,18 +41,23 @@ class Attempts:
     """Performs actions from `__enter__` to `__exit__`, which cancels what is still under way."""
 
     def __init__(
-        self, settings: ActionsSettings, built_in: Mapping[str, Handler], timeout_seconds: float, lease_seconds: float
+        self,
+        settings: ActionsSettings,
+        built_in: Mapping[str, Handler],
+        children: Children,
+        timeout_seconds: float,
+        lease_seconds: float,
     ) -> None:
         self._settings = settings
         self._built_in = built_in
+        self._children = children
         self._timeout_seconds = timeout_seconds
         self._lease_seconds = lease_seconds
         self._finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
         self._tasks: dict[Any, asyncio.Task[Finished]] = {}
-        self._at_work: dict[Any, Child] = {}
+        self._at_work: dict[Any, Call] = {}
         self._performs: dict[str, Perform] = {}
         self._opened = AsyncExitStack()
-        self._children = Children()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="actions", daemon=True)
 
@@ -84,6 +91,10 @@ class Attempts:
         """Let these go on: their leases were extended."""
         self._loop.call_soon_threadsafe(self._extend, ids)
 
+    def ask_to_stop(self) -> None:
+        """Ask the operator's handlers to end: what has not ended ten seconds later is killed, and "retried"."""
+        self._loop.call_soon_threadsafe(self._ask_to_stop)
+
     def cancel(self, ids: list[Any]) -> None:
         """Stop these attempts; they finish as "cancelled"."""
         self._loop.call_soon_threadsafe(self._cancel, ids)
@@ -97,7 +108,11 @@ class Attempts:
     def _extend(self, ids: list[Any]) -> None:
         for each in ids:
             if each in self._at_work:
-                self._at_work[each].extend(self._lease_seconds)
+                self._at_work[each].set_deadline(self._lease_seconds)
+
+    def _ask_to_stop(self) -> None:
+        for call in self._at_work.values():
+            call.ask_to_stop()
 
     def _cancel(self, ids: list[Any]) -> None:
         for each in ids:
@@ -112,7 +127,7 @@ class Attempts:
 
     async def _verdict(self, claimed: Claimed) -> Finished:
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            with logs.context(action=claimed.action.id, kind=claimed.action.kind):
                 detail = await self._perform(claimed)
         except asyncio.CancelledError:
             return Finished(claimed, "cancelled", "stopped while it ran")
@@ -138,30 +153,64 @@ class Attempts:
         if kind not in self._built_in:
             known = ", ".join(sorted({*self._built_in, *self._settings.handlers}))
             raise HopelessAction(f'no handler for the kind "{kind}"; there are {known}')
-        if kind not in self._performs:
-            opened = self._built_in[kind].open(self._settings)
-            self._performs[kind] = await self._opened.enter_async_context(opened)
-        return await self._performs[kind](claimed.action)
+        async with asyncio.timeout(self._timeout_seconds):
+            if kind not in self._performs:
+                opened = self._built_in[kind].open(self._settings)
+                self._performs[kind] = await self._opened.enter_async_context(opened)
+            return await self._performs[kind](claimed.action)
 
     async def _perform_in_child(self, claimed: Claimed, reference: str) -> str | None:
-        child = await self._children.borrow()
-        self._at_work[claimed.action.id] = child
-        usable = False
+        """Call the operator's handler in a process of its own, which does not outlive the lease.
+
+        Raises TimeoutError when its time was over before it had done its work.
+        """
+        action = claimed.action
+        call = self._children.call(f"actions.{action.kind}", reference, action, on_line=_log_line)
+        call.set_deadline(self._lease_seconds)
+        self._at_work[action.id] = call
         try:
-            detail = await child.perform(claimed.action, reference, self._lease_seconds)
-            usable = True
-        except (HopelessAction, PostponedAction):
-            usable = True
+            timed_out = await self._wait(call)
+        finally:
+            del self._at_work[action.id]
+        try:
+            returned = call.future.result()
+        except CallableRaised as error:
+            log.warning("action_raised", reason=str(error), exception=error.traceback)
+            raise PostponedAction(str(error)) from None
+        except (ChildDied, ConfigurationError) as error:
+            if timed_out and call.was_killed:
+                raise TimeoutError from None
+            stopped = "it did not end when it was asked to stop, and was killed"
+            raise PostponedAction(stopped if call.was_killed else str(error)) from None
+        if returned.stop_was_seen:
+            raise TimeoutError if timed_out else PostponedAction("it was asked to stop")
+        return returned.text
+
+    async def _wait(self, call: Call) -> bool:
+        """Wait until a call has ended; return whether it had to be asked to stop because its time was up."""
+        waiting = asyncio.wrap_future(call.future)
+        try:
+            await asyncio.wait([waiting], timeout=self._timeout_seconds)
+            if timed_out := not waiting.done():
+                call.ask_to_stop()
+                await asyncio.wait([waiting])
+        except asyncio.CancelledError:
+            # Nobody else may begin the action while its handler is still at work.
+            call.kill()
+            await asyncio.wait([waiting])
             raise
         finally:
-            del self._at_work[claimed.action.id]
-            await self._children.give_back(child, usable=usable)
-        return detail
+            if waiting.done():
+                waiting.exception()  # it is the call's own future that is asked
+        return timed_out
 
     async def _close(self) -> None:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._children.close()
         await self._opened.aclose()
+
+
+def _log_line(line: str) -> None:
+    log_of_output.info("action_output", line=line)

@@ -47,7 +47,8 @@ class Shift:
         self._limits = limits
         self._leases = Leases(context.tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
-        self._attempts = Attempts(settings, built_in, limits.action_timeout.total_seconds(), lease_seconds)
+        action_timeout_seconds = limits.action_timeout.total_seconds()
+        self._attempts = Attempts(settings, built_in, context.children, action_timeout_seconds, lease_seconds)
         self._extend_every = lease_seconds / 3
         self._extended_at = self._reached_at = time.monotonic()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
@@ -62,7 +63,7 @@ class Shift:
         self._cut_short = False
 
     def work(self) -> None:
-        """Asked to stop, take on nothing new and let the handlers at work end; out of time, stop them as well."""
+        """Asked to stop, take on nothing new and ask the handlers at work to end; out of time, stop them as well."""
         with self._context.transaction() as connection:
             (self._begun,) = single(connection, "SELECT now()::text")
         with self._attempts:
@@ -70,6 +71,7 @@ class Shift:
                 while self._take_on():
                     self._look_after()
             except CatfeederCronError as error:
+                self._attempts.ask_to_stop()
                 if isinstance(error, JobTimedOut):
                     self._cut_short = True
                     self._attempts.cancel(list(self._under_way))

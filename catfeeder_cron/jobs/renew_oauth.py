@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job, JobContext, TableUse
 
 
@@ -12,12 +13,14 @@ class RenewOAuth(JobSettings):
 
 
 def run(context: JobContext, settings: RenewOAuth) -> None:
+    load("catfeeder_cron.renewal.run")
     from catfeeder_cron.renewal.run import renew_due  # asyncio takes 40 ms to import
 
     renew_due(context, settings.jitter)
 
 
 def recover(context: JobContext) -> None:
+    load("catfeeder_cron.renewal.takeover")
     from catfeeder_cron.renewal import takeover
 
     takeover.recover(context)

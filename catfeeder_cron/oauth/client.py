@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from catfeeder_cron.config import OAuthSettings
+from catfeeder_cron.imports import load
 
 if TYPE_CHECKING:
     import ssl
@@ -29,6 +30,7 @@ class OAuthClient:
 
         A request as a whole may take `request_timeout`.
         """
+        load("catfeeder_cron.oauth.session")
         from catfeeder_cron.oauth.session import Session, real_transport
 
         timeout = request_timeout.total_seconds()
@@ -39,6 +41,7 @@ class OAuthClient:
             yield Session(transport, timeout)
 
     def _ssl_context(self) -> "ssl.SSLContext":
+        load("httpx", "certifi")  # httpx imports certifi when it reads the certificates
         import httpx
 
         if self._certificates is None:  # reading them takes 20 ms

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+from catfeeder_cron.coroutines import run_coroutine
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, JobTimedOut, RenewalError
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
@@ -86,7 +87,7 @@ class Run:
         try:
             if waiting:
                 with new_journal(journal_folder(self._context), self._owner) as journal:
-                    asyncio.run(self._renew(waiting, journal))
+                    run_coroutine(self._renew(waiting, journal))
         finally:
             settle_up(self._context, self._due, self._hindered, self._lanes, self._left or {})
         self._raise_what_went_wrong()

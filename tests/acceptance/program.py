@@ -119,10 +119,10 @@ class Running:
             reader.join(seconds)
         return Finished(status, *("".join(self._said[name]) for name in ("stdout", "stderr")))
 
-    def stop(self) -> Finished:
+    def stop(self, seconds: float = 20) -> Finished:
         """Ask it to stop as systemd does, and wait for the end."""
         self.signal(signal.SIGTERM)
-        return self.finish()
+        return self.finish(seconds)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -181,8 +181,12 @@ class Program:
 
     def start(self, *arguments: str, variables: Mapping[str, str] = _NONE) -> Running:
         """Start a command in a process group of its own; what is left of it is killed after the test."""
+        return self.start_command(*command(), *arguments, variables=variables)
+
+    def start_command(self, *words: str, variables: Mapping[str, str] = _NONE) -> Running:
+        """Do as `start` with any other command."""
         process = subprocess.Popen(
-            [*command(), *arguments],
+            words,
             cwd=self.folder,
             env=self._environment(variables),
             stdin=subprocess.DEVNULL,

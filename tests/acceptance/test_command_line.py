@@ -207,6 +207,7 @@ def test_the_web_servers_own_configuration_serves_as_it_is(program: Program) -> 
         clean_verification = false
         enable_test_crons = true
         test_cron_interval = 90
+        reset_food_counters_interval = 86400
         [Server]
         anything = "goes"
         """,
@@ -217,6 +218,7 @@ def test_the_web_servers_own_configuration_serves_as_it_is(program: Program) -> 
     assert told["clean-tokens"] == (True, "every 20m")
     assert told["clean-verification"][0] is False
     assert told["test-hello-world"] == (True, "every 90s")
+    assert told["reset-food-counters"] == (True, "every 1d")
 
 
 def test_list_works_without_a_database_and_tells_what_it_can(program: Program) -> None:

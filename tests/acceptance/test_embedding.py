@@ -59,6 +59,24 @@ with BackgroundTasks() as tasks:
     assert run(program, source) == "123 Hello!\nrefused\n"
 
 
+def test_the_documented_way_to_find_out_what_became_of_a_task_works(program: Program) -> None:
+    """Both ways out, since the second operand of the comparison is only looked at when something is wrong."""
+    source = """
+from catfeeder_cron import BackgroundTasks
+
+background = BackgroundTasks()
+for func in (print, "no callable"):
+    result = background.safe_add_task(func=func)
+    if isinstance(result, int) and result == background.error:
+        print("Failed to add task")
+    else:
+        print(f"Task added successfully: {result}")
+"""
+    added, failed = run(program, source).splitlines()
+    assert added.startswith("Task added successfully: print (trigger: interval[0:00:05]")
+    assert failed == "Failed to add task"
+
+
 @pytest.mark.usefixtures("app_tables")
 def test_crons_are_injected_into_a_schedule_or_run_by_hand(
     program: Program, admin: psycopg.Connection, database_url: str

@@ -6,7 +6,17 @@ import time
 from pathlib import Path
 
 from catfeeder_cron import embedded
-from tests.benchmarks import actions, deletion_rate, ledger, memory, neighbour, nothing_to_do, renewal, start_up
+from tests.benchmarks import (
+    actions,
+    callables,
+    deletion_rate,
+    ledger,
+    memory,
+    neighbour,
+    nothing_to_do,
+    renewal,
+    start_up,
+)
 from tests.benchmarks.report import HEAD
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions
@@ -19,6 +29,7 @@ BENCHMARKS = {
     "renewal": renewal.measure,
     "start-up": start_up.measure,
     "actions": actions.measure,
+    "callables": callables.measure,
     "ledger": ledger.measure,
 }
 

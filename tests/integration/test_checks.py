@@ -424,6 +424,12 @@ def test_so_is_one_with_a_password_and_the_file_that_holds_the_url(
     assert f"chmod 600 {url_file}" in found.message
 
 
+def test_a_key_that_only_the_web_server_may_know_is_a_warning(findings: Findings) -> None:
+    found = worst(findings("[Crons]\nclean_tokens = true\nprune_photos = true"), "configuration")
+    assert found.level == "warning"
+    assert "Crons.prune_photos: unknown key, which has no effect" in found.message
+
+
 def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
     database_url: str, database: Database, complete: None, admin: psycopg.Connection, tmp_path: Path
 ) -> None:

@@ -1,6 +1,13 @@
-"""Jobs that only exist in config.toml: what a statement of SQL or a Python callable does, and how its run ends."""
+"""Jobs that only exist in config.toml: what a statement of SQL or a Python callable does, and how its run ends.
 
+A callable runs in a process of its own, so what it did is read from a file that it writes.
+"""
+
+import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,133 +19,27 @@ import psycopg
 import pytest
 
 from catfeeder_cron import Crons
+from catfeeder_cron.config import load
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.runner import run_job
+from tests.support.processes import is_alive
+from tests.support.waiting import eventually
 
-CALLABLES = """
-import asyncio
-import concurrent.futures
-import logging
-import sys
-import threading
-import time
-
-import catfeeder_cron
-
-seen = []
-
-
-def note(*args, **kwargs):
-    seen.append((args, kwargs))
-    kwargs.get("list", []).append("changed")
-
-
-async def note_later(what):
-    await asyncio.sleep(0)
-    seen.append(what)
-
-
-class Awaitable:
-    def __await__(self):
-        seen.append("awaited")
-        return iter(())
-
-
-def awaitable():
-    return Awaitable()
-
-
-def generator():
-    yield seen.append("never")
-
-
-async def async_generator():
-    yield seen.append("never")
-
-
-def fail():
-    raise ValueError("no\\ncat")
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-async def cancelled():
-    raise asyncio.CancelledError
-
-
-def leave(status):
-    sys.exit(status)
-
-
-def speak():
-    print("one\\ntwo")
-    sys.stderr.write("three")
-    logging.getLogger("reports").warning("four")
-    thread = threading.Thread(target=print, args=("five",))
-    thread.start()
-    thread.join()
-
-
-def mutter():
-    for _ in range(20_000):
-        sys.stdout.write(".")
-
-
-def until_stopped():
-    seen.append("begun")
-    while not catfeeder_cron.stopping():
-        time.sleep(0.01)
-
-
-def deaf(seconds):
-    seen.append("begun")
-    time.sleep(seconds)
-    seen.append("done")
-
-
-async def patient():
-    seen.append("begun")
-    try:
-        await asyncio.sleep(60)
-    finally:
-        await asyncio.sleep(0.05)
-        seen.append("cleaned up")
-
-
-async def stubborn():
-    for _ in range(2):
-        try:
-            seen.append("begun")
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            pass
-
-
-class Namespace:
-    @staticmethod
-    def inner():
-        seen.append("inner")
-
-
-number = 7
-"""
+CALLABLES = Path(__file__).parents[1] / "support" / "custom_callables.py"
 
 Run = Callable[..., JobReport]
 
 
 @pytest.fixture
-def callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module `feeders`, freshly imported by the first job that names it."""
-    (tmp_path / "feeders.py").write_text(CALLABLES)
+def callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
+    """The module `feeders` lies where processes find it; gives what its functions have noted so far."""
+    (tmp_path / "feeders.py").write_text(CALLABLES.read_text())
     (tmp_path / "script.py").write_text("import sys\nprint('at import')\nsys.exit(3)\n")
     (tmp_path / "broken.py").write_text("def main(:\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield lambda: sys.modules["feeders"].seen
-    for name in ("feeders", "script", "broken"):
-        sys.modules.pop(name, None)
+    seen = tmp_path / "seen"
+    return lambda: [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
 
 
 @pytest.fixture
@@ -182,13 +83,6 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
         return given, end
 
     return prepare
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -296,8 +190,14 @@ def test_a_callable_gets_its_arguments_and_can_not_change_them_for_the_next_run(
     assert crons.run("report").outcome == "succeeded"
     assert crons.run("report").outcome == "succeeded"
 
-    given = (("cats", 2), {"list": [1, "changed"], "deep": {"a": True}})
-    assert callables() == [given, given]
+    assert callables() == [[["cats", 2], {"list": [1], "deep": {"a": True}}]] * 2
+
+
+def test_arguments_are_all_that_toml_can_say(run: Run, callables: Any) -> None:
+    times = "2026-01-02, 03:04:05, 2026-01-02T03:04:05Z"
+    run(f'call = "feeders:kinds"\nargs = [1, 1.5, nan, true, "x", {times}, [1], {{a = 1}}]')
+
+    assert callables() == [["int", "float", "float", "bool", "str", "date", "time", "datetime", "list", "dict"]]
 
 
 @pytest.mark.parametrize(
@@ -306,10 +206,14 @@ def test_a_callable_gets_its_arguments_and_can_not_change_them_for_the_next_run(
         ('call = "feeders:note_later"\nargs = ["later"]', ["later"]),
         ('call = "feeders:awaitable"', ["awaited"]),
         ('call = "feeders:Namespace.inner"', ["inner"]),
+        ('call = "feeders:now"', []),
         ('call = "feeders:leave"\nargs = [0]', []),
+        ('call = "feeders:use_a_pool"', [[1, 2]]),
+        ('call = "feeders:fork_and_kill"', [int(signal.SIGTERM)]),
+        ('call = "feeders:fork_and_come_back"', ["parent"]),
     ],
 )
-def test_what_can_be_called_or_awaited_is(run: Run, callables: Any, lines: str, seen: list[str]) -> None:
+def test_what_can_be_called_or_awaited_is(run: Run, callables: Any, lines: str, seen: list[Any]) -> None:
     assert run(lines).outcome == "succeeded"
     assert callables() == seen
 
@@ -318,6 +222,9 @@ def test_what_can_be_called_or_awaited_is(run: Run, callables: Any, lines: str, 
     ("lines", "reason"),
     [
         ('call = "feeders:fail"', "ValueError: see the log"),
+        ('call = "feeders:fail_unheard_of"', "Unheard: see the log"),
+        ('call = "feeders:interrupt"', "KeyboardInterrupt: see the log"),
+        ('call = "feeders:run_out_of_memory"', "MemoryError: see the log"),
         ('call = "feeders:leave"\nargs = [3]', "it ended with exit status 3"),
         ('call = "feeders:leave"\nargs = ["sorry\\nme"]', "it ended with exit status sorry me"),
         ('call = "feeders:leave"\nargs = ["a \\u0000 byte"]', "it ended with exit status a byte"),
@@ -330,6 +237,13 @@ def test_what_can_be_called_or_awaited_is(run: Run, callables: Any, lines: str, 
         ('call = "nowhere:main"', "\"nowhere:main\" can't be imported: ModuleNotFoundError: No module named 'nowhere'"),
         ('call = "script:main"', '"script:main" can\'t be imported: SystemExit: 3'),
         ('call = "broken:main"', '"broken:main" can\'t be imported: SyntaxError'),
+        ('call = "feeders:quit_at_once"\nargs = [5]', "its process ended with exit status 5"),
+        ('call = "feeders:kill_itself"\nargs = [11]', "its process was killed by SIGSEGV"),
+        (
+            'call = "feeders:kill_itself"\nargs = [9]',
+            "its process was killed by SIGKILL, as the system does when memory",
+        ),
+        ('call = "feeders:close_everything"', "its process ended"),
     ],
 )
 def test_whatever_a_callable_ends_in_its_run_fails_with_a_reason_in_one_line(run: Run, lines: str, reason: str) -> None:
@@ -341,10 +255,23 @@ def test_whatever_a_callable_ends_in_its_run_fails_with_a_reason_in_one_line(run
     assert "\n" not in report.reason
 
 
-def test_a_keyboard_interrupt_in_a_worker_thread_is_a_failure_like_any_other(context: Any) -> None:
-    _, end = context('call = "feeders:interrupt"')
+def test_the_traceback_of_what_it_raised_is_kept_in_one_entry(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run('call = "feeders:fail"')
 
-    assert (end().outcome, end().reason) == ("failed", "it raised KeyboardInterrupt")
+    (entry,) = [entry for entry in events(caplog) if entry["event"] == "job_raised"]
+    assert entry["job"] == "report"
+    assert "in fail" in entry["exception"]
+    assert "worker.py" not in entry["exception"]
+    assert "ValueError: no" in entry["exception"]
+
+
+def test_the_stacks_of_a_crash_are_in_the_log(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    run('call = "feeders:kill_itself"\nargs = [11]')
+
+    printed = [entry["line"] for entry in events(caplog) if entry["event"] == "job_output"]
+    assert any("in kill_itself" in line for line in printed)
 
 
 @pytest.mark.parametrize(
@@ -372,19 +299,42 @@ def test_a_dry_run_of_a_callable_says_that_it_can_not_tell(run: Run, callables: 
     assert callables() == []
 
 
-def test_what_it_prints_and_logs_carries_its_name_and_the_streams_are_given_back(
-    run: Run, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_finds_out_that_there_is_no_such_callable(run: Run) -> None:
+    assert run('call = "feeders:nobody"', dry_run=True).outcome == "failed"
+
+
+def test_what_it_prints_and_logs_carries_its_name(
+    run: Run, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    streams = sys.stdout, sys.stderr
     caplog.set_level(logging.INFO)
+    given: list[tuple[str, str]] = []
+
+    def remember(record: logging.LogRecord) -> bool:
+        given.append((record.name, job_of_context()))
+        return True
+
+    caplog.handler.addFilter(remember)
 
     run('call = "feeders:speak"')
 
-    printed = [record.event_dict for record in caplog.records if hasattr(record, "event_dict")]
-    lines = {entry["line"]: entry["job"] for entry in printed if entry["event"] == "job_output"}
-    assert lines == dict.fromkeys(("one", "two", "three", "five"), "report")
-    assert capsys.readouterr() == ("", "")
-    assert (sys.stdout, sys.stderr) == streams
+    lines = {entry["line"]: entry["job"] for entry in events(caplog) if entry["event"] == "job_output"}
+    assert lines == dict.fromkeys(("one", "two", "three", "five", "six"), "report")
+    assert capfd.readouterr() == ("", "")
+    logged = [record for record in caplog.records if record.name == "reports"]
+    assert [(record.levelname, record.getMessage()) for record in logged] == [
+        ("WARNING", "four"),
+        ("ERROR", "failed, but went on"),
+    ]
+    assert "ValueError: seven" in (logged[1].exc_text or "")
+    assert [job for name, job in given if name == "reports"] == ["report", "report"]
+
+
+def test_a_record_below_the_level_of_this_program_stays_away(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+
+    run('call = "feeders:speak"')
+
+    assert [record.getMessage() for record in caplog.records if record.name == "reports"] == ["failed, but went on"]
 
 
 def test_a_line_without_end_is_told_in_pieces(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,27 +344,7 @@ def test_a_line_without_end_is_told_in_pieces(run: Run, caplog: pytest.LogCaptur
 
     pieces = [vars(record)["event_dict"]["line"] for record in caplog.records if "job_output" in record.getMessage()]
     assert sum(map(len, pieces)) == 20_000
-    assert max(map(len, pieces)) < 10_000
-
-
-def test_a_handler_that_writes_to_standard_output_does_not_log_the_log(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class ToStandardOutput(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            print(record.getMessage())
-
-    handler = ToStandardOutput()
-    logger = logging.getLogger("catfeeder_cron.output")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        run('call = "feeders:speak"')
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-
-    assert capsys.readouterr().out.count("job_output") == 4
+    assert max(map(len, pieces)) < 100_000
 
 
 def test_a_callable_that_looks_is_stopped_by_its_timeout(run: Run) -> None:
@@ -423,24 +353,28 @@ def test_a_callable_that_looks_is_stopped_by_its_timeout(run: Run) -> None:
     assert (report.outcome, report.reason) == ("timed_out", "longer than its timeout of 0.2 s")
 
 
-def test_a_coroutine_is_cancelled_at_its_timeout_and_may_clean_up(run: Run, callables: Any) -> None:
-    report = run('call = "feeders:patient"\ntimeout = "0.2s"')
+def test_a_coroutine_is_cancelled_at_its_timeout_and_may_clean_up(context: Any, callables: Any) -> None:
+    given, end = context('call = "feeders:patient"')
+    eventually(callables)
+    given.time_out()
 
-    assert report.outcome == "timed_out"
+    assert end().outcome == "timed_out"
     assert callables() == ["begun", "cleaned up"]
 
 
-def test_a_coroutine_that_resists_is_cancelled_again(run: Run, callables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = run('call = "feeders:stubborn"\ntimeout = "0.2s"')
+def test_a_coroutine_that_resists_is_cancelled_again(context: Any, callables: Any) -> None:
+    given, end = context('call = "feeders:stubborn"')
+    eventually(callables)
+    given.time_out()
 
-    assert report.outcome == "timed_out"
+    assert (end().outcome, end().reason) == ("timed_out", "longer than its timeout of 600 s")
     assert callables() == ["begun", "begun"]
-    assert report.duration.total_seconds() < 10
 
 
-def test_one_that_is_asked_to_stop_and_looks_is_aborted(context: Any, callables: Any) -> None:
-    given, end = context('call = "feeders:until_stopped"')
-    wait_for(lambda: "feeders" in sys.modules and callables())
+@pytest.mark.parametrize("function", ["until_stopped", "until_a_thread_sees_the_stop", "patient"])
+def test_one_that_is_asked_to_stop_and_looks_is_aborted(context: Any, callables: Any, function: str) -> None:
+    given, end = context(f'call = "feeders:{function}"')
+    eventually(callables)
     given.stop.set(JobAborted("the process was asked to stop"))
 
     assert (end().outcome, end().reason) == ("aborted", "the process was asked to stop")
@@ -448,7 +382,7 @@ def test_one_that_is_asked_to_stop_and_looks_is_aborted(context: Any, callables:
 
 def test_one_that_never_looks_and_does_all_its_work_has_succeeded(context: Any, callables: Any) -> None:
     given, end = context('call = "feeders:deaf"\nargs = [0.3]')
-    wait_for(lambda: "feeders" in sys.modules and callables())
+    eventually(callables)
     given.stop.set(JobAborted("the process was asked to stop"))
 
     assert end().outcome == "succeeded"
@@ -458,3 +392,102 @@ def test_one_that_never_looks_and_does_all_its_work_has_succeeded(context: Any, 
 def test_one_that_overruns_its_time_is_recorded_as_timed_out(run: Run, callables: Any) -> None:
     assert run('call = "feeders:deaf"\nargs = [0.3]\ntimeout = "0.1s"').outcome == "timed_out"
     assert callables() == ["begun", "done"]
+
+
+def test_one_that_does_not_end_is_killed_with_all_that_it_started(context: Any, callables: Any) -> None:
+    given, end = context('call = "feeders:never_end"')
+    eventually(callables)
+    given.time_out()
+
+    report = end()
+
+    assert report.outcome == "timed_out"
+    assert report.reason == "longer than its timeout of 600 s; it did not end within 10 s and was killed"
+    (pids,) = callables()
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_process_serves_its_job_again_as_long_as_it_is_there(
+    crons_for: Callable[[str], Crons], callables: Any
+) -> None:
+    crons = crons_for('call = "feeders:whoami"')
+    for _ in range(3):
+        crons.run("report")
+
+    assert len(callables()) == 3
+    assert len(set(callables())) == 1
+    assert callables()[0] != os.getpid()
+
+
+def test_after_one_that_died_the_next_run_has_a_process_of_its_own(
+    crons_for: Callable[[str], Crons], callables: Any
+) -> None:
+    crons = crons_for('call = "feeders:whoami"')
+    crons.run("report")
+    os.kill(callables()[0], signal.SIGKILL)  # while it idles: nobody has to hear of it
+
+    assert crons.run("report").outcome == "succeeded"
+    assert len(set(callables())) == 2
+
+
+@pytest.mark.parametrize("function", ["silence", "close_the_streams", "leave_behind"])
+def test_what_it_changes_in_its_process_is_made_good_for_the_next_run(
+    crons_for: Callable[[str], Crons], callables: Any, caplog: pytest.LogCaptureFixture, function: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    crons = crons_for(f'call = "feeders:first"\nargs = ["{function}"]')
+
+    assert crons.run("report").outcome == "succeeded"
+    assert crons.run("report").outcome == "succeeded"
+
+    assert {entry["line"] for entry in events(caplog) if entry["event"] == "job_output"} >= {"one", "five", "six"}
+    assert "four" in [record.getMessage() for record in caplog.records]
+
+
+def test_what_it_leaves_behind_keeps_nothing_from_closing_and_ends_with_it(
+    crons_for: Callable[[str], Crons], callables: Any
+) -> None:
+    crons = crons_for('call = "feeders:leave_behind"')
+    assert crons.run("report").outcome == "succeeded"
+    crons.close()
+
+    (pids,) = callables()
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_reload_takes_new_code(crons_for: Callable[[str], Crons], callables: Any, tmp_path: Path) -> None:
+    crons = crons_for('call = "feeders:Namespace.inner"')
+    crons.run("report")
+    code = tmp_path / "feeders.py"
+    code.write_text(code.read_text().replace('see("inner")', 'see("another inner")'))
+    crons.run("report")
+    crons.reload(load(crons.settings.path))
+    crons.run("report")
+
+    assert callables() == ["inner", "inner", "another inner"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_that_dies_takes_its_callables_and_all_that_they_started_along(
+    crons_for: Callable[[str], Crons], callables: Any, how: signal.Signals, tmp_path: Path
+) -> None:
+    path = crons_for('call = "feeders:never_end"').settings.path
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from catfeeder_cron import Crons; "
+    embedding = subprocess.Popen([sys.executable, "-c", f'{program} Crons(config={str(path)!r}).run("report")'])
+    eventually(callables)
+    embedding.send_signal(how)
+    embedding.wait(20)
+
+    (pids,) = callables()
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [vars(record)["event_dict"] for record in caplog.records if hasattr(record, "event_dict")]
+
+
+def job_of_context() -> str:
+    """The job that is named in entries that this thread logs now."""
+    from structlog.contextvars import get_contextvars
+
+    return str(get_contextvars().get("job"))

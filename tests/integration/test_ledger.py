@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -11,7 +12,18 @@ import pytest
 
 from catfeeder_cron import schema
 from catfeeder_cron.database import Database
-from catfeeder_cron.ledger import DIED, NO_DAEMON, NO_DATABASE, STILL_RUNNING, Claim, Ledger, Missed, Process
+from catfeeder_cron.ledger import (
+    DIED,
+    NO_DAEMON,
+    NO_DATABASE,
+    STILL_RUNNING,
+    Claim,
+    Heartbeat,
+    Ledger,
+    Missed,
+    Process,
+    Retries,
+)
 from catfeeder_cron.schedule import Slots
 from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
 from tests.support.waiting import eventually
@@ -245,17 +257,18 @@ def test_a_run_is_closed_when_its_daemon_has_been_silent_for_30_seconds_and_not_
     other = open_ledger(daemon)
     other.beat()
     run_id = claim(other, 0, 1).run_id
-    assert other.beat() == ({run_id}, [])
+    assert run_id
+    assert other.beat() == Heartbeat({run_id}, [], {})
     set_heartbeat(admin, daemon, seconds_ago)
 
-    _, closed = ledger.beat()
+    closed = ledger.beat().closed
 
     assert rows(admin, "outcome") == [(outcome,)]
     assert bool(closed) == bool(outcome)
     if outcome:
         assert rows(admin, "reason, finished_at IS NOT NULL") == [(DIED, True)]
         assert "job (run " in closed[0]
-        assert other.beat() == (set(), []), "and it learns so, should it come back"
+        assert other.beat() == Heartbeat(set(), [], {}), "and it learns so, should it come back"
 
 
 def test_a_run_of_a_process_that_has_left_or_never_said_that_it_lives_is_closed(
@@ -313,9 +326,9 @@ def test_a_close_repeated_because_its_answer_was_lost_is_no_news_but_one_by_anot
 ) -> None:
     run_id = claim(ledger, 0, 1).run_id
     assert run_id
-    assert not ledger.close(run_id, report("failed", "no food"))
-    assert not ledger.close(run_id, report("failed", "no food"))
-    assert ledger.close(run_id, report("succeeded"))
+    assert not ledger.close(run_id, report("failed", "no food")).by_another
+    assert not ledger.close(run_id, report("failed", "no food")).by_another
+    assert ledger.close(run_id, report("succeeded")).by_another
     assert rows(admin, "outcome, reason, error") == [("failed", "no food", "no food")]
 
 
@@ -446,3 +459,137 @@ def test_a_run_that_another_closes_at_that_moment_takes_nothing_in(
     closing.join()
 
     assert rows(admin, "run_id, outcome, counts") == [(earlier, "succeeded", {"done": 5}), (run_id, "aborted", {})]
+
+
+MINUTE = timedelta(minutes=1)
+
+
+def fail(ledger: Ledger, run_id: int | None, most: int = 3, after: timedelta = MINUTE, before: int | None = 12) -> Any:
+    """Close a run as failed; return in how long it is retried."""
+    assert run_id
+    retries = Retries(most, after, None if before is None else NOON + before * HOUR + 12 * HOUR)
+    return ledger.close(run_id, report("failed", "no food"), retries).retry_in
+
+
+def make_due(admin: psycopg.Connection) -> None:
+    admin.execute("UPDATE catfeeder_cron.schedule SET retry_at = now() WHERE retry_at IS NOT NULL")
+
+
+def test_a_run_that_failed_is_retried_with_its_slot_later_and_later_until_its_retries_are_used_up(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    run_id, pauses = claim(ledger, 0, 1).run_id, []
+    for _ in range(3):
+        pauses.append(fail(ledger, run_id))
+        assert ledger.claim_retry("job") is None, "it is not due"
+        make_due(admin)
+        run_id = ledger.claim_retry("job")
+        assert ledger.claim_retry("job") is None, "it is claimed"
+    assert fail(ledger, run_id) is None
+
+    for number, pause in enumerate(pauses):
+        assert MINUTE * 2**number <= pause <= MINUTE * 2**number * 1.25
+    assert rows(admin, "slot, trigger, outcome") == [
+        (NOON + HOUR, trigger, "failed") for trigger in ("schedule", "retry", "retry", "retry")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "retried"),
+    [("failed", True), ("timed_out", True), ("succeeded", False), ("skipped", False), ("aborted", False)],
+)
+def test_what_failed_or_timed_out_is_retried_and_nothing_else(ledger: Ledger, outcome: str, retried: bool) -> None:
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+
+    closed = ledger.close(run_id, report(outcome), Retries(1, MINUTE, None))
+
+    assert (closed.retry_in is not None) == retried
+
+
+def test_no_pause_is_longer_than_an_hour_and_a_quarter(ledger: Ledger, admin: psycopg.Connection) -> None:
+    pause = fail(ledger, claim(ledger, 0, 1).run_id, after=timedelta(days=300), before=None)
+
+    assert HOUR <= pause <= 1.25 * HOUR
+
+
+def test_a_run_by_hand_is_not_retried(ledger: Ledger) -> None:
+    assert fail(ledger, ledger.claim_manual("job", shared=False)) is None
+
+
+def test_a_retry_that_would_come_after_the_next_slot_is_none(ledger: Ledger) -> None:
+    assert fail(ledger, claim(ledger, 0, 1).run_id, before=-1) is None
+
+
+def test_the_next_slot_takes_the_place_of_a_retry(ledger: Ledger, admin: psycopg.Connection) -> None:
+    first = claim(ledger, 0, 1).run_id
+    assert fail(ledger, first)
+    second = claim(ledger, 1, 2).run_id
+    assert second
+    make_due(admin)
+    assert ledger.claim_retry("job") is None
+    assert ledger.beat().retries == {}
+    assert ledger.close(second, report()).retry_in is None
+
+    late = claim(ledger, 2, 3).run_id
+    claim(ledger, 3, 4)
+    assert fail(ledger, late) is None, "its slot is not the last one any more"
+
+
+def test_of_many_daemons_one_makes_the_retry_and_all_learn_when_it_is_due(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    others = [open_ledger() for _ in range(6)]
+    assert fail(ledger, claim(ledger, 0, 1).run_id)
+    assert others[0].beat().retries == {}, "it is a minute away"
+    admin.execute("UPDATE catfeeder_cron.schedule SET retry_at = now() + interval '9 s'")
+    assert timedelta(0) < others[0].beat().retries["job"] <= timedelta(seconds=9)
+    make_due(admin)
+    assert others[1].beat().retries == {"job": timedelta(0)}
+    together = threading.Barrier(len(others))
+    claims: list[int | None] = []
+
+    def try_it(each: Ledger) -> None:
+        together.wait()
+        claims.append(each.claim_retry("job"))
+
+    threads = [threading.Thread(target=try_it, args=[each]) for each in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len([each for each in claims if each]) == 1
+
+
+def test_a_retry_that_is_due_during_a_pause_is_skipped_like_a_slot(ledger: Ledger, admin: psycopg.Connection) -> None:
+    fail(ledger, claim(ledger, 0, 1).run_id)
+    make_due(admin)
+    admin.execute("INSERT INTO catfeeder_cron.pauses (job, because, host) VALUES ('*', 'moving', 'h')")
+
+    assert ledger.claim_retry("job") is None
+    admin.execute("DELETE FROM catfeeder_cron.pauses")
+    assert ledger.claim_retry("job") is None
+    assert rows(admin, "trigger, outcome, reason")[1:] == [("retry", "skipped", "paused: moving")]
+
+
+def test_a_retry_waits_while_the_job_runs_by_hand(ledger: Ledger, admin: psycopg.Connection) -> None:
+    fail(ledger, claim(ledger, 0, 1).run_id)
+    make_due(admin)
+    by_hand = ledger.claim_manual("job", shared=False)
+    assert by_hand
+    assert ledger.claim_retry("job") is None
+    ledger.close(by_hand, report())
+    assert ledger.claim_retry("job")
+
+
+def test_a_changed_trigger_ends_what_was_to_be_retried_and_an_unchanged_one_does_not(
+    ledger: Ledger, admin: psycopg.Connection
+) -> None:
+    fail(ledger, claim(ledger, 0, 1).run_id)
+    make_due(admin)
+    ledger.register({"job": "every 1h"}, [])
+    assert ledger.beat().retries
+    ledger.register({"job": "every 2h"}, [])
+    assert not ledger.beat().retries
+    assert ledger.claim_retry("job") is None

@@ -151,6 +151,17 @@ def test_accounts_that_could_not_be_opened_are_opened_by_the_next_heartbeat(
     assert accounts(admin) == {"one": "every 1h"}
 
 
+def test_what_looks_wrong_in_the_web_servers_section_is_logged_at_start_and_reload(
+    start: Callable[[str], Crons], configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    crons = start("[Crons]\nprune_photos = true")
+    crons.reload(configure("[Crons]\nprune_cats = true"))
+    crons.reload(configure(""))
+    told = [record.getMessage() for record in caplog.records if "configuration_warning" in record.getMessage()]
+    assert ["Crons.prune_photos: unknown key" in told[0], "Crons.prune_cats: unknown key" in told[1]] == [True, True]
+    assert len(told) == 2
+
+
 def test_runs_share_an_oauth_client_until_its_settings_change(
     start: Callable[[str], Crons], configure: Configure
 ) -> None:

@@ -214,7 +214,7 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
 ) -> None:
     run = office.begin(given=context(office.database, timeout=1))
     told = []
-    for overdue in (9, 11, 100, 305, 320, 620):
+    for overdue in (14, 16, 105, 310, 325, 625):
         run.context._started = time.monotonic() - 1 - overdue
         office.supervisor._look_at_timeouts()
         told.append(events(caplog).count("job_stuck"))

@@ -1,3 +1,4 @@
+import asyncio
 import gc
 import logging
 import subprocess
@@ -51,6 +52,13 @@ class Gate:
         self.begun.set()
         assert self.open.wait(SOON)
         self.ended.set()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def in_thread(func: Callable[[], object]) -> threading.Thread:
@@ -211,6 +219,8 @@ async def coroutine_function() -> None:
         ({"timezone": "Mars/Olympus"}, "Mars/Olympus"),
         ({"end_date": datetime(2020, 1, 1, tzinfo=UTC)}, "has no run ahead of it"),
         ({"trigger": "cron", "minute": 61}, "61"),
+        ({"trigger": "cron"}, "a cron trigger without any field would be due every second"),
+        ({"trigger": "cron", "timezone": "UTC", "minute": None}, "without any field"),
         ({"trigger": "cron", "month": 2, "day": 31}, "has no run ahead of it"),
         ({"trigger": "date", "run_date": "tomorrow"}, "date"),
         ({"id": 5}, "id must be"),
@@ -267,7 +277,13 @@ def test_removing_an_unknown_task_names_it(tasks: BackgroundTasks, started: bool
 # Running tasks
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+class Unheard(BaseException):
+    """Not an Exception, and none that Python knows."""
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Unheard]
+)
 def test_a_task_that_raises_is_logged_with_its_traceback_and_everything_goes_on(
     caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
@@ -311,9 +327,37 @@ def test_a_task_that_is_still_running_is_not_run_a_second_time(
     assert begun.acquire(timeout=SOON)
 
 
-def test_debug_logs_what_becomes_of_a_task(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="catfeeder_cron")
+def test_a_cron_trigger_may_be_due_every_second_where_that_is_said(tasks: BackgroundTasks) -> None:
+    trigger = tasks.add_task(nothing, trigger="cron", second="*").trigger
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert trigger.get_next_fire_time(now, now) == now + timedelta(seconds=1)
 
+
+@pytest.fixture
+def debug_records(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Gives this package's debug records, and resets afterwards what asking for them changes."""
+    caplog.set_level(logging.NOTSET, logger="catfeeder_cron")
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("catfeeder_cron") and record.levelno == logging.DEBUG
+    ]
+
+
+def test_debug_logs_each_change_of_state(debug_records: Callable[[], list[str]]) -> None:
+    tasks = BackgroundTasks(debug=True)
+    assert tasks.debug
+    for change in (tasks.start, tasks.pause, tasks.resume, tasks.stop):
+        change()
+    assert [record.split()[0] for record in debug_records()] == [
+        "scheduler_started",
+        "scheduler_paused",
+        "scheduler_resumed",
+        "scheduler_stopped",
+    ]
+
+
+def test_debug_logs_what_becomes_of_a_task(debug_records: Callable[[], list[str]]) -> None:
     def raise_it() -> None:
         raise LookupError
 
@@ -323,7 +367,7 @@ def test_debug_logs_what_becomes_of_a_task(caplog: pytest.LogCaptureFixture) -> 
         tasks.start()
         tasks.stop()
 
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("catfeeder_cron")]
+    ours = debug_records()
     for event, task in [
         ("task_added", "calm"),
         ("task_submitted", "calm"),
@@ -403,6 +447,15 @@ def test_the_safe_ones_return_the_codes_and_log_the_reason(
     assert [tasks.safe_pause(), tasks.safe_pause(), tasks.safe_resume()] == [10, 10, 10]
     assert [tasks.safe_stop(), tasks.safe_stop(wait=False)] == [10, 10]
     assert not tasks.running
+
+
+def test_the_codes_and_debug_can_be_read_and_not_changed() -> None:
+    tasks = BackgroundTasks(success=10, error=20)
+    assert (tasks.success, tasks.error, tasks.debug) == (10, 20, False)
+    assert (BackgroundTasks().success, BackgroundTasks().error) == (0, 84)
+    for name in ("success", "error", "debug"):
+        with pytest.raises(AttributeError):
+            setattr(tasks, name, 1)
 
 
 def test_the_codes_are_0_and_84_by_default() -> None:
@@ -591,6 +644,43 @@ def test_a_stopped_scheduler_starts_again_with_the_tasks_that_it_had(
         tasks.add_task(nothing, id="often")
 
 
+class Faulty(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Due at once, and then not to be asked again."""
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime | None:
+        if previous is not None:
+            raise LookupError("no calendar")
+        return now
+
+
+def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("catfeeder_cron.schedulers._AFTER_FAILURE_SECONDS", 0.01)
+    ran = threading.Event()
+    with BackgroundTasks() as tasks:
+        tasks.add_task(nothing, trigger=Faulty(), id="faulty")
+        tasks.start()
+        wait_until(lambda: "due_tasks_not_found" in caplog.text)
+        tasks.remove_task("faulty")
+        tasks.add_task(ran.set, trigger="date")
+        assert ran.wait(SOON)
+    assert "LookupError: no calendar" in caplog.text
+
+
+def test_what_is_told_of_each_turn_may_raise(caplog: pytest.LogCaptureFixture) -> None:
+    ran = threading.Event()
+
+    def on_turn() -> None:
+        raise LookupError
+
+    with BackgroundTasks(on_turn=on_turn) as tasks:
+        tasks.add_task(ran.set, seconds=0.02)
+        tasks.start()
+        assert ran.wait(SOON)
+    assert "on_turn_failed" in caplog.text
+
+
 class OneRun(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
     """Due at once, and slow to say that there is no further run."""
 
@@ -602,7 +692,7 @@ class OneRun(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
         if previous is None:
             return now
         self.asked_for_more.set()
-        self.answer.wait(SOON)
+        self.was_answered = self.answer.wait(SOON)
         return None
 
 
@@ -700,6 +790,114 @@ def test_a_task_that_holds_the_last_reference_shuts_the_scheduler_down_in_the_en
     gate.open.set()
 
     assert threads_ended(threads)
+
+
+def test_a_drop_does_not_wait_for_what_the_scheduler_is_about() -> None:
+    """It may happen under a lock that the scheduler's thread, here in a trigger of one's own, is waiting for."""
+    before = set(threading.enumerate())
+    tasks = BackgroundTasks()
+    trigger = OneRun()
+    tasks.add_task(nothing, trigger=trigger)
+    tasks.start()
+    assert trigger.asked_for_more.wait(SOON)
+    threads = set(threading.enumerate()) - before
+
+    del tasks
+    gc.collect()
+    trigger.answer.set()
+
+    assert threads_ended(threads)
+    assert trigger.was_answered
+
+
+def test_objects_that_were_stopped_are_not_remembered() -> None:
+    for _ in range(3):
+        tasks = BackgroundTasks()
+        for _ in range(2):
+            tasks.start()
+            tasks.stop()
+    gone = weakref.ref(tasks._scheduler)
+    del tasks
+    gc.collect()
+    assert gone() is None
+
+
+def run_program(source: str) -> "subprocess.CompletedProcess[str]":
+    # Python warns of forks where there are threads, which is what these programs are about.
+    options = ["-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    return subprocess.run(
+        [sys.executable, *options, "-c", source], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("start", ["tasks.start()", "threading.Thread(target=tasks.start).start()"])
+def test_a_program_that_ends_while_a_task_runs_waits_for_it_and_prints_nothing(start: str) -> None:
+    """Other tasks come due meanwhile, for which there is no worker any more."""
+    source = f"""
+import threading, time
+from catfeeder_cron import BackgroundTasks
+
+begun = threading.Event()
+
+def long():
+    begun.set()
+    threading.main_thread().join(timeout=1)
+    print("done", flush=True)
+
+tasks = BackgroundTasks(blocking="Thread" in {start!r})
+tasks.add_task(long, trigger="date")
+tasks.add_task(lambda: None, seconds=0.1)
+{start}
+assert begun.wait(60)
+"""
+    ended = run_program(source)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+FORKED = """
+import os, sys, threading
+from catfeeder_cron import BackgroundTasks
+
+ran, held = threading.Event(), threading.Event()
+started, fresh = BackgroundTasks(), BackgroundTasks()
+started.add_task(lambda: None, seconds=0.05)
+started.start()
+fresh.add_task(ran.set, seconds=0.05)
+
+def hold():
+    with started._lock, fresh._lock, started._scheduler._turn, fresh._scheduler._jobstores_lock:
+        held.set()
+        done.wait()
+
+done = threading.Event()
+holder = threading.Thread(target=hold)
+holder.start()
+assert held.wait(60)
+child = os.fork()
+if child == 0:
+    print(started.running, started.tasks, started.safe_start(), started.safe_pause(), started.safe_add_task(print))
+    print(started.safe_stop(), started.safe_stop(wait=False))
+    with started:
+        pass
+    del started
+    print(fresh.running, fresh.safe_start(), ran.wait(60), fresh.safe_stop(), flush=True)
+    sys.exit()
+_, status = os.waitpid(child, 0)
+done.set()
+holder.join()
+print(status, started.running, started.safe_stop(), flush=True)
+"""
+
+
+def test_after_a_fork_what_the_parent_has_started_does_not_run_in_the_child_and_says_so() -> None:
+    """Also where another thread held every lock at that moment. What was only made before is started as usual."""
+    ended = run_program(FORKED)
+    assert ended.stdout.splitlines() == ["False [] 84 84 84", "0 0", "False 0 True 0", "0 True 0"]
+    assert ended.returncode == 0
+    reason = "it was in use before this process was forked, and lives on in the parent alone"
+    assert f"can't start the scheduler: {reason}; make a new one after the fork" in ended.stderr
+    assert ended.stderr.count(reason) == 3
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit", "del tasks"])

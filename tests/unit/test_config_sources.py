@@ -240,6 +240,13 @@ def test_a_url_file_is_held_to_the_rules_of_the_configuration(tmp_path: Path, fi
     assert f'{url_file}: got text, expected "postgresql://..."' in only_fault(file)
 
 
+def test_a_url_of_another_database_is_told_that_there_is_postgresql_alone(file: Path) -> None:
+    """The web server that uses the tables may run on MySQL."""
+    only = "; no other database than PostgreSQL is supported"
+    assert only_fault(file, CATFEEDER_CRON_DATABASE_URL="MySQL://cat:hunter2@db/cats").endswith(only)
+    assert only not in only_fault(file, CATFEEDER_CRON_DATABASE_URL="db/cats")
+
+
 def test_a_credential_that_can_not_be_read_is_told(tmp_path: Path, file: Path) -> None:
     (tmp_path / "database-url").mkdir()
     assert f"{tmp_path}/database-url: it can't be read" in only_fault(file, CREDENTIALS_DIRECTORY=str(tmp_path))

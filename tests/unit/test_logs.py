@@ -302,5 +302,59 @@ def test_unconfigured_events_go_to_the_host_programs_logging_and_not_to_standard
     assert done.stderr == ("catfeeder_cron.x WARNING slot_missed job=x name=taken password=[redacted] tokens=12\n")
 
 
+DEBUG = """
+from catfeeder_cron.logs import get_logger, show_debug_records
+root = logging.getLogger()
+before = root.level, list(root.handlers), logging.getLogger('other').level
+show_debug_records()
+show_debug_records()
+assert (root.level, root.handlers, logging.getLogger('other').level) == before
+logging.getLogger('other').debug('chatter')
+get_logger('catfeeder_cron.x').debug('told', portions=3)
+"""
+
+
+def test_debug_records_go_to_standard_error_where_a_program_has_no_handler() -> None:
+    done = run_python(f"import logging\n{DEBUG}get_logger('catfeeder_cron.x').error('told_too')\n")
+
+    first, second = done.stderr.splitlines()
+    assert first.endswith("DEBUG catfeeder_cron.x: told portions=3")
+    assert second.endswith("ERROR catfeeder_cron.x: told_too")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("configured", ["before", "after"])
+def test_debug_records_go_once_to_the_handlers_that_a_program_has(configured: str) -> None:
+    setup = "import logging\nlogging.basicConfig(level='INFO', format='HOST %(message)s')\n"
+    again = "get_logger('catfeeder_cron.x').debug('told', portions=3)\nlogging.getLogger('other').info('theirs')\n"
+    program = setup + DEBUG + again if configured == "before" else f"import logging\n{DEBUG}{setup}{again}"
+    told = [line for line in run_python(program).stderr.splitlines() if line.startswith("HOST")]
+
+    assert told[-2:] == ["HOST told portions=3", "HOST theirs"]
+    assert len(told) == (3 if configured == "before" else 2)
+
+
+def test_debug_records_of_a_logger_that_a_program_has_given_a_handler_go_there_alone() -> None:
+    setup = """
+import logging, sys
+logging.getLogger('catfeeder_cron').addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger('catfeeder_cron').propagate = False
+"""
+    done = run_python(setup + DEBUG)
+    assert (done.stdout, done.stderr) == ("told portions=3\n", "")
+
+
 def test_importing_logs_loads_neither_structlog_nor_rich() -> None:
     run_python("import sys, catfeeder_cron.logs; assert not {'structlog', 'rich'} & sys.modules.keys(), sys.modules")
+
+
+def test_a_traceback_that_comes_as_text_is_part_of_the_entry() -> None:
+    stream = io.StringIO()
+    configure("info", "json", stream)
+    record = logging.makeLogRecord({"name": "far.away", "levelno": logging.ERROR, "msg": "it failed"})
+    setattr(record, logs.TRACEBACK, "Traceback (most recent call last):\nValueError: secret=hush")
+    logging.getLogger("far.away").handle(record)
+
+    (entry,) = entries(stream)
+    assert (entry["event"], entry["logger"]) == ("it failed", "far.away")
+    assert entry["exception"] == "Traceback (most recent call last):\nValueError: secret=[redacted]"

@@ -19,6 +19,7 @@ from catfeeder_cron.actions.webhook.allowed import AllowList
 from catfeeder_cron.actions.webhook.connection import CheckedTransport, Resolve, resolve
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import HopelessAction, PostponedAction
+from catfeeder_cron.imports import load
 
 TIMEOUT_SECONDS = 20
 """For a whole request, from the look-up of the name to the end of what is read of the answer."""
@@ -34,6 +35,8 @@ async def open_webhooks(
     settings: ActionsSettings, resolve: Resolve = resolve, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> AsyncIterator[Perform]:
     """Yield what sends an action's request."""
+    # What httpx imports when it makes a transport, and httpcore when it makes a connection.
+    load("httpcore", "certifi", "anyio._backends._asyncio")
     allowed = AllowList(settings.webhook.allowed)
     # A proxy or a .netrc from the environment would be a way around the checks.
     async with httpx.AsyncClient(

@@ -73,6 +73,40 @@ def test_a_traceback_is_one_entry_and_one_of_twenty_megabytes_arrives(service: M
     assert len(line) > 40_000_000
 
 
+def test_what_a_callable_prints_logs_and_raises_is_found_by_its_job(service: Machine, app: psycopg.Connection) -> None:
+    code = (
+        "import logging, subprocess\n"
+        "def main():\n"
+        "    print('printed')\n"
+        "    logging.getLogger('feeders').warning('logged')\n"
+        "    subprocess.run(['echo', 'started'])\n"
+        "    raise ValueError('raised')\n"
+        "def stay():\n"
+        "    while True: pass\n"
+    )
+    (folder,) = service.run("sh", "-c", "echo /opt/catfeeder-cron/venv/lib/python3.*/site-packages").split()
+    service.write(f"{folder}/feeders.py", code)
+    jobs = '[jobs.feed]\ncall = "feeders:main"\ninterval = 1\n[jobs.stay]\ncall = "feeders:stay"\ninterval = 1\n'
+    service.write(CONFIG, f'[database]\nurl_file = "{URL_FILE}"\n{jobs}')
+    service.systemctl("start", UNIT)
+    lines = {"printed", "started"}
+    eventually(lambda: lines <= {entry.get("LINE") for entry in service.journal("JOB=feed", "EVENT=job_output")})
+    logged = eventually(lambda: service.journal("JOB=feed", "LOGGER=feeders"))[0]
+    assert logged["MESSAGE"].startswith("logged job=feed run_id=")
+    assert logged["PRIORITY"] == "4"
+    raised = eventually(lambda: service.journal("JOB=feed", "EVENT=job_raised"))[0]
+    assert raised["MESSAGE"].startswith("job_raised job=feed run_id=")
+    assert raised["MESSAGE"].endswith("ValueError: raised")
+    assert "in main" in raised["MESSAGE"]
+    eventually(lambda: app.execute("SELECT FROM catfeeder_cron.job_runs WHERE job = 'stay'").fetchall())
+    service.systemctl("stop", UNIT)
+    (ended,) = app.execute(
+        "SELECT outcome FROM catfeeder_cron.job_runs WHERE job = 'stay' AND missed IS NULL"
+    ).fetchall()
+    assert ended == ("aborted",)
+    assert "guard.main" not in service.run("ps", "-eo", "args")
+
+
 def test_a_journal_that_is_stopped_does_not_stop_the_jobs(service: Machine, app: psycopg.Connection) -> None:
     jobs = JOBS + '[jobs.test-hello-world]\nenabled = true\ninterval = "1s"\n'
     service.write(CONFIG, jobs)

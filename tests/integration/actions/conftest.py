@@ -21,7 +21,7 @@ from catfeeder_cron.schema.application import create_tables
 HERE = Path(__file__).parent
 KINDS = (
     *("note", "note_later", "noop", "fail", "hopeless", "postponed", "wait_for", "kill", "leave", "resign", "freeze"),
-    *("hang", "scribble", "generate", "garble"),
+    *("hang", "scribble", "generate", "garble", "until_stopped"),
 )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from catfeeder_cron import HopelessAction, PostponedAction
+from catfeeder_cron import HopelessAction, PostponedAction, stopping
 from catfeeder_cron.action import Action
 
 
@@ -46,6 +46,12 @@ def wait_for(action: Action) -> None:
     """Note, then last until the file that the payload names is there."""
     note(action)
     while not Path(action.payload["until"]).exists():
+        time.sleep(0.01)
+
+
+def until_stopped(action: Action) -> None:
+    note(action)
+    while not stopping():
         time.sleep(0.01)
 
 

@@ -13,6 +13,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.action import Action, Handler, Perform
+from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.due_actions.attempts import Attempts
@@ -66,7 +67,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     first, second = (
         Claimed(Action(number, None, None, "hold", None, datetime.now(UTC), 1, ""), "us") for number in (1, 2)
     )
-    with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, 60, 60) as attempts:
+    with Attempts(ActionsSettings(), {"hold": Handler("hold", opened)}, Children(), 60, 60) as attempts:
         attempts.begin([first])
         assert holding.wait(SOON)
         attempts.begin([second])
@@ -350,6 +351,27 @@ def test_asked_to_stop_it_lets_the_handlers_at_work_end(
     assert (reports[0].outcome, reports[0].counts["done"]) == ("aborted", 1)
     assert actions.get(first, "state") == "done"
     assert actions.get(second, "state, attempts") == ("pending", 0)
+
+
+def test_a_handler_that_looks_ends_at_its_timeout_and_is_retried(actions: Actions, run: Run) -> None:
+    action = actions.add("until_stopped")
+
+    assert run(action_timeout=1).counts["retried"] == 1
+    assert actions.log(action) == [(1, "retried", "longer than the action_timeout of 1 s")]
+
+
+def test_a_handler_that_looks_ends_when_the_daemon_stops_and_is_retried(
+    actions: Actions, run: Run, context: Callable[..., JobContext]
+) -> None:
+    action = actions.add("until_stopped")
+    given = context()
+    thread, reports = in_background(run, given)
+    wait_until(actions.notes)
+    given.stop.set(JobAborted("the process was asked to stop"))
+    thread.join()
+
+    assert (reports[0].outcome, reports[0].counts["retried"]) == ("aborted", 1)
+    assert actions.log(action) == [(1, "retried", "it was asked to stop")]
 
 
 def test_out_of_time_it_stops_the_handlers_as_well(

@@ -1,5 +1,6 @@
 """renew-oauth through Crons and the command line: statuses, what is printed, and what a starting daemon takes over."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -50,6 +51,24 @@ def test_renew_oaths_returns_0_and_84_with_the_client_that_is_handed_in(
         assert asked == [provider.url]
         world.connection.execute('DROP TABLE "ActiveOauths"')
         assert crons.renew_oaths() == 84
+
+
+def test_renew_oaths_works_where_an_event_loop_runs(
+    world: World, config: Path, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in an async web handler or a notebook, and with something due: without, nothing is asynchronous."""
+    caplog.set_level("DEBUG", logger="catfeeder_cron")
+    ids = [world.add_link(provider.log_in("tom")), world.add_link("nobody knows this")]
+
+    async def handler() -> int:
+        with Crons(config=config) as crons:
+            return crons.renew_oaths()
+
+    assert asyncio.run(handler()) == 0
+    assert [provider.renewals["tom"], world.link(ids[0]).token != "old-access"] == [1, True]
+    told = [record for record in caplog.records if "oauth_needs_new_login" in record.getMessage()]
+    assert ["job=renew-oauth" in record.getMessage() for record in told] == [True], "the context of the log is kept"
+    assert world.connection.execute("SELECT outcome FROM catfeeder_cron.job_runs").fetchall() == [("succeeded",)]
 
 
 def test_run_once_tells_what_it_did_by_provider(world: World, config: Path, provider: Provider) -> None:

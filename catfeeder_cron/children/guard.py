@@ -1,0 +1,176 @@
+"""Watches over the process that runs an operator's callable, from outside of it, and ends all that it started.
+
+It needs no cooperation of the callable: that may hold the interpreter's lock, block signals, close descriptors or leave
+processes behind. Everything that the worker starts stays the guard's descendant, even when it detaches itself, because
+the guard adopts orphans (PR_SET_CHILD_SUBREAPER). It ends as the worker ended, so the daemon sees one process.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# While there is a deadline it is looked at this often: no timer goes on while a machine is suspended.
+_LOOK_SECONDS = 1.0
+# What can't be killed (it belongs to somebody else, or hangs in the kernel) is waited for this long.
+_KILL_SECONDS = 5.0
+# When memory runs out the kernel is to take the callable, not the daemon.
+_OOM_SCORE = "500"
+
+
+def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
+    """Fork, call `work` in the new process, and watch over it.
+
+    `parent` is the daemon's process id. From the descriptor `control` come lines with the seconds from now after which
+    everything is to be killed (0: never).
+    """
+    _die_with(parent, signal.SIGTERM)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    guard = os.getpid()
+    alarm, alarm_write = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        for end in (control, alarm, alarm_write):
+            os.close(end)
+        os.setsid()  # a callable that kills its process group must not reach the guard
+        _die_with(guard, signal.SIGKILL)
+        _be_first_when_memory_runs_out()
+        work()
+    for number in range(3):  # the daemon is to see their end when the worker has closed its own
+        os.close(number)
+    _Guard(worker, control, alarm, alarm_write).watch()
+
+
+class _Guard:
+    def __init__(self, worker: int, control: int, alarm: int, alarm_write: int) -> None:
+        self._worker = worker
+        self._control = control
+        self._alarm = alarm
+        self._deadline: float | None = None
+        self._read = b""
+        os.set_blocking(alarm_write, False)
+        signal.set_wakeup_fd(alarm_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, lambda _number, _frame: None)
+
+    def watch(self) -> NoReturn:
+        while True:
+            status = _reap(self._worker)
+            if status is not None:
+                _kill_descendants()
+                _end_like(status)
+            left = self._left()
+            if left is not None and left <= 0:
+                _kill_descendants()
+                _die_by(signal.SIGALRM)
+            wait = None if left is None else min(left, _LOOK_SECONDS)
+            ready, _, _ = select.select([self._control, self._alarm], [], [], wait)
+            if self._alarm in ready and signal.SIGTERM in os.read(self._alarm, 64):
+                break
+            if self._control in ready and not self._take_orders():
+                break
+        _kill_descendants()
+        _die_by(signal.SIGTERM)
+
+    def _take_orders(self) -> bool:
+        """Read the next deadlines; False when the daemon is gone."""
+        read = os.read(self._control, 4096)
+        *lines, self._read = (self._read + read).split(b"\n")
+        for line in lines:
+            seconds = float(line)
+            self._deadline = _elapsed_seconds() + seconds if seconds else None
+        return bool(read)
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else self._deadline - _elapsed_seconds()
+
+
+def _elapsed_seconds() -> float:
+    """Seconds on a clock that goes on while the machine is suspended: a lease grows old by it."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _reap(worker: int) -> int | None:
+    """Take note of every process that has ended; return the worker's status if it is among them."""
+    found = None
+    with suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == worker:
+                found = status
+    return found
+
+
+def _kill_descendants() -> None:
+    """Kill and reap until nobody is left. New ones may come up meanwhile: all of them end up as our children."""
+    until = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < until:
+        for pid in _descendants():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.002)
+
+
+def _descendants() -> list[int]:
+    """Return the processes that descend from this one, as far as /proc shows them."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):  # noqa: PTH208 - a Path for every process would cost more than all the rest
+        if name.isdecimal():
+            with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123 - as above
+                # "pid (name) state ppid ...": the name may hold blanks and parentheses.
+                parent = int(file.read().rpartition(b")")[2].split()[1])
+                children.setdefault(parent, []).append(int(name))
+    found, ahead = [], [os.getpid()]
+    while ahead:
+        below = children.get(ahead.pop(), [])
+        found += below
+        ahead += below
+    return found
+
+
+def _end_like(status: int) -> NoReturn:
+    if os.WIFSIGNALED(status):
+        _die_by(os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def _die_by(number: int) -> NoReturn:
+    import resource
+
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left its own, if any
+    with suppress(OSError):  # SIGKILL has no handler
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # where the signal is blocked
+
+
+def _be_first_when_memory_runs_out() -> None:
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 - pathlib takes a while
+        file.write(_OOM_SCORE)
+
+
+def _die_with(parent: int, number: signal.Signals) -> None:
+    """Get a signal when `parent` ends, now if it has ended already."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -1,0 +1,67 @@
+"""Run a coroutine from code that is not asynchronous, wherever that code is called from.
+
+`asyncio.run` refuses to work in a thread that runs an event loop: in an async web handler, in a notebook. What our
+methods promise does not depend on that, so there the coroutine gets a thread and an event loop of its own.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from contextvars import copy_context
+from threading import Thread
+from typing import Any, TypeVar
+
+# How long a thread may take to begin on a busy machine.
+_BEGIN_SECONDS = 10
+
+T = TypeVar("T")
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what the coroutine returns, or raise what it raises; this thread waits until then.
+
+    The coroutine sees the context variables of this thread. When a KeyboardInterrupt ends the wait, the coroutine is
+    cancelled, and the interrupt is raised when it has ended.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    return _run_in_thread(coroutine)
+
+
+def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+    ended: Future[T] = Future()
+
+    async def work() -> T:
+        task = asyncio.create_task(coroutine)
+        begun.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    def run() -> None:
+        try:
+            ended.set_result(asyncio.run(work()))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
+            ended.set_exception(error)
+
+    thread = Thread(target=copy_context().run, args=[run], name="coroutine")
+    try:
+        thread.start()
+        wait([ended])
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and thread.ident is None:
+            coroutine.close()  # the system has no further thread to give
+            raise
+        # The handler of a signal has raised it in this thread, so the other one, if it has begun, has to be told.
+        either: list[Future[Any]] = [begun, ended]
+        wait(either, timeout=_BEGIN_SECONDS, return_when=FIRST_COMPLETED)
+        if begun.done():
+            loop, task = begun.result()
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
+            wait([ended])
+        raise
+    thread.join()
+    return ended.result()

@@ -1,0 +1,151 @@
+"""What becomes of threads and connections when nobody closes the object that opened them.
+
+Three things can happen to such an object: it is dropped, its program ends, its process forks. It keeps what it has
+opened in a resource, to which threads and callbacks may refer as they like. The resource never refers to the object, so
+the object can be dropped at any time.
+"""
+
+import _thread
+import atexit
+import concurrent.futures.thread  # noqa: F401 - its hook has to be registered before ours, so that ours is called first
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from catfeeder_cron.logs import get_logger
+
+log = get_logger(__name__)
+
+FORKED = "it was in use before this process was forked, and lives on in the parent alone; make a new one after the fork"
+
+T = TypeVar("T")
+
+# Changed by single operations on a set or dict, which threads can't get in the way of, and never under a lock: a
+# finalizer may run in the midst of any code, and so in the thread that holds the lock.
+_open: set["Resource"] = set()
+_dropped: dict["Resource", threading.Event] = {}
+_told_of_forks: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
+
+
+class Resource(Protocol):
+    """What an object has opened."""
+
+    def ask_to_end(self) -> None:
+        """Begin nothing on a schedule any more, and ask what runs on it to end. Don't wait for that.
+
+        It is called when the main thread has ended. Other threads of the program may go on, and use what they have.
+        """
+
+    def wait_for_schedule(self) -> None:
+        """Wait for what runs on a schedule still: the program would, but it takes the means to start threads first."""
+
+    def let_go(self, *, at_exit: bool) -> None:
+        """End everything. It may wait for what runs: it is called in a thread for that alone.
+
+        `at_exit` it is called in the main thread, when all threads but daemons have ended, and must not wait for ever.
+        """
+
+
+def keep(owner: object, resource: Resource) -> Callable[[], None]:
+    """Let the resource go when its owner is dropped, or else when the program ends.
+
+    Returns what is to be called when the owner has closed the resource itself.
+    """
+    _open.add(resource)
+    finalizer = weakref.finalize(owner, _drop, resource)
+    finalizer.atexit = False  # see _before_threads_end
+
+    def closed() -> None:
+        finalizer.detach()
+        _open.discard(resource)
+
+    return closed
+
+
+def after_fork(owner: T, call: Callable[[T], None]) -> None:
+    """Have `call` called with the owner in every process that is forked from this one, for as long as it exists.
+
+    There, no thread but the one that forked exists, and any lock may be held for ever by one that does not: `call` must
+    make the owner's locks anew, and must not use what it shares with the parent.
+    """
+    _told_of_forks[owner] = call
+
+
+def wait_for_dropped(most: int = 1, seconds: float = 10) -> None:
+    """Wait until no more than `most` dropped resources are being let go, for so many seconds at most.
+
+    Who opens and drops faster than that would otherwise pile up threads and connections.
+    """
+    until = time.monotonic() + seconds
+    for gone in list(_dropped.values())[: -most or None]:
+        gone.wait(max(0.0, until - time.monotonic()))
+
+
+def _drop(resource: Resource) -> None:
+    """Begin to let a resource go whose owner is dropped.
+
+    A finalizer runs in whatever thread lets the last reference go, or collects garbage, and in the midst of anything:
+    it must not wait for anything, a lock included. Starting a `threading.Thread` waits for it.
+    """
+    if resource in _open:
+        _dropped[resource] = threading.Event()
+        with suppress(RuntimeError):  # there is no further thread to be had: it is let go when the program ends
+            _thread.start_new_thread(_begin_to_let_go, (resource,))
+
+
+def _begin_to_let_go(resource: Resource) -> None:
+    # The program waits for this thread, unlike for the one that we are in; and `threading` does not know the latter,
+    # so asking which thread this is would leave a dummy behind.
+    with suppress(RuntimeError):  # as above
+        threading.Thread(target=_let_go, args=[resource], name="let-go", daemon=False).start()
+
+
+def _let_go(resource: Resource, *, at_exit: bool = False) -> None:
+    try:
+        _open.remove(resource)
+    except KeyError:
+        return  # another thread does
+    try:
+        resource.let_go(at_exit=at_exit)
+    except Exception:
+        log.exception("not_let_go")
+    finally:
+        if gone := _dropped.pop(resource, None):
+            gone.set()
+
+
+def _before_threads_end() -> None:
+    """Have what is on a schedule end as the program ends.
+
+    atexit calls its functions only when all threads have ended, and the threads of an executor end without its
+    scheduler being told.
+    """
+    still_open = list(_open)
+    for end in (*(each.ask_to_end for each in still_open), *(each.wait_for_schedule for each in still_open)):
+        try:
+            end()
+        except Exception:
+            log.exception("not_ended")
+
+
+def _at_exit() -> None:
+    for resource in list(_open):
+        _let_go(resource, at_exit=True)
+
+
+def _in_forked_child() -> None:
+    for owner, call in list(_told_of_forks.items()):
+        call(owner)
+    _open.clear()
+    _dropped.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_forked_child)
+with suppress(RuntimeError):  # the program is ending already
+    # What concurrent.futures uses for the same purpose. There is no public way.
+    threading._register_atexit(_before_threads_end)  # type: ignore[attr-defined]  # noqa: SLF001

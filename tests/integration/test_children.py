@@ -1,0 +1,205 @@
+"""Processes for an operator's callables: how long one is kept, and what ends it."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catfeeder_cron.children.pool import Call, Children
+from catfeeder_cron.errors import CatfeederCronError, ChildDied
+from tests.support.processes import is_alive
+from tests.support.waiting import eventually
+
+CODE = """
+import os, sys, time
+
+def whoami():
+    return str(os.getpid())
+
+def last(file):
+    with open(file + ".new", "w") as written:
+        written.write(str(os.getpid()))
+    os.rename(file + ".new", file)
+    while True:
+        time.sleep(1000)
+
+def say_goodbye(file):
+    import atexit
+    atexit.register(lambda: open(file, "w").write("goodbye"))
+    return str(os.getpid())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "called.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def is_gone(pid: int) -> bool:
+    return not is_alive(pid)
+
+
+def call(children: Children, function: str, *arguments: Any, key: str = "key") -> Call:
+    return children.call(key, f"called:{function}", *arguments, on_line=lambda _line: None)
+
+
+def pid_of(children: Children, key: str = "key") -> int:
+    return int(call(children, "whoami", key=key).future.result(60).text or 0)
+
+
+def lasting(children: Children, folder: Path, name: str = "pid") -> tuple[Call, int]:
+    """Begin a call that lasts for ever; return it with its process."""
+    begun = folder / name
+    made = call(children, "last", str(begun))
+    eventually(begun.exists)
+    return made, int(begun.read_text())
+
+
+def test_calls_of_one_key_share_a_process_and_those_of_another_do_not(folder: Path) -> None:
+    with Children() as children:
+        assert pid_of(children) == pid_of(children) != pid_of(children, "another")
+
+
+def test_calls_at_the_same_time_have_a_process_each(folder: Path) -> None:
+    with Children() as children:
+        first, second = lasting(children, folder, "first"), lasting(children, folder, "second")
+        assert first[1] != second[1]
+        for made, pid in (first, second):
+            made.kill()
+            with pytest.raises(ChildDied):
+                made.future.result(60)
+            eventually(partial(is_gone, pid))
+
+
+def test_one_that_has_idled_for_long_is_ended(folder: Path) -> None:
+    with Children(idle=timedelta(seconds=0.05)) as children:
+        idle = pid_of(children)
+        eventually(lambda: is_gone(idle))
+        assert pid_of(children) != idle
+
+
+def test_of_many_that_idle_the_oldest_are_ended(folder: Path) -> None:
+    with Children() as children:
+        pids = [pid_of(children, str(key)) for key in range(18)]
+        eventually(lambda: is_gone(pids[0]) and is_gone(pids[1]))
+        assert not any(map(is_gone, pids[2:]))
+
+
+def test_one_that_is_retired_ends_in_order(folder: Path) -> None:
+    with Children() as children:
+        file = folder / "goodbye"
+        pid = int(call(children, "say_goodbye", str(file)).future.result(60).text or 0)
+        children.retire()
+        eventually(lambda: is_gone(pid) and file.read_text() == "goodbye")
+        assert pid_of(children) != pid
+
+
+def test_one_at_work_is_retired_when_its_call_is_over(folder: Path) -> None:
+    with Children() as children:
+        first = pid_of(children)
+        made, pid = lasting(children, folder)
+        assert pid == first
+        children.retire()
+        assert not is_gone(pid)
+        made.kill()
+        assert pid_of(children) != pid
+
+
+def test_closing_kills_what_is_at_work_and_takes_no_further_call(folder: Path) -> None:
+    children = Children()
+    made, pid = lasting(children, folder)
+    children.close()
+
+    assert is_gone(pid)
+    with pytest.raises(ChildDied):
+        made.future.result(60)
+    with pytest.raises(CatfeederCronError, match="ending"):
+        call(children, "whoami")
+
+
+def test_a_pool_that_is_dropped_ends_its_processes(folder: Path) -> None:
+    children = Children()
+    idle = pid_of(children)
+    del children
+    gc.collect()
+
+    eventually(lambda: is_gone(idle))
+
+
+def test_the_deadline_holds_though_the_process_that_called_is_frozen(folder: Path) -> None:
+    begun = folder / "pid"
+    program = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+from catfeeder_cron.children.pool import Children
+children = Children()
+call = children.call("key", "called:last", {str(begun)!r}, on_line=print)
+call.set_deadline(1000)
+sys.stdin.readline()
+call.set_deadline(0.5)
+print("set", flush=True)
+call.future.result()
+"""
+    caller = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert caller.stdin is not None
+    assert caller.stdout is not None
+    try:
+        eventually(begun.exists)
+        pid = int(begun.read_text())
+        caller.stdin.write("\n")
+        caller.stdin.flush()
+        assert caller.stdout.readline() == "set\n"
+        os.kill(caller.pid, signal.SIGSTOP)
+        eventually(lambda: is_gone(pid))
+    finally:
+        caller.kill()
+        caller.communicate()
+
+
+def test_a_deadline_that_is_taken_back_or_moved_kills_nobody(folder: Path) -> None:
+    with Children() as children:
+        made, pid = lasting(children, folder)
+        made.set_deadline(0.2)
+        made.set_deadline(1000)
+        other = call(children, "whoami", key="another")
+        other.set_deadline(0.2)
+        served = int(other.future.result(60).text or 0)
+        expired, expiring = lasting(children, folder, "expiring")
+        expired.set_deadline(0.6)  # by its end the others' would have come
+        with pytest.raises(ChildDied, match="when its lease ran out"):
+            expired.future.result(60)
+        assert is_gone(expiring)
+        assert not is_gone(pid)
+        assert not is_gone(served)
+
+
+def test_without_room_for_another_process_a_call_fails_with_the_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
+    with Children() as children, pytest.raises(ChildDied, match="could not be started: No such file"):
+        call(children, "whoami").future.result(60)
+
+
+def test_what_is_printed_and_logged_is_told_before_the_call_is_over(folder: Path) -> None:
+    (folder / "talking.py").write_text("def talk():\n    for n in range(2000):\n        print(n)\n")
+    lines: list[str] = []
+    with Children() as children:
+        children.call("key", "talking:talk", on_line=lines.append).future.result(60)
+
+    assert lines == [str(n) for n in range(2000)]
