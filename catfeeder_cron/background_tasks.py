@@ -234,6 +234,16 @@ class BackgroundTasks:
         except JobLookupError as error:
             raise UnknownJob(f"can't remove the task {job_id!r}: no task has this id") from error
 
+    def remove_tasks_of(self, owner: object, *job_ids: str) -> None:
+        """Take off the schedule every task whose function is a method of `owner`; with `job_ids`, only these of them.
+
+        Tasks of the same ids that somebody else has put in their place stay.
+        """
+        with self._lock:
+            for task in self.tasks:
+                if getattr(task.func, "__self__", None) is owner and (not job_ids or task.id in job_ids):
+                    self._scheduler.remove_job(task.id)
+
     def start(self) -> None:
         """Start the schedule; with `blocking`, return only when a `stop` from another thread is complete.
 

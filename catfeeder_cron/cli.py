@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -48,6 +49,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 
 def main() -> NoReturn:
     """Run the command line; errors become one line each on standard error and an exit status."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What a console can't show is shown as an escape, as standard error does anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -142,7 +146,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     """
     from catfeeder_cron import overview, tables, terminal
 
-    settings = _load(context)
+    settings = _read(context.obj, needs_address=False)
     _log_warnings(settings)
     jobs = overview.jobs(settings)
     if as_json:
@@ -411,11 +415,12 @@ def _load(context: typer.Context) -> "Settings":
     return _read(context.obj)
 
 
-def _read(path: Path | None) -> "Settings":
+def _read(path: Path | None, *, needs_address: bool = True) -> "Settings":
     from catfeeder_cron.config import load
     from catfeeder_cron.jobs import built_in
 
-    return load(path, jobs={job.id: job.settings for job in built_in().values()})
+    jobs = {job.id: job.settings for job in built_in().values()}
+    return load(path, jobs=jobs, needs_address=needs_address)
 
 
 @contextmanager

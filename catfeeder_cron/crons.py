@@ -3,45 +3,30 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
-from catfeeder_cron import schema
+from catfeeder_cron import lifecycle
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import JobSettings, Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
 from catfeeder_cron.job import Job, JobReport, Progress, no_progress
 from catfeeder_cron.jobs import built_in
-from catfeeder_cron.ledger import Ledger, Process
-from catfeeder_cron.logs import get_logger
+from catfeeder_cron.ledger import Ledger
+from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.presence import Presence
+from catfeeder_cron.runtime import Given, Runtime
 from catfeeder_cron.schedule import Schedule
-from catfeeder_cron.supervisor import Supervisor
-from catfeeder_cron.timetable import Timetable
-from catfeeder_cron.workshop import Workshop
 
 log = get_logger(__name__)
 
 _TRY_AGAIN_SECONDS = 0.5
 _STOPPING = "the process was asked to stop"
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a Crons works with. Nothing of it connects to anything before it has to."""
-
-    database: Database
-    tasks: BackgroundTasks
-    ledger: Ledger
-    supervisor: Supervisor
-    workshop: Workshop
-    timetable: Timetable
+_CLOSED = "this Crons object is closed; make a new one"
 
 
 @final
@@ -51,10 +36,15 @@ class Crons:
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
     the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
-    `on_contact` is called once, when the database was first reached; `on_change` is told what Supervisor says.
-    All methods may be called from any thread.
+    `on_contact` is called once, when the database was first reached; `on_change` is told what Supervisor says. `debug`
+    makes the debug records of this package visible, as in BackgroundTasks.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
+
+    All methods may be called from any thread, whether or not an event loop runs there. An object that is dropped lets
+    go of all that it has opened within seconds, and a BackgroundTasks that was handed in loses its tasks; running jobs
+    are asked to end and recorded. So it does at the end of the program. In a forked process, an object that was in use
+    before the fork does nothing but say so: make it, or use it for the first time, after the fork.
     """
 
     def __init__(
@@ -75,15 +65,20 @@ class Crons:
         self._success = success
         self._debug = debug
         self._config = config
-        self._database = database
+        jobs = built_in() if jobs is None else jobs
+        self._given = Given(jobs, database, background_tasks, oauth, on_contact, on_change)
         self._tasks = background_tasks
-        self._oauth = oauth
-        self._jobs = built_in() if jobs is None else jobs
-        self._on_contact = on_contact
-        self._on_change = on_change
-        self._parts: _Parts | None = None
+        self._runtime: Runtime | None = None
+        self._tell_closed: Callable[[], None] = lambda: None
+        # Held while something is begun, and while the object is marked as closed: nothing begins after that.
         self._lock = threading.Lock()
+        self._closed = False
         self._stop_requested = threading.Event()
+        self._in_use = False
+        self._is_the_parents = False  # it was in use when this process was forked
+        lifecycle.after_fork(self, Crons._after_fork)
+        if debug:
+            show_debug_records()
 
     def __init_subclass__(cls) -> None:
         raise TypeError("Crons is final and can't be subclassed")
@@ -96,29 +91,56 @@ class Crons:
     ) -> None:
         self.close()
 
+    @property
+    def success(self) -> int:
+        """What the methods that don't raise return when it went well."""
+        return self._success
+
+    @property
+    def error(self) -> int:
+        """What the methods that don't raise return when it did not."""
+        return self._error
+
+    @property
+    def debug(self) -> bool:
+        """Whether debug records were asked for."""
+        return self._debug
+
+    @property
+    def background_tasks(self) -> BackgroundTasks:
+        """What keeps the schedule: what was handed in, or else what this object opened.
+
+        Raises ConfigurationError, as it is opened from the configuration.
+        """
+        return self._given.background_tasks or self._open().tasks
+
     def inject_crons(self) -> int:
         """Put every enabled job on the schedule, in place of what an earlier call put there.
 
         A BackgroundTasks that this object opened is started too; one that was handed in is its owner's to start.
         """
         try:
-            parts = self._open()
-        except CatfeederCronError as error:
+            runtime = self._open()
+            with self._lock:
+                self._use()
+                self._refuse_if_stopping()
+                scheduled = runtime.schedule()
+        except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
-        parts.ledger.become_daemon()
-        filled = parts.timetable.fill()
-        parts.supervisor.start()
-        started = parts.tasks is self._tasks or parts.tasks.safe_start() == 0
-        return self._success if filled and started else self._error
+        log.debug("jobs_scheduled", jobs=list(runtime.timetable.schedules))
+        return self._success if scheduled else self._error
 
     def reload(self, settings: Settings) -> None:
         """Go on with another configuration. Running jobs keep the settings that they began with.
 
         A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
         """
+        runtime = self._open()
+        with self._lock:
+            self._use()
         _log_warnings(settings)
-        self._open().timetable.reload(settings)
+        runtime.timetable.reload(settings)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -135,6 +157,10 @@ class Crons:
     def renew_oaths(self) -> int:
         """Renew the OAuth tokens that would expire before the next run now."""
         return self._run_now("renew-oauth")
+
+    def reset_food_counters(self) -> int:
+        """Begin a new feeding period now for every pet whose "food_reset" has passed."""
+        return self._run_now("reset-food-counters")
 
     def _test_hello_world(self) -> int:
         return self._run_now("test-hello-world")
@@ -153,22 +179,25 @@ class Crons:
         """Run a job now in this thread, enabled or not, and return what is to be told of it.
 
         A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning where it still runs
-        after `wait`, in whatever process, JobAborted after `request_stop`, and a DatabaseError where the ledger can't
-        be reached.
+        after `wait`, in whatever process, JobAborted after `request_stop` or `close`, and a DatabaseError where the
+        ledger can't be reached.
         """
-        parts = self._open()
+        runtime = self._open()
+        with self._lock:
+            self._use()
         if dry_run:
-            return parts.workshop.dry_run(job_id, progress)
-        job, _ = parts.workshop.find(job_id)
-        claim = partial(parts.ledger.claim_manual, job_id, shared=job.shared)
-        parts.supervisor.beat()
-        parts.supervisor.start()
+            return runtime.workshop.dry_run(job_id, progress)
+        self._refuse_if_stopping()
+        job, _ = runtime.workshop.find(job_id)
+        claim = partial(runtime.ledger.claim_manual, job_id, shared=job.shared)
+        runtime.supervisor.beat()
+        runtime.supervisor.start()
         patience = time.monotonic() + wait.total_seconds()
-        while (report := parts.workshop.run(job_id, claim, progress)) is None:
+        while (report := runtime.workshop.run(job_id, claim, progress)) is None:
             if time.monotonic() >= patience:
-                raise JobIsRunning(_where_it_runs(job_id, parts.ledger))
+                raise JobIsRunning(_where_it_runs(job_id, runtime.ledger))
             self._stop_requested.wait(_TRY_AGAIN_SECONDS)
-        parts.timetable.ran(report)
+        runtime.timetable.ran(report)
         return report
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
@@ -183,88 +212,108 @@ class Crons:
     @property
     def running(self) -> list[str]:
         """The ids of the jobs that this object is running."""
-        return self._parts.supervisor.running if self._parts else []
+        runtime = self._here()
+        return runtime.supervisor.running if runtime else []
 
     @property
     def stuck(self) -> list[str]:
         """The ids of those of them that don't end though their time is up."""
-        return self._parts.supervisor.stuck if self._parts else []
+        runtime = self._here()
+        return runtime.supervisor.stuck if runtime else []
 
     @property
     def schedules(self) -> dict[str, Schedule]:
         """The schedules of the jobs that `inject_crons` has put on it."""
-        return self._parts.timetable.schedules if self._parts else {}
+        runtime = self._here()
+        return runtime.timetable.schedules if runtime else {}
 
     def request_stop(self) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""
         with self._lock:  # one that is being opened meanwhile finds out in the end
             self._stop_requested.set()
-            if self._parts:
-                self._parts.supervisor.request_stop(JobAborted(_STOPPING))
+            if runtime := self._here():
+                runtime.request_stop(JobAborted(_STOPPING))
 
     def wait(self) -> None:
         """Return when no job is running."""
-        if self._parts:
-            self._parts.supervisor.wait()
+        if runtime := self._here():
+            runtime.supervisor.wait()
 
     def close(self, abandoned: str | None = None) -> None:
         """Stop, wait for the running jobs to end their batch, and close what this object opened. Idempotent.
 
         With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
         """
-        self.request_stop()
-        parts = self._parts
-        if parts is None:
-            return
-        if parts.tasks is not self._tasks:
-            parts.tasks.safe_stop(wait=abandoned is None)
-        parts.timetable.close()
-        parts.workshop.close(abandoned)
-        if parts.database is not self._database:
-            parts.database.close()
-
-    def _open(self) -> _Parts:
         with self._lock:
-            if self._parts is None:
-                self._parts = self._make_parts()
-                if self._stop_requested.is_set():
-                    self._parts.supervisor.request_stop(JobAborted(_STOPPING))
-            return self._parts
+            self._closed = True
+        self.request_stop()
+        if runtime := self._here():
+            runtime.close(abandoned)
+            self._tell_closed()
 
-    def _make_parts(self) -> _Parts:
+    def _open(self) -> Runtime:
+        if self._runtime is None:
+            lifecycle.wait_for_dropped()
+        with self._lock:
+            self._refuse_the_parents()
+            if self._runtime is None:
+                self._refuse_if_closed()
+                self._runtime = self._make_runtime()
+                self._tell_closed = lifecycle.keep(self, self._runtime)
+                if self._stop_requested.is_set():
+                    self._runtime.request_stop(JobAborted(_STOPPING))
+            return self._runtime
+
+    def _make_runtime(self) -> Runtime:
         settings = self._config if isinstance(self._config, Settings) else self._load(self._config)
         _log_warnings(settings)
-        scheduler = settings.scheduler
-        database = self._database or Database(settings.database)
-        tasks = self._tasks or BackgroundTasks(
-            debug=self._debug, max_workers=scheduler.max_workers, timezone=scheduler.timezone
-        )
-        ledger, presence = Ledger(database, Process("run-once")), Presence(datetime.now(UTC))
+        if self._tasks is None:
+            scheduler = settings.scheduler
+            self._tasks = BackgroundTasks(
+                debug=self._debug, max_workers=scheduler.max_workers, timezone=scheduler.timezone
+            )
+        return Runtime(settings, self._given, self._tasks)
 
-        contacted = threading.Event()
+    def _here(self) -> Runtime | None:
+        """Return what there is to ask in this process."""
+        return None if self._is_the_parents else self._runtime
 
-        def prepare() -> None:
-            schema.ensure(database)
-            if not contacted.is_set():  # it is called until a heartbeat gets through
-                contacted.set()
-                self._on_contact()
+    def _use(self) -> None:
+        """Take note, under the lock, that something begins that has threads or connections. Raises JobAborted."""
+        self._refuse_the_parents()
+        self._refuse_if_closed()
+        self._in_use = True
 
-        supervisor = Supervisor(
-            ledger,
-            presence,
-            scheduler.history_keep,
-            prepare=prepare,
-            after_beat=lambda: timetable.after_beat(),
-            on_stuck=tasks.replace_worker,
-            on_retry=lambda job_id, retry_in: timetable.retry(job_id, retry_in),
-            on_change=self._on_change,
-        )
-        workshop = Workshop(settings, self._jobs, database, supervisor, self._oauth)
-        timetable = Timetable(tasks, workshop, database, ledger, presence)
-        return _Parts(database, tasks, ledger, supervisor, workshop, timetable)
+    def _refuse_the_parents(self) -> None:
+        if self._is_the_parents:
+            raise CatfeederCronError(f"this Crons object can't be used: {lifecycle.FORKED}")
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stop_requested.is_set():
+            raise JobAborted(_STOPPING)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise JobAborted(_CLOSED)
+
+    def _after_fork(self) -> None:
+        """Leave to the parent what was in use; make anew what a thread may have held that does not exist here.
+
+        What was only opened is opened anew: to the other processes this one must be another one than its parent.
+        """
+        self._is_the_parents = self._is_the_parents or self._in_use
+        if not self._is_the_parents:
+            self._runtime = None
+        self._lock = threading.Lock()
+        stop_requested = self._stop_requested.is_set()
+        self._stop_requested = threading.Event()
+        if stop_requested:
+            self._stop_requested.set()
 
     def _load(self, path: Path | str | None) -> Settings:
-        return load(None if path is None else Path(path), jobs={job.id: job.settings for job in self._jobs.values()})
+        return load(
+            None if path is None else Path(path), jobs={job.id: job.settings for job in self._given.jobs.values()}
+        )
 
     def _run_now(self, job_id: str) -> int:
         try:

@@ -20,6 +20,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.errors import (
     ConfigurationError,
@@ -63,6 +64,8 @@ class Database:
     thread; one that comes after `close` is answered with DatabaseUnavailable.
 
     With an `embedded:PATH` address the first use starts that private server, and `close` leaves it.
+
+    A forked process has a pool of its own, opened by its first use there: the parent's connections stay the parent's.
     """
 
     def __init__(self, settings: DatabaseSettings, application_name: str = "catfeeder-cron") -> None:
@@ -76,6 +79,7 @@ class Database:
         self._trouble = ""
         self._closed = False
         self._lock = threading.RLock()
+        lifecycle.after_fork(self, Database._after_fork)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +178,20 @@ class Database:
             self._closed = True
             self._opened.close()
 
+    def _after_fork(self) -> None:
+        """Leave the parent's connections to the parent; called in a process that was just forked from it.
+
+        The sockets are shared: whatever is written to one here, a farewell included, reaches the parent's server
+        process. psycopg keeps to that when a connection is only dropped.
+        """
+        self._lock = threading.RLock()
+        self._opened = ExitStack()
+        if self._pool is not None:
+            self._pool._closed = True  # noqa: SLF001 - its end would wait for threads that do not exist here
+            self._pool = None
+        if self._settings.conninfo.get_secret_value().startswith(EMBEDDED):
+            self._conninfo = None  # the child joins that server itself
+
     @contextmanager
     def _outage_told(self) -> Iterator[None]:
         """Log an outage of the server when it is first met: once, however many meet it."""
@@ -268,7 +286,7 @@ class Database:
                 raise DatabaseUnavailable(_CLOSED)
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
-                if not conninfo and self._settings.url_file:
+                if self._settings.url_file_was_absent:
                     raise DatabaseUnavailable(
                         f"{self._settings.url_file} was missing or empty when the service was started: put the "
                         "database's URL into it, for root alone (mode 0600), and restart the service"

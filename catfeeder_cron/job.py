@@ -147,8 +147,12 @@ class JobContext:
         """How long ago the run's time was used up; negative while it isn't."""
         return -self._remaining()
 
+    def elapsed(self) -> timedelta:
+        """How long the run has taken so far."""
+        return timedelta(seconds=time.monotonic() - self._started)
+
     def _remaining(self) -> timedelta:
-        return self.timeout - timedelta(seconds=time.monotonic() - self._started)
+        return self.timeout - self.elapsed()
 
     def _timed_out(self) -> JobTimedOut:
         return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")

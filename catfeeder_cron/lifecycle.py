@@ -28,6 +28,7 @@ T = TypeVar("T")
 # finalizer may run in the midst of any code, and so in the thread that holds the lock.
 _open: set["Resource"] = set()
 _dropped: dict["Resource", threading.Event] = {}
+_at_the_end: dict[Callable[[], None], None] = {}  # in the order in which they were added
 _told_of_forks: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 
 
@@ -64,6 +65,12 @@ def keep(owner: object, resource: Resource) -> Callable[[], None]:
         _open.discard(resource)
 
     return closed
+
+
+def at_exit(call: Callable[[], None]) -> Callable[[], None]:
+    """Have this called when the program ends and every resource has been let go. Returns what takes that back."""
+    _at_the_end[call] = None
+    return lambda: _at_the_end.pop(call, None)
 
 
 def after_fork(owner: T, call: Callable[[T], None]) -> None:
@@ -135,6 +142,8 @@ def _before_threads_end() -> None:
 def _at_exit() -> None:
     for resource in list(_open):
         _let_go(resource, at_exit=True)
+    for call in list(_at_the_end):
+        call()
 
 
 def _in_forked_child() -> None:
@@ -142,6 +151,7 @@ def _in_forked_child() -> None:
         call(owner)
     _open.clear()
     _dropped.clear()
+    _at_the_end.clear()
 
 
 atexit.register(_at_exit)

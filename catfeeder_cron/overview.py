@@ -75,6 +75,9 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
 
 
 def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], list[Pause]]:
+    if settings.database.url_file_was_absent:
+        log.warning("last_runs_unknown", reason=f"{settings.database.url_file} is not there, or not for you to read")
+        return {}, []
     try:
         with Database(settings.database) as database:
             return last_runs(database, list(settings.jobs)), pauses.in_force(database)

@@ -64,6 +64,13 @@ class StopRequest:
             raise self._reason
 
 
+def is_for_the_program(error: BaseException) -> bool:
+    """Whether an exception that comes up in a run is not the run's own, but is to end the program: Ctrl-C, or what the
+    program's handler of another signal raises. Python runs those handlers in the main thread, in the midst of anything.
+    """
+    return isinstance(error, KeyboardInterrupt | SystemExit) and threading.current_thread() is threading.main_thread()
+
+
 class CallableRun:
     """One call of an operator's callable, as the process that it runs in sees it."""
 

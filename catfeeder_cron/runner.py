@@ -9,6 +9,7 @@ from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut
 from catfeeder_cron.job import Job, JobContext, JobReport, Outcome
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.run_control import is_for_the_program
 
 log = get_logger(__name__)
 # By itself, so that a command that prints the result can leave it out.
@@ -23,7 +24,7 @@ def run_job(
     *,
     known_reason: str | None = None,
 ) -> JobReport:
-    """Run `job` in this thread and return what is to be told of it; never raises an Exception.
+    """Run `job` in this thread and return what is to be told of it. Raises only what is to end the program.
 
     What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
     That it was skipped for `known_reason`, as the run before it, is no news.
@@ -48,6 +49,22 @@ def run_job(
     return report
 
 
+def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id: int) -> JobReport:
+    """Return the report of a run that `run_job` did not come back from, because of this error."""
+    kind = type(error).__name__
+    ends_program = is_for_the_program(error)
+    return JobReport(
+        job=job.id,
+        outcome="aborted" if ends_program else "failed",
+        reason=f"the program was interrupted by {kind}" if ends_program else f"{kind}: see the log for the traceback",
+        counts=dict(context.counts),
+        started_at=datetime.now(UTC) - context.elapsed(),
+        duration=context.elapsed(),
+        dry_run=context.dry_run,
+        run_id=run_id,
+    )
+
+
 def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> JobReport:
     """Return the report of a run that did not come to be."""
     return JobReport(job_id, outcome, reason, {}, datetime.now(UTC), timedelta(0), dry_run)
@@ -66,7 +83,9 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         return "timed_out", str(timed_out)
     except CatfeederCronError as error:
         return "failed", str(error)
-    except Exception as error:
+    except BaseException as error:
+        if is_for_the_program(error):
+            raise
         log.exception("job_raised")
         # Its text may hold anything, and everybody may read the history.
         return "failed", f"{type(error).__name__}: see the log for the traceback"

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import ParamSpec
 
 from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
@@ -11,8 +12,11 @@ from catfeeder_cron.job import JobContext, JobReport
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
+from catfeeder_cron.run_control import is_for_the_program
 
 log = get_logger(__name__)
+
+P = ParamSpec("P")
 
 # A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
 # end has been killed by then.
@@ -22,6 +26,7 @@ _FORGET_EVERY_SECONDS = 3600
 _NEVER = float("-inf")
 
 TAKEN_FOR_DEAD = "this process was taken for dead, and the run was closed by another"
+_CLOSED = "what runs the jobs of this process is closed"
 ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
@@ -48,7 +53,7 @@ class Supervisor:
     `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
     for each run that does not end when it should; `on_retry` with a job and how soon it is to be retried, several times
     maybe. `on_change` is called with the report of every run that ends, and with None when one begins and after every
-    heartbeat; it must neither block nor raise.
+    heartbeat; it must not block. What it or `on_stuck` raises is logged.
     """
 
     def __init__(
@@ -101,9 +106,9 @@ class Supervisor:
         return self._stop_reason is not None
 
     def start(self) -> None:
-        """Begin the heartbeats, the first of them at once. Idempotent."""
+        """Begin the heartbeats, the first of them at once. Idempotent; does nothing after `close`."""
         with self._changed:
-            if self._thread is None:
+            if self._thread is None and not self._closing:
                 self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
                 self._thread.start()
 
@@ -117,6 +122,7 @@ class Supervisor:
             if self._stop_reason:
                 raise self._stop_reason
             self._claiming += 1
+        run: Run | None = None
         try:
             self._confirm()
             self._record()  # a run of the same job that has ended must not be in the way
@@ -124,31 +130,33 @@ class Supervisor:
             if run_id is None:
                 return None
             run = Run(run_id, job_id, context)
-            context.confirm = self._confirm
-            context.start_clock()
-            with self._changed:
-                self._runs.append(run)
-                if self._stop_reason:
-                    context.stop.set(self._stop_reason)
+            self._watch_over(run)
         except DatabaseUnavailable:
             self._presence.missed()
+            raise
+        except BaseException as error:
+            if run is not None:
+                self.end(run, _aborted(run, f"the program was interrupted by {type(error).__name__}"))
             raise
         finally:
             with self._changed:
                 self._claiming -= 1
                 self._changed.notify_all()
-        if context.timeout.total_seconds() < HEARTBEAT_SECONDS:
-            self._wake.set()
-        self._on_change(None)
         return run
 
+    def begun(self) -> None:
+        """Tell that a run has begun."""
+        self._tell(self._on_change, None)
+
     def end(self, run: Run, report: JobReport, retries: Retries | None = None) -> None:
-        """Record how a run ended: now, or as soon as the database can be reached."""
+        """Record how a run ended: now, or as soon as the database can be reached. The first report counts."""
         with self._changed:
+            if run not in self._runs:
+                return
             self._runs.remove(run)
             self._unrecorded.append(Ended(run.run_id, report, retries))
             self._changed.notify_all()
-        self._on_change(report)
+        self._tell(self._on_change, report)
         try:
             self._record()
         except DatabaseError as error:
@@ -161,14 +169,19 @@ class Supervisor:
             for run in self._runs:
                 run.context.stop.set(self._stop_reason)
 
-    def wait(self) -> None:
-        """Return when no run is left."""
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Return when no run is left, or so many seconds have passed."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._runs and not self._claiming)
+            self._changed.wait_for(lambda: not self._runs and not self._claiming, timeout_seconds)
 
     def beat(self) -> None:
-        """Tell the others that this process lives; learn which of its runs they have closed. Raises DatabaseError."""
+        """Tell the others that this process lives; learn which of its runs they have closed.
+
+        Raises DatabaseError, and JobInterrupted after `close`: a process that has left the list must not come back.
+        """
         with self._beating:
+            if self._closing:
+                raise self._stop_reason or JobAborted(_CLOSED)
             with self._changed:
                 before = list(self._runs)
                 claiming = self._claiming
@@ -195,7 +208,8 @@ class Supervisor:
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
-        self._closing = True
+        with self._changed:  # either `start` has made the thread by now, or it makes none any more
+            self._closing = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=HEARTBEAT_SECONDS)
@@ -222,8 +236,8 @@ class Supervisor:
                     if elapsed_seconds() >= next_forget:
                         next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
                         self._forget()
-                except DatabaseUnavailable:
-                    pass  # told by the database itself, once
+                except (DatabaseUnavailable, JobInterrupted):
+                    pass  # told by the database itself, once; closed meanwhile
                 except CatfeederCronError as error:
                     if str(error) != complaint:
                         complaint = str(error)
@@ -231,9 +245,28 @@ class Supervisor:
                 except Exception:
                     log.exception("heartbeat_failed")
             next_timeout = self._look_at_timeouts()
-            self._on_change(None)
+            self._tell(self._on_change, None)
             self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
             self._wake.clear()
+
+    def _watch_over(self, run: Run) -> None:
+        run.context.confirm = self._confirm
+        run.context.start_clock()
+        with self._changed:
+            self._runs.append(run)
+            if self._stop_reason:
+                run.context.stop.set(self._stop_reason)
+        if run.context.timeout.total_seconds() < HEARTBEAT_SECONDS:
+            self._wake.set()
+
+    def _tell(self, callback: Callable[P, None], *arguments: P.args, **keywords: P.kwargs) -> None:
+        """Call what others have handed in: whatever it raises must end neither a run nor the heartbeats."""
+        try:
+            callback(*arguments, **keywords)
+        except BaseException as error:
+            if is_for_the_program(error):
+                raise
+            log.exception("callback_failed")
 
     def _forget(self) -> None:
         while not self._closing and self._ledger.forget(self._history_keep):
@@ -253,7 +286,7 @@ class Supervisor:
                     closed = self._ledger.close(run_id, report, ended.retries)
                 except DatabaseUnavailable:
                     raise
-                except DatabaseError as error:
+                except Exception as error:  # noqa: BLE001 - counts that are no numbers, say
                     # Told again it would be refused again, and hold up every claim behind it.
                     log.error("report_not_recorded", job=report.job, run_id=run_id, reason=str(error))
                     bare = replace(report, reason="its report could not be recorded; see the log", counts={})
@@ -287,14 +320,14 @@ class Supervisor:
 
     def _tell_stuck(self, run: Run, overdue: timedelta) -> None:
         if run.stuck_told_at is None:
-            self._on_stuck()
+            self._tell(self._on_stuck)
         if run.stuck_told_at is None or overdue - run.stuck_told_at >= _STUCK_TOLD_EVERY:
             run.stuck_told_at = overdue
             log.error("job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds()))
 
 
 def _aborted(run: Run, reason: str) -> JobReport:
-    return _report(run.job_id, reason, dict(run.context.counts), run.context.timeout + run.context.overdue())
+    return _report(run.job_id, reason, dict(run.context.counts), run.context.elapsed())
 
 
 def _report(job_id: str, reason: str, counts: dict[str, int], duration: timedelta) -> JobReport:

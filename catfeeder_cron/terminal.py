@@ -1,5 +1,6 @@
 """Results for people: tables on a terminal, plain columns in a pipe, a progress bar for what takes long."""
 
+import codecs
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from catfeeder_cron.job import Progress, no_progress
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """Print it such that it is JSON whatever the encoding: an escape of Python's, as `\\xfc`, would be none."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    print(json.dumps(document, indent=2, ensure_ascii=not is_utf8))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

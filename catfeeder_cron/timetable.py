@@ -43,6 +43,7 @@ class Timetable:
         self._dispatches: dict[str, Dispatch] = {}
         self._returns_seen = 0
         self._wakers: dict[str, Waker] = {}
+        self._closed = False
         self._lock = threading.RLock()
 
     @property
@@ -121,11 +122,12 @@ class Timetable:
 
     def close(self) -> None:
         """Take off all that is on it, and wake no job any more. Idempotent."""
-        for waker in self._wakers.values():
+        with self._lock:  # a heartbeat or a waker that is at work at this moment puts nothing on any more
+            self._closed = True
+            wakers = list(self._wakers.values())
+        for waker in wakers:
             waker.close()
-        with self._lock:
-            for job_id in self._dispatches:
-                self._take_off(job_id)
+        self._tasks.remove_tasks_of(self)
 
     def _dispatch(self, job_id: str) -> Dispatch:
         job, settings = self._workshop.find(job_id)
@@ -135,6 +137,8 @@ class Timetable:
 
     def _put_on(self, dispatch: Dispatch) -> bool:
         job_id = dispatch.job_id
+        if self._closed:
+            return False
         if dispatch.schedule.next_after(datetime.now(UTC)) is None:
             log.info("job_has_no_slot_ahead", job=job_id, trigger=dispatch.schedule.describe())
             return True
@@ -151,9 +155,9 @@ class Timetable:
         return not isinstance(added, int)
 
     def _take_off(self, job_id: str) -> None:
-        for task_id in (job_id, *(make_id(job_id) for make_id in (_catch_up_id, _woken_id, _recovery_id, _retry_id))):
-            with suppress(UnknownJob):  # a date's only slot is over
-                self._tasks.remove_task(task_id)
+        """Nothing is there to be taken off when a date's only slot is over."""
+        further = (make_id(job_id) for make_id in (_catch_up_id, _woken_id, _recovery_id, _retry_id))
+        self._tasks.remove_tasks_of(self, job_id, *further)
 
     def _run_soon(
         self,
@@ -165,15 +169,17 @@ class Timetable:
         at_once: int = 1,
     ) -> None:
         """Have a worker call `func`: now, or `at` a time. It takes the place of a call of this id that is to come."""
-        self._tasks.safe_add_task(
-            func,
-            args=[job_id, *args],
-            trigger="date",
-            run_date=at,
-            id=task_id,
-            replace_existing=True,
-            max_instances=at_once,
-        )
+        with self._lock:
+            if not self._closed:
+                self._tasks.safe_add_task(
+                    func,
+                    args=[job_id, *args],
+                    trigger="date",
+                    run_date=at,
+                    id=task_id,
+                    replace_existing=True,
+                    max_instances=at_once,
+                )
 
     def _run_due(self, job_id: str, trigger: Trigger) -> None:
         """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
@@ -258,7 +264,7 @@ class Timetable:
 
     def _listen(self) -> None:
         """Have jobs run as soon as there is something to do for them."""
-        for job_id in self._dispatches:
+        for job_id in () if self._closed else self._dispatches:
             wake = self._workshop.find(job_id)[0].wake
             if wake is not None and job_id not in self._wakers:
                 due_in, run = partial(self._due_in, job_id), partial(self._wake, job_id)

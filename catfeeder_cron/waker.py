@@ -79,8 +79,10 @@ class Waker:
         self._poke()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_SECONDS)
-        if self._thread.is_alive():
-            return  # it is trying to connect, and ends with the process
+        if not self._thread.is_alive():  # otherwise it is trying to connect, and does this itself when it ends
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
         with self._lock:
             for end in (self._read_end, self._write_end) if self._write_end >= 0 else ():
                 os.close(end)
@@ -93,6 +95,12 @@ class Waker:
                     os.write(self._write_end, b"!")
 
     def _work(self) -> None:
+        try:
+            self._watch_on()
+        finally:
+            self._close_pipe()
+
+    def _watch_on(self) -> None:
         while not self._closing:
             try:
                 deaf = self._listen()

@@ -12,11 +12,14 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
 from catfeeder_cron.ledger import Retries
+from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.pings import Pings
-from catfeeder_cron.runner import run_job
+from catfeeder_cron.pings import Pings, Signal
+from catfeeder_cron.runner import broken_off, run_job
 from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor
+
+log = get_logger(__name__)
 
 
 class Workshop:
@@ -97,7 +100,15 @@ class Workshop:
         """
         job, settings = self.find(job_id)
         run = self._supervisor.begin(job_id, self.context(job_id, progress, slot), claim)
-        return None if run is None else self._work(run, job, settings)
+        if run is None:
+            return None
+        try:
+            self._supervisor.begun()
+            return self._work(run, job, settings)
+        except BaseException as error:
+            # Whatever it is and wherever it came up, the run must not stay open. One that has ended stays as it is.
+            self._supervisor.end(run, broken_off(job, run.context, error, run.run_id))
+            raise
 
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
         """Have a job count what it would do. That is claimed by nobody, and leaves no trace. Raises UnknownJob."""
@@ -112,7 +123,7 @@ class Workshop:
             self._supervisor.wait()
         for job_id in self._supervisor.running:
             with suppress(UnknownJob):  # a reload has removed it
-                self._pings.send(job_id, self.find(job_id)[1].ping_url, "fail", abandoned or "")
+                self._ping(job_id, self.find(job_id)[1], "fail", abandoned or "")
         self._supervisor.close(abandoned)
         self._children.close()
         self._pings.close()
@@ -127,10 +138,17 @@ class Workshop:
         return Retries(settings.retries, settings.retry_after, before)
 
     def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
-        self._pings.send(job.id, settings.ping_url, "start")
+        self._ping(job.id, settings, "start")
         report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
         self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
         self._supervisor.end(run, report, self._retries(job.id, settings))
         succeeded = report.outcome in ("succeeded", "skipped")
-        self._pings.send(job.id, settings.ping_url, "success" if succeeded else "fail", report.reason or "")
+        self._ping(job.id, settings, "success" if succeeded else "fail", report.reason or "")
         return report
+
+    def _ping(self, job_id: str, settings: JobSettings, signal: Signal, text: str = "") -> None:
+        """Send a ping; where there is no thread to be had for that, the run is worth more."""
+        try:
+            self._pings.send(job_id, settings.ping_url, signal, text)
+        except RuntimeError as error:
+            log.warning("ping_not_sent", job=job_id, signal=signal, reason=str(error))

@@ -16,12 +16,14 @@ VARIABLE = "CATFEEDER_CRON_DATABASE_URL"
 CREDENTIAL = "database-url"
 
 
-def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], faults: Faults) -> DatabaseSettings:
+def resolve(
+    database: DatabaseSettings, file: Path, environ: Mapping[str, str], faults: Faults, *, needs_address: bool
+) -> DatabaseSettings:
     """Return the settings with the conninfo that holds, and with paths relative to `file` made absolute.
 
-    An empty conninfo leaves everything to libpq's own variables, unless there is a url_file: then the service was
-    started before that file was there, and Database says so. A url_file that is overridden is not opened: the service
-    may not read it.
+    An empty conninfo leaves everything to libpq's own variables, unless there is a url_file: then that could not be
+    read, because the service was started before it was there (Database says so), or because nothing `needs_address`.
+    A url_file that is overridden is not opened: the service may not read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
     try:
@@ -29,7 +31,8 @@ def resolve(database: DatabaseSettings, file: Path, environ: Mapping[str, str], 
     except ConfigurationError as error:
         faults.extend(error)
         return database
-    if not conninfo and url_file is not None and not _was_absent_at_start(url_file, environ):
+    may_be_absent = not needs_address or _has_empty_credential(environ)
+    if not conninfo and url_file is not None and not (may_be_absent and not os.access(url_file, os.R_OK)):
         try:
             conninfo = _from_file(url_file)
         except ConfigurationError as error:
@@ -61,10 +64,10 @@ def _from_credential(environ: Mapping[str, str]) -> str:
         raise ConfigurationError(f"{credential}: it can't be read, expected the database's URL") from None
 
 
-def _was_absent_at_start(url_file: Path, environ: Mapping[str, str]) -> bool:
+def _has_empty_credential(environ: Mapping[str, str]) -> bool:
     """Whether this is the service, and its unit put an empty credential in the place of a file that was not there."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
-    return bool(directory) and Path(directory or "", CREDENTIAL).exists() and not os.access(url_file, os.R_OK)
+    return bool(directory) and Path(directory or "", CREDENTIAL).exists()
 
 
 def _from_file(url_file: Path) -> str:

