@@ -282,6 +282,13 @@ def test_a_wrong_password_is_one_line_that_does_not_repeat_it(program: Program, 
         assert "hunter2" not in failed.stdout + failed.stderr
 
 
+@pytest.mark.usefixtures("app_tables")
+def test_a_zone_of_the_environment_that_no_clock_can_show_changes_nothing(program: Program) -> None:
+    for words in (["run-once", "renew-oauth", "clean-tokens"], ["status"], ["history"], ["list"]):
+        ended = program.run(*words, variables={"TZ": "UTC+25"})
+        assert (ended.status, ended.stderr) == (0, "")
+
+
 def test_a_server_that_is_not_there_is_one_line(program: Program) -> None:
     program.configure("postgresql://cat@127.0.0.1:1/nowhere")
     for arguments in (["run-once", "clean-tokens"], ["history"], ["init-db"]):
