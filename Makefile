@@ -1,14 +1,15 @@
-# `make` lists the targets. Everything happens in .venv, filled from requirements.lock (versions and hashes).
+# `make` lists the targets. Everything happens in .venv, filled from requirements.lock (versions and hashes), but for
+# `make install`, which fetches what it installs and what builds that.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 UNIT := systemd/catfeeder-cron.service
-SOURCES := pyproject.toml README.md LICENSE $(shell find catfeeder_cron -type f -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml README.md LICENSE config.toml $(shell find catfeeder_cron -type f -not -path '*/__pycache__/*')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage proof test-systemd test-fresh check format bench man install uninstall purge lock clean
+.PHONY: FORCE help run test coverage proof test-systemd test-fresh check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -34,7 +35,7 @@ proof: $(VENV)/program ## prove with real processes that no slot and no token is
 	$(BIN)/python -m pytest tests -m proof --timeout 1800 -o faulthandler_timeout=1830
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
-test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
+test-systemd: $(VENV)/program build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
 	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance/systemd
 
 test-fresh: $(VENV)/packages ## as root, with debootstrap: do `make run` and `make test` on fresh Debian roots (half an hour)
@@ -61,8 +62,8 @@ man: $(VENV)/program ## write the manual page, build/catfeeder-cron.1
 	@mkdir -p build
 	$(BIN)/python -m catfeeder_cron.manual > build/catfeeder-cron.1
 
-install: build/runtime.lock build/wheel ## install the program as a systemd service; DESTDIR is respected
-	systemd/install.sh install build/runtime.lock build/wheel/*.whl
+install: build/wheel ## install the program as a systemd service; DESTDIR is respected
+	systemd/install.sh install requirements.runtime.lock build/wheel/*.whl
 
 uninstall: ## remove it; configuration and state are kept
 	systemd/install.sh uninstall
@@ -70,40 +71,36 @@ uninstall: ## remove it; configuration and state are kept
 purge: ## remove it with its configuration and state
 	systemd/install.sh purge
 
-lock: ## resolve the dependencies anew into requirements.lock
-	python3 -m venv $(VENV)-lock
-	$(VENV)-lock/bin/pip install --quiet uv
-	$(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
-	  --all-extras --group dev pyproject.toml --output-file requirements.lock
-	rm -rf $(VENV)-lock
+# The smaller two are parts of the first: what is installed, and what builds it.
+lock: ## resolve the dependencies anew into requirements.lock and its parts
+	python3 -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	$(COMPILE) --upgrade --all-extras --group dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --constraint requirements.lock pyproject.toml --output-file requirements.runtime.lock
+	$(COMPILE) --constraint requirements.lock --group build --output-file requirements.build.lock
+	rm -rf build/uv
+
+COMPILE = build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(VENV)/packages: requirements.lock
-	@python=; for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
-	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	    python=$$candidate; "$$candidate" -c 'import venv, ensurepip' 2>/dev/null && break; fi; \
-	done; \
-	if [ -z "$$python" ]; then \
-	  echo "catfeeder-cron needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
-	if ! "$$python" -c 'import venv, ensurepip' 2>/dev/null; then \
-	  echo "$$python has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; fi; \
-	"$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
-	@touch $@
+# Looked at each time: PYTHON may name another interpreter than the one that is there.
+$(VENV)/packages: requirements.lock FORCE
+	@tools/venv.sh $(VENV) $<
+
+FORCE:
 
 # The built wheel, not the working tree, is what runs and what is tested.
 $(VENV)/program: $(VENV)/packages $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
 
-build/runtime.lock: requirements.lock .ci/runtime_requirements.py $(VENV)/program
+build/tools/packages: requirements.build.lock FORCE
 	@mkdir -p build
-	$(BIN)/python .ci/runtime_requirements.py catfeeder-cron requirements.lock > $@.new
-	@mv $@.new $@
+	@tools/venv.sh build/tools $<
 
-build/wheel: $(VENV)/packages $(SOURCES)
+build/wheel: build/tools/packages $(SOURCES)
 	@rm -rf $@
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $@ .
+	build/tools/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $@ .

@@ -40,8 +40,14 @@ def find(path: Path | None, environ: Mapping[str, str], places: Iterable[Path] =
     looked_at = ", ".join(str(place) for place in places)
     raise ConfigurationError(
         f"no configuration: --config and ${VARIABLE} name none, and there is none of {looked_at}; "
-        "write one (the project's config.toml is an example), or name one with --config PATH"
+        f"write one after the example {_example()}, or name one with --config PATH"
     )
+
+
+def _example() -> Path:
+    """Return where the complete, commented configuration is: in an installed package, or a clone's own."""
+    packaged = Path(__file__).parents[1] / "example.toml"
+    return packaged if packaged.exists() else Path(__file__).parents[2] / "config.toml"
 
 
 def parse(path: Path) -> dict[str, Any]:

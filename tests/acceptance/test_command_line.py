@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +131,9 @@ def test_without_a_configuration_the_places_are_named(program: Program) -> None:
     assert failed.status == 84
     for place in ("--config", "CATFEEDER_CRON_CONFIG", "config.toml", "/etc/catfeeder-cron/config.toml"):
         assert place in failed.error
+    example = re.search(r"after the example (/.+?\.toml),", failed.error)
+    assert example
+    assert Path(example[1]).read_text() == (Path(__file__).parents[2] / "config.toml").read_text()
 
 
 def test_a_named_configuration_that_is_not_there_is_not_replaced_by_another(program: Program) -> None:

@@ -28,6 +28,16 @@ def test_the_configuration_is_the_complete_example_with_the_address_in_a_file_of
     assert installed.machine.run("stat", "-c", "%U %a", CONFIG) == "root 644\n"
 
 
+def test_the_manual_and_completions_are_where_man_and_shells_look(installed: Installed) -> None:
+    machine = installed.machine
+    assert ".SS pause " in machine.run("cat", "/usr/local/share/man/man1/catfeeder-cron.1")
+    complete = (
+        "COMP_WORDS=(catfeeder-cron pau); COMP_CWORD=1; _catfeeder_cron_completion catfeeder-cron; echo $COMPREPLY"
+    )
+    completions = "/usr/local/share/bash-completion/completions/catfeeder-cron"
+    assert machine.run("bash", "-c", f". {completions}; {complete}").strip() == "pause"
+
+
 def test_no_development_package_is_installed_and_all_bytecode_is(installed: Installed) -> None:
     packages = "/opt/catfeeder-cron/venv/lib/python3*/site-packages"
     names = installed.machine.run("sh", "-c", f"ls {packages}").split()
