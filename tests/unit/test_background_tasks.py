@@ -20,7 +20,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.errors import UnknownJob
-from tests.support.waiting import SOON
+from tests.support.waiting import SOON, eventually
 
 NOT_NOW = 0.2  # seconds in which something would have happened if it were going to
 
