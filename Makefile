@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage proof test-systemd check format bench man install uninstall purge lock clean
+.PHONY: help run test coverage proof test-systemd test-fresh check format bench man install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -36,6 +36,9 @@ proof: $(VENV)/program ## prove with real processes that no slot and no token is
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: build/runtime.lock build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
 	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance/systemd
+
+test-fresh: $(VENV)/packages ## as root, with debootstrap: do `make run` and `make test` on fresh Debian roots (half an hour)
+	@$(BIN)/python tests/fresh/roots.py
 
 check: $(VENV)/program ## format, lint and types; the unit's exposure where systemd-analyze is there
 	$(BIN)/ruff format --check .

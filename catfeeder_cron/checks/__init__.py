@@ -24,7 +24,6 @@ __all__ = ["Finding", "check", "check_callables"]
 log_of_output = get_logger("catfeeder_cron.output")
 
 _IMPORT_SECONDS = 30
-_OLDEST_SERVER = 140000
 _MOST_CLOCK_DIFFERENCE_SECONDS = 2
 
 # What the daemon writes; the versions are written by whoever upgrades.
@@ -122,19 +121,16 @@ def _private(subject: str, path: Path, what: str) -> Finding:
 
 def _server(connection: Connection) -> Iterator[Finding]:
     asked = time.time()
-    version, name, clock = single(
-        connection,
-        "SELECT current_setting('server_version_num')::int, current_setting('server_version'), clock_timestamp()",
-    )
-    if version < _OLDEST_SERVER:
-        yield Finding("error", "database", f"PostgreSQL {name} is too old; upgrade the server to 14 or newer")
+    name, clock = single(connection, "SELECT current_setting('server_version'), clock_timestamp()")
+    here = datetime.fromtimestamp((asked + time.time()) / 2, UTC)
+    if problem := schema.too_old(connection):
+        yield Finding("error", "database", problem)
     else:
         yield Finding(
             "ok",
             "database",
             f"PostgreSQL {name}, as {connection.info.user} on {connection.info.dbname} at {connection.info.host}",
         )
-    here = datetime.fromtimestamp((asked + time.time()) / 2, UTC)
     difference = abs((clock - here).total_seconds())
     if difference > _MOST_CLOCK_DIFFERENCE_SECONDS:
         yield Finding("warning", "clock", f"this machine and the server differ by {difference:.1f} s; run NTP on both")

@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -54,6 +55,16 @@ class Request:
     on_record: Callable[[logging.LogRecord], None]
     """Told each record that it logs."""
     mark: str = field(default_factory=lambda: f"-- {uuid4().hex} --")
+
+    def tell_line(self, line: str) -> None:
+        """Pass on a line; whatever a handler of the log raises, what is printed has to be read further."""
+        with suppress(Exception):
+            self.on_line(line)
+
+    def tell_record(self, record: logging.LogRecord) -> None:
+        """Pass on a log record, likewise."""
+        with suppress(Exception):
+            self.on_record(record)
 
     def as_line(self) -> bytes:
         message: dict[str, Any] = {"reference": self.reference, "mark": self.mark}
@@ -103,7 +114,7 @@ class ChildProcess:
         os.set_blocking(write_end, False)
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _PROGRAM.format(path=sys.path, parent=os.getpid(), control=read_end)),
+                *(_python(), "-c", _PROGRAM.format(path=sys.path, parent=os.getpid(), control=read_end)),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=PIPE,
@@ -187,7 +198,7 @@ class ChildProcess:
     def _take(self, message: dict[str, Any], request: Request, answer: _Answer) -> None:
         answer.begun = answer.begun or message.get("begun") == request.mark
         if "log" in message:
-            request.on_record(_record(message["log"]))
+            request.tell_record(_record(message["log"]))
         elif "verdict" in message and answer.begun:
             answer.stop_was_seen = bool(message["stop_was_seen"])
             answer.verdict = dict(message["verdict"])
@@ -245,7 +256,14 @@ class ChildProcess:
             if request is not None and text == request.mark:
                 self._marked.set()
             elif request is not None and text:
-                request.on_line(text)
+                request.tell_line(text)
+
+
+def _python() -> str:
+    """Return an interpreter: a server that embeds Python may have put itself in `sys.executable`, or nothing."""
+    if Path(sys.executable or "").name.startswith("python"):
+        return sys.executable
+    return str(Path(sys.exec_prefix, "bin", "python3"))
 
 
 class NotBegun(ChildDied):

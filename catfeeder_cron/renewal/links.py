@@ -1,7 +1,7 @@
 """The rows of "ActiveOauths": which of them are due, and which of those may be asked for now."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
 from psycopg import sql
@@ -172,7 +172,7 @@ def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
     of the two clocks counts.
     """
     with context.transaction() as connection:
-        began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now().astimezone()])
+        began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now(UTC)])
     next_slot = context.schedule.next_after(now) if context.schedule else None
     round_began = min(context.slot, began) if context.slot else began
     return Window(next_slot + jitter if next_slot else now, margin, round_began)

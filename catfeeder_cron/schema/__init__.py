@@ -7,6 +7,8 @@ from typing import LiteralString
 from catfeeder_cron.database import Connection, Database, single
 from catfeeder_cron.errors import PermissionDenied, SchemaProblem
 
+_OLDEST_SERVER = 140000
+
 # One number for all who create or upgrade the schema; the lock ends with its transaction.
 LOCK = "SELECT pg_advisory_xact_lock(7241386209)"
 
@@ -28,6 +30,14 @@ def known_version() -> int:
     return _migrations()[-1][0]
 
 
+def too_old(connection: Connection) -> str:
+    """Say what to do where the server is older than what the statements of this program need; else return nothing."""
+    version, name = single(
+        connection, "SELECT current_setting('server_version_num')::int, current_setting('server_version')"
+    )
+    return "" if version >= _OLDEST_SERVER else f"PostgreSQL {name} is too old; upgrade the server to 14 or newer"
+
+
 def installed_version(connection: Connection) -> int:
     """Return the version of the schema in this database, 0 where there is none."""
     if not single(connection, _EXISTS)[0]:
@@ -47,9 +57,11 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
     """Apply the numbered files that are missing, in one transaction, and yield a line for each.
 
     Safe when several processes do it at once: one works, the others find it done. Raises SchemaProblem
-    where the schema is newer than this program can serve, or the role may not create it.
+    where the schema is newer than this program can serve, the server is too old, or the role may not create it.
     """
     with database.transaction() as connection:
+        if problem := too_old(connection):
+            raise SchemaProblem(problem)
         if not dry_run:
             connection.execute(LOCK)
         installed = installed_version(connection)

@@ -31,7 +31,7 @@ ENDINGS = {
 
 ENDED = """
     SELECT DISTINCT job, outcome, reason FROM catfeeder_cron.job_runs
-    WHERE outcome IS NOT NULL AND missed IS NULL AND job <> 'clean-tokens'"""
+    WHERE outcome IS NOT NULL AND missed IS NULL AND job NOT IN ('clean-tokens', 'check-actions')"""
 CLEANED = "catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND outcome = 'succeeded'"
 
 

@@ -128,9 +128,9 @@ def test_what_was_missed_is_accounted_for_and_made_up_for_once(
 def test_a_stop_lets_the_batch_in_hand_end_and_exits_0(
     program: Program, admin: psycopg.Connection, database_url: str, number: signal.Signals
 ) -> None:
-    program.configure(database_url, EVERY_SECOND)
+    program.configure(database_url, EVERY_SECOND.replace("batch_size = 100", "batch_size = 10"))
     admin.execute(SLOW_DOWN_DELETIONS)
-    admin.execute(ADD_CONNECTIONS, {"expired": 20_000, "live": 10})
+    admin.execute(ADD_CONNECTIONS, {"expired": 20_000, "live": 10})  # for minutes
     daemon = program.daemon()
     eventually(lambda: count(admin, EXPIRED) < 20_000, "a batch")
     assert program.run("run-once", "clean-tokens").status == 75

@@ -37,6 +37,29 @@ def test_it_creates_what_is_asked_for_and_says_so_once(
     assert (again.status, again.stdout, again.stderr) == (0, "nothing to do\n", "")
 
 
+# Goes before PostgreSQL's own function.
+OLD_SERVER = """
+    CREATE SCHEMA fake;
+    CREATE FUNCTION fake.current_setting(name text) RETURNS text LANGUAGE sql AS $$
+        SELECT CASE name WHEN 'server_version_num' THEN '130022' WHEN 'server_version' THEN '13.22'
+                         ELSE pg_catalog.current_setting(name) END $$;
+    DO $$ BEGIN
+        EXECUTE format('ALTER DATABASE %I SET search_path = fake, pg_catalog, public', current_database());
+    END $$"""
+
+
+def test_a_server_that_is_too_old_is_named_before_anything_is_created(
+    program: Program, database_url: str, admin: psycopg.Connection
+) -> None:
+    admin.execute(OLD_SERVER)
+    program.configure(database_url)
+    refused = program.run("init-db", "--with-app-tables", "--with-indexes")
+    assert (refused.status, refused.stdout) == (84, "")
+    assert "PostgreSQL 13.22 is too old; upgrade the server to 14 or newer" in refused.error
+    assert count(admin, TABLES) == 0
+    assert "PostgreSQL 13.22 is too old" in program.run("check").stdout
+
+
 def test_an_index_on_a_table_that_an_enabled_job_needs_and_that_is_missing_is_a_failure(
     program: Program, database_url: str, admin: psycopg.Connection
 ) -> None:

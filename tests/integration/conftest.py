@@ -64,7 +64,7 @@ def clean(database: Database) -> Callable[..., JobReport]:
         job: Job[Any] = clean_tokens.JOB,
         database: Database = database,
         tables: dict[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = 300,
         context: dict[str, Any] | None = None,
         **options: Any,
     ) -> JobReport:

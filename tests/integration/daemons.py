@@ -45,7 +45,7 @@ def rows(admin: psycopg.Connection, columns: str, where: str = "true") -> list[t
     return admin.execute(query.encode()).fetchall()
 
 
-def context(database: Database, timeout: float = 60) -> JobContext:
+def context(database: Database, timeout: float = 300) -> JobContext:
     return JobContext(database=database, tables=DatabaseTables(), timeout=timedelta(seconds=timeout))
 
 

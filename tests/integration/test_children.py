@@ -191,9 +191,27 @@ def test_a_deadline_that_is_taken_back_or_moved_kills_nobody(folder: Path) -> No
 def test_without_room_for_another_process_a_call_fails_with_the_reason(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
+    monkeypatch.setattr(sys, "executable", str(folder / "python-that-is-not-there"))
     with Children() as children, pytest.raises(ChildDied, match="could not be started: No such file"):
         call(children, "whoami").future.result(60)
+
+
+def test_a_server_that_embeds_python_is_no_interpreter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/sbin/a-web-server")
+    with Children() as children:
+        assert pid_of(children)
+
+
+def test_a_log_handler_that_raises_holds_up_no_callable(folder: Path) -> None:
+    (folder / "talking.py").write_text(
+        "def talk():\n    for n in range(20_000):\n        print(n)\n    return 'done'\n"
+    )
+
+    def fail(_line: str) -> None:
+        raise RuntimeError("a handler of the program")
+
+    with Children() as children:
+        assert children.call("key", "talking:talk", on_line=fail).future.result(60).text == "done"
 
 
 def test_what_is_printed_and_logged_is_told_before_the_call_is_over(folder: Path) -> None:

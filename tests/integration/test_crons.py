@@ -258,8 +258,11 @@ def test_a_statement_is_cancelled_when_the_time_of_its_job_is_up(office: Office,
 
 
 def test_a_job_that_ends_after_its_time_was_up_has_timed_out(office: Office, admin: psycopg.Connection) -> None:
-    work = Work(released=False, obeys=False)
-    threading.Timer(0.6, work.released.set).start()
+    def run(context: JobContext, settings: JobSettings) -> None:
+        assert context.stop.wait(SOON)
+
+    work = Work()
+    work.job = Job(id="work", summary="end late", settings=JobSettings, run=run)
     assert office.open(work, timeout=0.3).run("work").outcome == "timed_out"
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,11 +165,9 @@ def test_an_error_at_the_commit_leaves_no_count(run: Run, news: psycopg.Connecti
 
 
 def test_the_jobs_timeout_holds_for_a_statement(run: Run) -> None:
-    begun = time.monotonic()
-    report = run('sql = "SELECT pg_sleep(60)"\ntimeout = "0.3s"')
+    report = run('sql = "SELECT pg_sleep(3600)"\ntimeout = "0.3s"')
 
     assert report.outcome == "timed_out"
-    assert time.monotonic() - begun < 10
 
 
 def test_the_databases_statement_timeout_does_not(database_url: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def context(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Makes contexts of runs that know the handlers of this folder."""
     monkeypatch.syspath_prepend(str(HERE))
 
-    def make(timeout: float = 60, allowed: tuple[str, ...] = (), **more: Any) -> JobContext:
+    def make(timeout: float = 300, allowed: tuple[str, ...] = (), **more: Any) -> JobContext:
         calls = {kind: {"call": f"handlers:{kind}"} for kind in KINDS}
         return JobContext(
             database=database,

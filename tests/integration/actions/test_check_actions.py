@@ -402,15 +402,18 @@ def test_a_poison_action_fails_after_its_attempts_and_holds_up_nobody(actions: A
     poison = actions.add(kind, max_attempts=2, due="1 h")
     others = [actions.add("noop") for _ in range(20)]
 
-    report = run(action_timeout=1, retry_after=0)
+    hangs = kind in ("freeze", "hang")
+    options = {"action_timeout": 3 if hangs else 60, "retry_after": 0}
+    report = run(**options)
     for _ in range(20):
         if actions.get(poison, "state") == "failed":
             break
-        run(action_timeout=1, retry_after=0)
+        run(**options)
 
     assert report.counts["done"] == len(others)
     assert actions.get(poison, "state, attempts") == ("failed", 2)
-    assert len(actions.notes()) == 2
+    begun = [int(attempt) for _, attempt, _ in actions.notes()]
+    assert begun == [1, 2] or (hangs and begun in ([1], [2], [])), "the time may be up before a busy machine begins"
     assert [line[:2] for line in actions.log(poison)] == [(1, "retried"), (2, "failed")]
 
 
@@ -419,7 +422,7 @@ def test_times_without_a_zone_are_taken_as_utc(actions: Actions, run: Run, datab
         actions.admin.execute(
             f"ALTER TABLE \"{table}\" ALTER {column} TYPE timestamp USING {column} AT TIME ZONE 'UTC'"
         )
-    actions.admin.execute("ALTER DATABASE postgres SET timezone = 'Asia/Tokyo'")
+    actions.admin.execute(f"ALTER DATABASE {actions.admin.info.dbname} SET timezone = 'Asia/Tokyo'".encode())
     statement = """INSERT INTO "Actions" (kind, due_at, repeat_every, payload)
                    VALUES ('note', now() AT TIME ZONE 'UTC' - interval '90 min', '1 h', %s) RETURNING id, due_at"""
     row = actions.admin.execute(statement, [Jsonb({"file": str(actions.file)})]).fetchone()

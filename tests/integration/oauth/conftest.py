@@ -42,7 +42,7 @@ class World:
     database: Database
     connection: psycopg.Connection
     state_directory: Path
-    settings: dict[str, Any] = field(default_factory=lambda: {"request_timeout": 5})
+    settings: dict[str, Any] = field(default_factory=lambda: {"request_timeout": 20})
     reports: list[JobReport] = field(default_factory=list)
 
     def add_provider(
@@ -78,7 +78,7 @@ class World:
         assert row is not None
         return Link(*row)
 
-    def context(self, *, database: Database | None = None, timeout: float = 60, **more: Any) -> JobContext:
+    def context(self, *, database: Database | None = None, timeout: float = 300, **more: Any) -> JobContext:
         return JobContext(
             database=database or self.database,
             tables=DatabaseSettings.model_validate({}).tables,
