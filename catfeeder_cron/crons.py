@@ -70,8 +70,9 @@ class Crons:
         self._tasks = background_tasks
         self._runtime: Runtime | None = None
         self._tell_closed: Callable[[], None] = lambda: None
-        # Held while something is begun, and while the object is marked as closed: nothing begins after that.
-        self._lock = threading.Lock()
+        # Held while something is begun, and while the object is marked as closed: nothing begins after that. Its holder
+        # may take it again: the handler of a signal may ask for a stop in the midst of anything.
+        self._lock = threading.RLock()
         self._closed = False
         self._stop_requested = threading.Event()
         self._in_use = False
@@ -125,6 +126,7 @@ class Crons:
                 self._use()
                 self._refuse_if_stopping()
                 scheduled = runtime.schedule()
+                self._refuse_if_closed_meanwhile(runtime)
         except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
@@ -292,6 +294,12 @@ class Crons:
         if self._stop_requested.is_set():
             raise JobAborted(_STOPPING)
 
+    def _refuse_if_closed_meanwhile(self, runtime: Runtime) -> None:
+        """Take back what was begun while a signal's handler, in this very thread, has closed the object."""
+        if self._closed:
+            runtime.close()
+            raise JobAborted(_CLOSED)
+
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise JobAborted(_CLOSED)
@@ -304,7 +312,7 @@ class Crons:
         self._is_the_parents = self._is_the_parents or self._in_use
         if not self._is_the_parents:
             self._runtime = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         stop_requested = self._stop_requested.is_set()
         self._stop_requested = threading.Event()
         if stop_requested:

@@ -148,7 +148,10 @@ def _at_exit() -> None:
 
 def _in_forked_child() -> None:
     for owner, call in reversed(list(_told_of_forks.items())):
-        call(owner)
+        try:
+            call(owner)
+        except Exception:
+            log.exception("not_told_of_fork")
     _open.clear()
     _dropped.clear()
     _at_the_end.clear()
@@ -156,6 +159,8 @@ def _in_forked_child() -> None:
 
 atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_in_forked_child)
-with suppress(RuntimeError):  # the program is ending already
+# RuntimeError: the program is ending already. AttributeError: a Python without this; then a task that comes due at the
+# program's end is dropped by the executor, and jobs on the schedule are not asked to end.
+with suppress(RuntimeError, AttributeError):
     # What concurrent.futures uses for the same purpose. There is no public way.
     threading._register_atexit(_before_threads_end)  # type: ignore[attr-defined]  # noqa: SLF001

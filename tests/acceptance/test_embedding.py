@@ -25,9 +25,14 @@ def run_to_its_end(program: Program, source: str) -> Finished:
     (program.folder / "program.py").write_text(source)
     ended = program.run_command(sys.executable, *STRICTLY, "program.py", seconds=300)
     assert ended.status == 0, ended.stderr
-    for complaint in ("Warning", "Exception ignored", "Traceback"):
-        assert complaint not in ended.stderr, ended.stderr
+    assert_nothing_went_wrong(ended.stderr)
     return ended
+
+
+def assert_nothing_went_wrong(stderr: str) -> None:
+    """What is logged for people, such as that a job still runs when it is due again, is none of that."""
+    for complaint in ("Warning", "Exception ignored", "Traceback"):
+        assert complaint not in stderr, stderr
 
 
 def test_an_interval_task_runs_on_a_thread_until_the_program_ends(program: Program) -> None:
@@ -176,7 +181,7 @@ def test_a_program_that_ends_while_a_job_runs_asks_it_to_end_and_records_it(
     admin.execute(SLOW_DOWN_DELETIONS)
     ended = run_to_its_end(program, LEFT_OPEN.format(url=database_url))
     assert ended.stdout == "0\n"
-    assert {line.split()[0] for line in ended.stderr.splitlines()} <= {"job_finished", "job_slow"}
+    assert "shutdown" not in ended.stderr
     found = admin.execute(
         "SELECT outcome, reason, (counts->>'deleted')::int > 0 FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens'"
     )
@@ -285,7 +290,8 @@ def test_what_is_made_before_a_fork_can_be_started_in_every_child_as_by_gunicorn
             eventually(lambda: known_daemons(admin) == (4, 2), "four daemons in two processes", seconds=120)
         finally:
             said, complaints = process.communicate("", timeout=120)
-    assert (said, complaints) == ("[0, 0]\n", "")
+    assert said == "[0, 0]\n"
+    assert_nothing_went_wrong(complaints)
     assert count(admin, "catfeeder_cron.daemons") == 0
 
 

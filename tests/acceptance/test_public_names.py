@@ -33,6 +33,8 @@ with BackgroundTasks(success=0, error=84, debug=False, max_workers=2, timezone="
     tasks.remove_task("greet")
     codes: list[int] = [tasks.safe_start(), tasks.safe_pause(), tasks.safe_resume(), tasks.safe_stop(wait=False)]
     running: bool = tasks.running
+    if isinstance(added, int) and added == tasks.error and not tasks.debug:
+        codes.append(tasks.success)
 
     crons = Crons(error=84, success=0, debug=False, config=Path("config.toml"), background_tasks=tasks)
     with crons:
@@ -42,7 +44,10 @@ with BackgroundTasks(success=0, error=84, debug=False, max_workers=2, timezone="
             crons.clean_expired_tokens(),
             crons.clean_expired_verification_nodes(),
             crons.renew_oaths(),
+            crons.reset_food_counters(),
+            crons.background_tasks.safe_pause(),
         ]
+        assert crons.debug or codes == [crons.success] or crons.error in codes
         deleted: int | None = crons.run("clean-tokens", wait=timedelta(seconds=5)).counts.get("deleted")
 """
 

@@ -1,6 +1,8 @@
 """A Crons that is dropped, closed or in use by two threads at once: what is left of it is nothing."""
 
 import gc
+import logging
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -257,6 +259,34 @@ def test_nothing_is_left_of_a_crons_that_is_closed_while_it_is_put_on_a_schedule
             assert tasks_of(crons).tasks == []
     assert codes <= {0, 84}
     eventually(lambda: not threads())
+
+
+def test_a_handler_of_a_signal_may_close_it_in_the_midst_of_a_start(
+    nowhere: Path, threads: Callable[[], set[threading.Thread]]
+) -> None:
+    """It runs in the thread that starts, so it must not wait for that."""
+    # What is logged of this job comes up in the midst of a start.
+    nowhere.write_text(nowhere.read_text() + "[jobs.test-hello-world]\nenabled = true\ndate = 2020-01-01T00:00:00Z\n")
+    crons = Crons(config=nowhere)
+
+    class Interrupter(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "job_has_no_slot_ahead" in record.getMessage():
+                signal.raise_signal(signal.SIGUSR1)
+
+    interrupter, logger = Interrupter(), logging.getLogger("catfeeder_cron.timetable")
+    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: crons.close())
+    level = logger.level
+    try:
+        logger.addHandler(interrupter)
+        logger.setLevel(logging.INFO)
+        assert crons.inject_crons() == 84
+    finally:
+        logger.removeHandler(interrupter)
+        logger.setLevel(level)
+        signal.signal(signal.SIGUSR1, before)
+    assert not crons.background_tasks.running
+    assert crons.background_tasks.tasks == []
 
 
 def test_a_job_that_is_run_by_hand_while_it_is_closed_ends_or_is_refused(
