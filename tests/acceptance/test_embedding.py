@@ -159,10 +159,11 @@ print(len(codes), set(codes))
 
 
 LEFT_OPEN = """
-import time
+import logging, time
 import psycopg
 from catfeeder_cron import Crons
 
+logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a busy machine passes runs over, and APScheduler tells
 crons = Crons()
 print(crons.inject_crons(), flush=True)
 with psycopg.connect({url!r}, autocommit=True) as connection:
@@ -243,10 +244,11 @@ def test_after_a_fork_the_child_is_told_that_what_is_in_use_is_the_parents_and_d
 
 
 PRELOADED = """
-import os, sys, time
+import logging, os, sys, time
 from datetime import timedelta
 from catfeeder_cron import BackgroundTasks, Crons
 
+logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a busy machine passes runs over, and APScheduler tells
 tasks = BackgroundTasks()
 crons = Crons(background_tasks=tasks)
 own = Crons()

@@ -35,7 +35,8 @@ PAUSED = "catfeeder_cron.job_runs WHERE job IN ('tick', 'tock') AND reason = 'pa
 
 # Every slot of a job that falls into a stretch of time is a run or part of a missed stretch, once.
 SLOTS = """
-    SELECT slot, coalesce(last_slot, slot), coalesce(missed, 1), reason FROM catfeeder_cron.job_runs
+    SELECT slot, coalesce(last_slot, slot), coalesce(missed, 1), CASE WHEN missed > 0 THEN reason END
+    FROM catfeeder_cron.job_runs
     WHERE job = %s AND slot IS NOT NULL ORDER BY slot"""
 
 

@@ -138,7 +138,7 @@ def test_a_pool_that_is_dropped_ends_its_processes(folder: Path) -> None:
 def test_the_deadline_holds_though_the_process_that_called_is_frozen(folder: Path) -> None:
     begun = folder / "pid"
     program = f"""
-import sys
+import sys, threading
 sys.path.insert(0, {str(folder)!r})
 from catfeeder_cron.children.pool import Children
 children = Children()
@@ -146,6 +146,9 @@ call = children.call("key", "called:last", {str(begun)!r}, on_line=print)
 call.set_deadline(1000)
 sys.stdin.readline()
 call.set_deadline(0.5)
+passed_on = threading.Event()
+call._soon(passed_on.set)
+passed_on.wait()
 print("set", flush=True)
 call.future.result()
 """

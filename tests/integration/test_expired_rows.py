@@ -227,7 +227,7 @@ def test_stale_statistics_do_not_make_the_walk_read_the_table_again_and_again(
     # known when it has ended.
     database.close()
     fetched = "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'Connections' AND n_tup_del >= 60000"
-    (rows,) = eventually(admin.execute(fetched).fetchone)
+    (rows,) = eventually(lambda: admin.execute(fetched).fetchone())
     assert rows < 30_000
 
 
