@@ -1,6 +1,7 @@
 """A real PostgreSQL for the tests: one server and one database for the session, emptied after each test."""
 
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from typing import LiteralString
 
@@ -35,6 +36,8 @@ _EMPTY = """
 
 
 def pytest_configure() -> None:
+    # Ignored in what a script starts in the background, and then in whatever that starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     servers.another()  # which says why it can't serve, before any test fails for that reason
 
 

@@ -31,7 +31,7 @@ ENDINGS = {
 
 ENDED = """
     SELECT DISTINCT job, outcome, reason FROM catfeeder_cron.job_runs
-    WHERE outcome IS NOT NULL AND missed IS NULL AND job NOT IN ('clean-tokens', 'check-actions')"""
+    WHERE outcome IS NOT NULL AND missed IS NULL AND job = ANY (%s)"""
 CLEANED = "catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND outcome = 'succeeded'"
 
 
@@ -55,8 +55,9 @@ def test_nothing_that_a_callable_does_reaches_the_daemon(
     daemon.wait_for("daemon_started")
 
     expected = {(function.replace("_", "-"), *ending) for function, ending in ENDINGS.items()}
-    eventually(lambda: set(admin.execute(ENDED).fetchall()) >= expected, "a run of each", 120)
-    assert set(admin.execute(ENDED).fetchall()) == expected
+    called = [[job for job, *_ in expected]]
+    eventually(lambda: set(admin.execute(ENDED, called).fetchall()) >= expected, "a run of each", 120)
+    assert set(admin.execute(ENDED, called).fetchall()) == expected
     before = count(admin, CLEANED)
     eventually(lambda: count(admin, CLEANED) > before + 1, "the schedule goes on")
     admin.execute(ADD_CONNECTIONS, {"expired": 1, "live": 0})

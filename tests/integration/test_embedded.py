@@ -160,8 +160,6 @@ threading.Thread(target=work).start()
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder: Path) -> None:
     use_it_after_the_interrupt = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands are started without
 try:
     print("waiting", flush=True)
     sys.stdin.read()

@@ -1,5 +1,6 @@
 """The clean-up jobs among others: locked and prolonged rows, two runs at once, stops, timeouts, a server that goes."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -282,13 +283,14 @@ def test_a_connection_that_is_cut_fails_the_run_and_the_next_goes_on(
 
     run = in_background(clean, batch_size=5)
     eventually(lambda: len(expired(admin)) < 180)
-    # In the midst of a statement: between two, it is up to chance whether the server's last words are read.
     cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS} AND wait_event = 'PgSleep'".encode()
     eventually(lambda: admin.execute(cut).fetchone() is not None)
     report = run.result()
 
     assert report.outcome == "failed"
-    assert report.reason == "terminating connection due to administrator command (SQLSTATE 57P01)"
+    # It is up to chance whether the server's last words are read before the connection is found closed.
+    assert report.reason is not None
+    assert re.search("administrator command .SQLSTATE 57P01|server closed the connection", report.reason)
     left = len(expired(admin))
     assert 0 < report.counts["deleted"] == 200 - left
     admin.execute('DROP TRIGGER take_time ON "Connections"')
