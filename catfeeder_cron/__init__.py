@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from catfeeder_cron.version import __version__
+
 if TYPE_CHECKING:
     from catfeeder_cron.action import Action
     from catfeeder_cron.background_tasks import BackgroundTasks
@@ -10,7 +12,6 @@ if TYPE_CHECKING:
     from catfeeder_cron.errors import HopelessAction, PostponedAction
     from catfeeder_cron.run_control import stopping
 
-__version__ = "0.1.0"
 __all__ = ["Action", "BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
 
 

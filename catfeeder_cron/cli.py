@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from catfeeder_cron import __version__
 from catfeeder_cron.errors import (
     CatfeederCronError,
     ConfigurationError,
@@ -24,6 +23,7 @@ from catfeeder_cron.errors import (
     SchemaProblem,
     UnknownJob,
 )
+from catfeeder_cron.version import __version__
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings

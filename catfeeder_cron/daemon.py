@@ -9,7 +9,6 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from catfeeder_cron import __version__
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.checks import check
 from catfeeder_cron.condition import Condition
@@ -24,6 +23,7 @@ from catfeeder_cron.logs import get_logger, prepare
 from catfeeder_cron.orphans import reap_orphans_as_init
 from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
+from catfeeder_cron.version import __version__
 
 log = get_logger(__name__)
 

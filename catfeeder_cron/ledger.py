@@ -13,10 +13,10 @@ from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron import __version__
 from catfeeder_cron.database import AllInUse, Database
 from catfeeder_cron.job import JobReport
 from catfeeder_cron.schedule import Slots
+from catfeeder_cron.version import __version__
 
 HEARTBEAT_SECONDS = 10
 # Three missed heartbeats.

@@ -4,8 +4,8 @@ from typing import Any
 
 import typer
 
-from catfeeder_cron import __version__
 from catfeeder_cron.cli import app
+from catfeeder_cron.version import __version__
 
 _ENVIRONMENT = {
     "CATFEEDER_CRON_CONFIG": "The configuration, where --config names none.",

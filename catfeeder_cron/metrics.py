@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from catfeeder_cron import __version__
 from catfeeder_cron.condition import Condition
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.endpoints import Page
 from catfeeder_cron.job import JobReport, Outcome
 from catfeeder_cron.standing import StandingReader
+from catfeeder_cron.version import __version__
 
 _PREFIX = "catfeeder_cron_"
 _DURATIONS_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600)

@@ -13,8 +13,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pydantic import SecretStr
 
-from catfeeder_cron import __version__
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.version import __version__
 
 log = get_logger(__name__)
 

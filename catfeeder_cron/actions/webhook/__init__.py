@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 
-from catfeeder_cron import __version__
 from catfeeder_cron.action import Action, Handler, Perform
 from catfeeder_cron.actions.webhook import answer
 from catfeeder_cron.actions.webhook.allowed import AllowList
@@ -20,6 +19,7 @@ from catfeeder_cron.actions.webhook.connection import CheckedTransport, Resolve,
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.imports import load
+from catfeeder_cron.version import __version__
 
 TIMEOUT_SECONDS = 20
 """For a whole request, from the look-up of the name to the end of what is read of the answer."""
