@@ -89,7 +89,7 @@ def _print_version(wanted: bool) -> None:
 
 def _duration(text: str | timedelta) -> timedelta:
     """Read an option's text; its default is one already."""
-    from catfeeder_cron.config import parse_duration
+    from catfeeder_cron.times import parse_duration
 
     try:
         return parse_duration(int(text) if isinstance(text, str) and text.isdecimal() else text)

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from catfeeder_cron.database import Database
-from catfeeder_cron.schedule import timestamp
+from catfeeder_cron.times import timestamp
 
 _RUNS = """
     SELECT run_id, job, slot, last_slot, missed, trigger, outcome, reason, counts, started_at, finished_at, host, pid,

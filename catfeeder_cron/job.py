@@ -16,7 +16,8 @@ from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobTimedOut, StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.run_control import StopRequest
-from catfeeder_cron.schedule import Schedule, timestamp
+from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.times import timestamp
 
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
 Progress = Callable[[int, int], None]

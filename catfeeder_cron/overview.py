@@ -11,7 +11,8 @@ from catfeeder_cron.history import last_runs
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.pauses import ALL_JOBS, Pause
-from catfeeder_cron.schedule import schedule_for, timestamp
+from catfeeder_cron.schedule import schedule_for
+from catfeeder_cron.times import timestamp
 
 log = get_logger(__name__)
 

@@ -9,12 +9,13 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
-from typing import Protocol, overload
+from typing import Protocol
 from zoneinfo import ZoneInfo
 
-from catfeeder_cron.config import JobSettings, format_duration
+from catfeeder_cron.config import JobSettings
 from catfeeder_cron.crontab import Crontab
 from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.times import format_duration
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -155,12 +156,3 @@ def longest_gap(schedule: Schedule, after: datetime) -> timedelta | None:
 def stable_hash(text: str) -> int:
     """Return a number of 64 bits that is the same in every process."""
     return int.from_bytes(sha256(text.encode()).digest()[:8])
-
-
-@overload
-def timestamp(instant: datetime) -> str: ...
-@overload
-def timestamp(instant: datetime | None) -> str | None: ...
-def timestamp(instant: datetime | None) -> str | None:
-    """ISO 8601 in UTC."""
-    return None if instant is None else instant.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,6 +1,6 @@
 """config.toml and the environment, turned into settings that are valid and final."""
 
-from catfeeder_cron.config.durations import Duration, format_duration, parse_duration, within
+from catfeeder_cron.config.durations import Duration, within
 from catfeeder_cron.config.job_settings import AlwaysOnJobSettings, CustomJobSettings, JobSettings
 from catfeeder_cron.config.loading import load
 from catfeeder_cron.config.settings import (
@@ -33,10 +33,8 @@ __all__ = [
     "SchedulerSettings",
     "Settings",
     "WebhookSettings",
-    "format_duration",
     "holds_secret",
     "load",
-    "parse_duration",
     "state_directory",
     "within",
 ]

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from catfeeder_cron.config.durations import format_duration
 from catfeeder_cron.config.suggestions import did_you_mean
 from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.times import format_duration
 
 Where = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)

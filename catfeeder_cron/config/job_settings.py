@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from catfeeder_cron.config.durations import Duration, StatementTimeout, format_duration, within
+from catfeeder_cron.config.durations import Duration, StatementTimeout, within
 from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
 from catfeeder_cron.crontab import Crontab
+from catfeeder_cron.times import format_duration
 
 TRIGGERS = ("interval", "cron", "date")
 

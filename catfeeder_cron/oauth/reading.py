@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.quoting import quote
-from catfeeder_cron.retry_after import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds
 
 MOST_BYTES = 64 * 1024
 """A body that is longer, as sent or unpacked, is refused."""

@@ -6,10 +6,10 @@ from uuid import UUID
 
 from psycopg import sql
 
-from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
+from catfeeder_cron.times import elapsed_seconds
 
 # The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
 # row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of

@@ -2,7 +2,6 @@
 
 import asyncio
 
-from catfeeder_cron.clock import elapsed_seconds
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
@@ -10,6 +9,7 @@ from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.outbox import Outbox
 from catfeeder_cron.renewal.providers import Pause, Standing
+from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger(__name__)
 

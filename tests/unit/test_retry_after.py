@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from catfeeder_cron.retry_after import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 

@@ -6,7 +6,7 @@ import httpx
 
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import one_line
-from catfeeder_cron.retry_after import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds
 
 _MOST_READ = 4096
 _MOST_TOLD = 200

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catfeeder_cron.config import format_duration, parse_duration
+from catfeeder_cron.times import format_duration, parse_duration
 
 LONGEST = timedelta(days=36_500)
 any_duration = st.timedeltas(timedelta(0), LONGEST)
