@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.database import Database
-    from catfeeder_cron.job import JobReport, Outcome
+    from catfeeder_cron.report import JobReport, Outcome
 
 FAILED = 84
 WRONG_USAGE = 2
@@ -290,9 +290,9 @@ def check(context: typer.Context, as_json: Json = False) -> int:
     For example: catfeeder-cron check
     """
     from catfeeder_cron import terminal
-    from catfeeder_cron.checks import Finding
     from catfeeder_cron.checks import check as findings_of
     from catfeeder_cron.database import Database
+    from catfeeder_cron.report import Finding
 
     _log_nothing()
     try:

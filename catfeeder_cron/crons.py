@@ -14,11 +14,12 @@ from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import JobSettings, Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
-from catfeeder_cron.job import Job, JobReport, Progress, no_progress
+from catfeeder_cron.job import Job
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger import Ledger
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.runtime import Given, Runtime
 from catfeeder_cron.schedule import Schedule
 

@@ -18,10 +18,11 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
 from catfeeder_cron.imports import load
-from catfeeder_cron.job import Job, JobReport
+from catfeeder_cron.job import Job
 from catfeeder_cron.logs import get_logger, prepare
 from catfeeder_cron.orphans import reap_orphans_as_init
 from catfeeder_cron.reload import begin_to_check, reload
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 from catfeeder_cron.version import __version__
 

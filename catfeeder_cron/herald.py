@@ -5,7 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from catfeeder_cron.condition import Condition
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.service import Notifier
 
 # Said anew every two seconds while jobs end, so that no stop is cut short by TimeoutStopSec= and a dead one is.

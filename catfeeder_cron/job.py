@@ -1,4 +1,4 @@
-"""What a job is, what it is given for a run, and what is told of the run afterwards."""
+"""What a job is, and what it is given for a run."""
 
 import time
 from collections import Counter
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.children.pool import Children
@@ -15,12 +15,10 @@ from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, 
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import JobTimedOut, StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
+from catfeeder_cron.report import Progress, no_progress
 from catfeeder_cron.run_control import StopRequest
 from catfeeder_cron.schedule import Schedule
-from catfeeder_cron.times import timestamp
 
-Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
-Progress = Callable[[int, int], None]
 S = TypeVar("S", bound=JobSettings)
 
 
@@ -66,10 +64,6 @@ class Job(Generic[S]):
     wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
     """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass
@@ -157,38 +151,3 @@ class JobContext:
 
     def _timed_out(self) -> JobTimedOut:
         return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
-
-
-@dataclass(frozen=True)
-class JobReport:
-    """What is told of one run. `reason` says why it did not succeed, in one line."""
-
-    job: str
-    outcome: Outcome
-    reason: str | None
-    counts: dict[str, int]
-    started_at: datetime
-    duration: timedelta
-    dry_run: bool
-    by_provider: dict[str, dict[str, int]] = field(default_factory=dict)
-    provider_reasons: dict[str, str] = field(default_factory=dict)
-    run_id: int | None = None
-    """Its number in the ledger, if it has one."""
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "job": self.job,
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "counts": self.counts,
-            "started_at": timestamp(self.started_at),
-            "duration_seconds": round(self.duration.total_seconds(), 3),
-            "dry_run": self.dry_run,
-            **({"providers": self._providers()} if self.by_provider else {}),
-        }
-
-    def _providers(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {**counts, **({"reason": self.provider_reasons[name]} if name in self.provider_reasons else {})}
-            for name, counts in self.by_provider.items()
-        }

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.database import AllInUse, Database
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.version import __version__
 

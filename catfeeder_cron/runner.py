@@ -7,8 +7,9 @@ from typing import Any
 from catfeeder_cron import logs
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut
-from catfeeder_cron.job import Job, JobContext, JobReport, Outcome
+from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.report import JobReport, Outcome
 from catfeeder_cron.run_control import is_for_the_program
 from catfeeder_cron.table_requirements import explain
 

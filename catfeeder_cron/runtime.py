@@ -15,11 +15,12 @@ from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobAborted, JobInterrupted
-from catfeeder_cron.job import Job, JobReport
+from catfeeder_cron.job import Job
 from catfeeder_cron.ledger import Ledger, Process
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.presence import Presence
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.supervisor import Supervisor
 from catfeeder_cron.timetable import Timetable
 from catfeeder_cron.workshop import Workshop

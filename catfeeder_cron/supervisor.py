@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import ParamSpec
 
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
-from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import is_for_the_program
 from catfeeder_cron.times import elapsed_seconds
 

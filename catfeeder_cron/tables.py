@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from catfeeder_cron.history import Durations, PastRun
-from catfeeder_cron.job import JobReport
 from catfeeder_cron.renewal.forecast import LoginNeeded
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.terminal import print_table
 
 

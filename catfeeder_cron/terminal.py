@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from catfeeder_cron.imports import load
-from catfeeder_cron.job import Progress, no_progress
+from catfeeder_cron.report import Progress, no_progress
 
 
 def print_json(document: Any) -> None:

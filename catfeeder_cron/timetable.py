@@ -23,10 +23,10 @@ from catfeeder_cron.errors import (
     UndefinedObject,
     UnknownJob,
 )
-from catfeeder_cron.job import JobReport
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import Schedule
 from catfeeder_cron.triggers import ScheduleTrigger
 from catfeeder_cron.waker import Waker

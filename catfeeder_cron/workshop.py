@@ -10,11 +10,12 @@ from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, UnknownJob
-from catfeeder_cron.job import Job, JobContext, JobReport, Progress, no_progress
+from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.pings import Pings, Signal
+from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.runner import broken_off, run_job
 from catfeeder_cron.schedule import Schedule, schedule_for
 from catfeeder_cron.supervisor import Run, Supervisor

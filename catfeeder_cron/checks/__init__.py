@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from catfeeder_cron import schema
-from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.checks.renewal import check_providers, check_state_directory
 from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
@@ -18,8 +17,9 @@ from catfeeder_cron.database import Connection, Database, single
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.report import Finding, Level
 
-__all__ = ["Finding", "check", "check_callables"]
+__all__ = ["check", "check_callables"]
 
 log_of_output = get_logger("catfeeder_cron.output")
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.config import JobSettings, Settings, state_directory
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, RenewalError
@@ -13,6 +12,7 @@ from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.journal import require_writable
 from catfeeder_cron.renewal.links import Links
+from catfeeder_cron.report import Finding, Level
 from catfeeder_cron.schedule import longest_gap, schedule_for
 from catfeeder_cron.times import format_duration
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 from psycopg import errors as pg
 from psycopg import pq
 
-from catfeeder_cron.checks.finding import Finding, Level
 from catfeeder_cron.config import CustomJobSettings, Settings
 from catfeeder_cron.database import Connection, Database, RollBack
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 from catfeeder_cron.logs import one_line
+from catfeeder_cron.report import Finding, Level
 
 _PERMISSION_DENIED = b"42501"
 # What the server says of syntax and of names begins with this.

@@ -13,8 +13,9 @@ from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
-from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import clean_tokens
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schema.application import create_tables
 from catfeeder_cron.schema.indexes import create_indexes

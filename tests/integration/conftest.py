@@ -11,8 +11,9 @@ from catfeeder_cron import embedded
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
-from catfeeder_cron.job import Job, JobContext, JobReport
+from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import clean_tokens
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
 
 

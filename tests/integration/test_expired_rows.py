@@ -7,8 +7,8 @@ import psycopg
 import pytest
 
 from catfeeder_cron.database import Database
-from catfeeder_cron.job import JobReport
 from catfeeder_cron.jobs import clean_tokens, clean_verification
+from catfeeder_cron.report import JobReport
 from tests.support.waiting import eventually
 
 Clean = Callable[..., JobReport]

@@ -13,7 +13,7 @@ import pytest
 from catfeeder_cron.database import Database
 from catfeeder_cron.embedded import EmbeddedServer
 from catfeeder_cron.errors import JobAborted
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import StopRequest
 from tests.support.waiting import eventually
 

@@ -8,7 +8,7 @@ import pytest
 
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import ConstraintViolation, DatabaseError
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.report import JobReport
 
 Clean = Callable[..., JobReport]
 Role = Callable[..., tuple[str, str]]

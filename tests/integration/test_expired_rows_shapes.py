@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from catfeeder_cron.job import JobReport
+from catfeeder_cron.report import JobReport
 
 Clean = Callable[..., JobReport]
 

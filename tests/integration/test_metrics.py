@@ -26,9 +26,9 @@ from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.endpoints import Endpoints, Page
 from catfeeder_cron.history import Account
-from catfeeder_cron.job import JobReport
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.metrics import Metrics
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.standing import StandingReader
 from tests.support.waiting import SOON, eventually
 

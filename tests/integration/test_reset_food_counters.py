@@ -9,8 +9,9 @@ import pytest
 
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database
-from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs.reset_food_counters import JOB
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
 
 Reset = Callable[..., JobReport]

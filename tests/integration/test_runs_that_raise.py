@@ -12,7 +12,8 @@ import pytest
 
 from catfeeder_cron import Crons
 from catfeeder_cron.config import JobSettings
-from catfeeder_cron.job import Job, JobContext, JobReport
+from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.report import JobReport
 from tests.integration.daemons import Work, rows
 from tests.support.waiting import eventually
 

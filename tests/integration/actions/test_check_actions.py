@@ -19,7 +19,8 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.due_actions.attempts import Attempts
 from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
-from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.job import JobContext
+from catfeeder_cron.report import JobReport
 from tests.integration.actions.conftest import Actions, Run
 from tests.support.waiting import SOON, eventually
 

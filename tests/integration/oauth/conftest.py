@@ -13,12 +13,13 @@ import pytest
 from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings, OAuthSettings
 from catfeeder_cron.database import Database
-from catfeeder_cron.job import JobContext, JobReport
+from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.oauth.provider import Provider as KnownProvider
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.links import Links
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import IntervalSchedule
 from catfeeder_cron.schema.application import create_tables
