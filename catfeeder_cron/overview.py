@@ -11,7 +11,6 @@ from catfeeder_cron.history import last_runs
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.pauses import ALL_JOBS, Pause
-from catfeeder_cron.schedule import schedule_for
 from catfeeder_cron.times import timestamp
 
 log = get_logger(__name__)
@@ -62,7 +61,7 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
     accounts = {job: (trigger, accounted_until) for job, trigger, accounted_until in database.query(_ACCOUNTS, {})}
     described = []
     for job_id, job in settings.jobs.items():
-        schedule = schedule_for(job_id, job, settings.scheduler.timezone)
+        schedule = settings.schedule(job_id)
         trigger, accounted_until = accounts.get(job_id, (None, None))
         due = datetime.now(UTC) - job.jitter - _OVERDUE_AFTER
         overdue = job.enabled and trigger == schedule.describe() and schedule.between(accounted_until, due)
@@ -93,7 +92,7 @@ def _described(
     job_id: str, settings: Settings, runs: dict[str, tuple[datetime, str | None]], paused: list[Pause]
 ) -> dict[str, Any]:
     job = settings.jobs[job_id]
-    schedule = schedule_for(job_id, job, settings.scheduler.timezone)
+    schedule = settings.schedule(job_id)
     last_run, last_outcome = runs.get(job_id, (None, None))
     pause = _pause_of(job_id, paused)
     return {

@@ -12,9 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 from zoneinfo import ZoneInfo
 
-from catfeeder_cron.config import JobSettings
 from catfeeder_cron.crontab import Crontab
-from catfeeder_cron.errors import ConfigurationError
 from catfeeder_cron.times import format_duration
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -124,20 +122,6 @@ class DateSchedule:
 
     def describe(self) -> str:
         return f"once at {self.instant.isoformat().removesuffix('+00:00')}Z"
-
-
-def schedule_for(job_id: str, settings: JobSettings, default_zone: ZoneInfo) -> Schedule:
-    """Return the schedule that a job's settings ask for, in `default_zone` where they name none.
-
-    Raises ConfigurationError when they have no trigger.
-    """
-    if settings.interval is not None:
-        return IntervalSchedule(settings.interval, job_id)
-    if settings.cron is not None:
-        return CronSchedule(Crontab.parse(settings.cron), settings.timezone or default_zone)
-    if settings.date is not None:
-        return DateSchedule(settings.date)
-    raise ConfigurationError(f"jobs.{job_id}: got no trigger, expected interval, cron or date")
 
 
 def longest_gap(schedule: Schedule, after: datetime) -> timedelta | None:

@@ -17,7 +17,7 @@ from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.pings import Pings, Signal
 from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.runner import broken_off, run_job
-from catfeeder_cron.schedule import Schedule, schedule_for
+from catfeeder_cron.schedule import Schedule
 from catfeeder_cron.supervisor import Run, Supervisor
 from catfeeder_cron.table_requirements import explain
 
@@ -71,8 +71,7 @@ class Workshop:
 
     def schedule(self, job_id: str) -> Schedule:
         """Return when a job is due. Raises UnknownJob."""
-        settings = self._settings
-        return schedule_for(job_id, settings.require_job(job_id), settings.scheduler.timezone)
+        return self._settings.schedule(job_id)
 
     def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
         """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
@@ -83,7 +82,7 @@ class Workshop:
             timeout=settings.require_job(job_id).timeout,
             actions=settings.actions,
             progress=progress,
-            schedule=self.schedule(job_id),
+            schedule=settings.schedule(job_id),
             slot=slot,
             oauth=self._oauth,
             children=self._children,
@@ -138,7 +137,7 @@ class Workshop:
         if not isinstance(settings, CustomJobSettings) or not settings.retries:
             return None
         try:
-            before = self.schedule(job_id).next_after(datetime.now(UTC))
+            before = self._settings.schedule(job_id).next_after(datetime.now(UTC))
         except UnknownJob:  # a reload has removed it
             return None
         return Retries(settings.retries, settings.retry_after, before)

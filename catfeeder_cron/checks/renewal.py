@@ -13,7 +13,7 @@ from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.journal import require_writable
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import Finding, Level
-from catfeeder_cron.schedule import longest_gap, schedule_for
+from catfeeder_cron.schedule import longest_gap
 from catfeeder_cron.times import format_duration
 
 _NAMES = "SELECT provider_name FROM {providers} ORDER BY provider_name"
@@ -108,7 +108,7 @@ def _asked(subject: str, provider: Provider, standing: providers.Standing, table
 
 def _time_between_runs(settings: Settings, job: JobSettings) -> timedelta | None:
     """Return how long a token may have to last from one run to the next."""
-    schedule = schedule_for("renew-oauth", job, settings.scheduler.timezone)
+    schedule = settings.schedule("renew-oauth")
     gap = longest_gap(schedule, datetime.now(UTC))
     return gap + job.jitter if gap else None
 

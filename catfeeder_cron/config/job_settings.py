@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from catfeeder_cron.config.durations import Duration, StatementTimeout, within
 from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
 from catfeeder_cron.crontab import Crontab
+from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
 from catfeeder_cron.times import format_duration
 
 TRIGGERS = ("interval", "cron", "date")
@@ -31,6 +34,19 @@ class JobSettings(Table):
     jitter: Duration = Field(default=timedelta(0), validate_default=True)
     catch_up: bool = True
     ping_url: PingURL | None = None
+
+    def schedule(self, job_id: str, default_zone: ZoneInfo) -> Schedule:
+        """Return the job's slots, on the clock of `default_zone` where it has no zone of its own.
+
+        Raises ConfigurationError when it has no trigger.
+        """
+        if self.interval is not None:
+            return IntervalSchedule(self.interval, job_id)
+        if self.cron is not None:
+            return CronSchedule(Crontab.parse(self.cron), self.timezone or default_zone)
+        if self.date is not None:
+            return DateSchedule(self.date)
+        raise ConfigurationError(f"jobs.{job_id}: got no trigger, expected interval, cron or date")
 
     @model_validator(mode="before")
     @classmethod

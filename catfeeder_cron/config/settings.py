@@ -21,6 +21,7 @@ from catfeeder_cron.config.values import (
     Zone,
 )
 from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.schedule import Schedule
 
 _ONE_SECOND = timedelta(seconds=1)
 
@@ -138,6 +139,10 @@ class Settings(Table):
         if job_id in self.jobs:
             return self.jobs[job_id]
         raise UnknownJob(f'there is no job "{job_id}"; the nearest is "{nearest(job_id, self.jobs, least=0)}"')
+
+    def schedule(self, job_id: str) -> Schedule:
+        """Return the slots of a job. Raises UnknownJob."""
+        return self.require_job(job_id).schedule(job_id, self.scheduler.timezone)
 
 
 SECTIONS = {

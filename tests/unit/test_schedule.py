@@ -17,7 +17,6 @@ from catfeeder_cron.schedule import (
     Schedule,
     Slots,
     longest_gap,
-    schedule_for,
 )
 
 PARIS = ZoneInfo("Europe/Paris")
@@ -174,11 +173,11 @@ def test_a_date_has_one_slot() -> None:
 def test_settings_become_a_schedule_that_says_what_they_say(
     table: dict[str, object], description: str, first: str
 ) -> None:
-    schedule = schedule_for("clean-tokens", JobSettings.model_validate(table), ZoneInfo("America/New_York"))
+    schedule = JobSettings.model_validate(table).schedule("clean-tokens", ZoneInfo("America/New_York"))
     assert schedule.describe() == description
     assert schedule.next_after(NEW_YEAR) == datetime.fromisoformat(first).replace(tzinfo=UTC)
 
 
 def test_settings_without_a_trigger_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"jobs\.x: got no trigger"):
-        schedule_for("x", JobSettings(), PARIS)
+        JobSettings().schedule("x", PARIS)
