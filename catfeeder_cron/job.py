@@ -1,6 +1,5 @@
 """What a job is, and what it is given for a run."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,10 +12,10 @@ from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
-from catfeeder_cron.errors import JobTimedOut, StatementTimeout
+from catfeeder_cron.errors import StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import Progress, no_progress
-from catfeeder_cron.run_control import StopRequest
+from catfeeder_cron.run_control import RunControl
 from catfeeder_cron.schedule import Schedule
 
 S = TypeVar("S", bound=JobSettings)
@@ -66,18 +65,14 @@ class Job(Generic[S]):
     """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
 
 
-@dataclass
-class JobContext:
-    """What one run is given. `counts` is kept up to date by the job, so that an early end still tells what was done."""
+@dataclass(kw_only=True)
+class JobContext(RunControl):
+    """What one run is given, beside what controls it."""
 
     database: Database
     tables: DatabaseTables
-    timeout: timedelta
     dry_run: bool = False
-    stop: StopRequest = field(default_factory=StopRequest)
     progress: Progress = no_progress
-    confirm: Callable[[], None] = lambda: None
-    """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
     schedule: Schedule | None = None
     """The job's slots."""
     slot: datetime | None = None
@@ -87,33 +82,11 @@ class JobContext:
     """Where the job may keep what must survive the process; it need not exist."""
     children: Children = field(default_factory=Children)
     """The processes for code of the operator's."""
-    counts: Counter[str] = field(default_factory=Counter)
     actions: ActionsSettings = field(default_factory=ActionsSettings)
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
-    """The same, for a job that works with OAuth providers, by their names."""
+    """The counts, for a job that works with OAuth providers, by their names."""
     provider_reasons: dict[str, str] = field(default_factory=dict)
     """Why there is something left to do at a provider."""
-    _started: float = field(default_factory=time.monotonic)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the run should end: look between batches and requests."""
-        return bool(self.stop) or self._remaining() <= timedelta(0)
-
-    def checkpoint(self) -> None:
-        """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
-        self.confirm()
-        self.raise_if_over()
-
-    def raise_if_over(self) -> None:
-        """Do as `checkpoint`, without making sure that the run still belongs to this process."""
-        self.stop.raise_if_set()
-        self.require_in_time()
-
-    def require_in_time(self) -> None:
-        """Raise JobTimedOut when the run's time is used up."""
-        if self._remaining() <= timedelta(0):
-            raise self._timed_out()
 
     def transaction(self, **local: str | int) -> AbstractContextManager[Connection]:
         """Like Database.transaction; a statement may take what is left of the job's time, and JobTimedOut ends it."""
@@ -123,31 +96,9 @@ class JobContext:
     def _within_timeout(self, local: dict[str, Any]) -> Iterator[Connection]:
         self.checkpoint()
         try:
-            with self.database.transaction(timeout=self._remaining(), **local) as connection:
+            with self.database.transaction(timeout=self.time_left(), **local) as connection:
                 yield connection
         except StatementTimeout:
-            if self._remaining() <= timedelta(milliseconds=50):
-                raise self._timed_out() from None
+            if self.time_left() <= timedelta(milliseconds=50):
+                raise self.timed_out() from None
             raise
-
-    def start_clock(self) -> None:
-        """Let the run's time begin now."""
-        self._started = time.monotonic()
-
-    def time_out(self) -> None:
-        """Set `stop` because the run's time is used up."""
-        self.stop.set(self._timed_out())
-
-    def overdue(self) -> timedelta:
-        """How long ago the run's time was used up; negative while it isn't."""
-        return -self._remaining()
-
-    def elapsed(self) -> timedelta:
-        """How long the run has taken so far."""
-        return timedelta(seconds=time.monotonic() - self._started)
-
-    def _remaining(self) -> timedelta:
-        return self.timeout - self.elapsed()
-
-    def _timed_out(self) -> JobTimedOut:
-        return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")

@@ -1,10 +1,14 @@
 """How a run is asked to end early: by whom, and how the code that runs finds out."""
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 
-from catfeeder_cron.errors import JobInterrupted
+from catfeeder_cron.errors import JobInterrupted, JobTimedOut
 
 
 class StopRequest:
@@ -62,6 +66,66 @@ class StopRequest:
     def raise_if_set(self) -> None:
         if self._reason is not None and self._event.is_set():
             raise self._reason
+
+
+@dataclass(kw_only=True)
+class RunControl:
+    """What ends a run: its own time, or others by `stop`; and what it has done by then.
+
+    The thread of the run looks at it and keeps `counts` up to date, so that an early end still tells what was done;
+    other threads may ask for the end and for the times.
+    """
+
+    timeout: timedelta
+    stop: StopRequest = field(default_factory=StopRequest)
+    confirm: Callable[[], None] = lambda: None
+    """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
+    counts: Counter[str] = field(default_factory=Counter)
+    _started: float = field(default_factory=time.monotonic)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run should end: look between batches and requests."""
+        return bool(self.stop) or self.time_left() <= timedelta(0)
+
+    def checkpoint(self) -> None:
+        """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
+        self.confirm()
+        self.raise_if_over()
+
+    def raise_if_over(self) -> None:
+        """Do as `checkpoint`, without making sure that the run still belongs to this process."""
+        self.stop.raise_if_set()
+        self.require_in_time()
+
+    def require_in_time(self) -> None:
+        """Raise JobTimedOut when the run's time is used up."""
+        if self.time_left() <= timedelta(0):
+            raise self.timed_out()
+
+    def start_clock(self) -> None:
+        """Let the run's time begin now."""
+        self._started = time.monotonic()
+
+    def time_out(self) -> None:
+        """Set `stop` because the run's time is used up."""
+        self.stop.set(self.timed_out())
+
+    def overdue(self) -> timedelta:
+        """How long ago the run's time was used up; negative while it isn't."""
+        return -self.time_left()
+
+    def elapsed(self) -> timedelta:
+        """How long the run has taken so far."""
+        return timedelta(seconds=time.monotonic() - self._started)
+
+    def time_left(self) -> timedelta:
+        """Return how much of the run's time is left; negative when it is used up."""
+        return self.timeout - self.elapsed()
+
+    def timed_out(self) -> JobTimedOut:
+        """Return the error that ends a run whose time is used up."""
+        return JobTimedOut(f"longer than its timeout of {self.timeout.total_seconds():g} s")
 
 
 def is_for_the_program(error: BaseException) -> bool:

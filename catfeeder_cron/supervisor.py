@@ -7,12 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import ParamSpec
 
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
-from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.presence import Presence
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.run_control import is_for_the_program
+from catfeeder_cron.run_control import RunControl, is_for_the_program
 from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger(__name__)
@@ -35,7 +34,7 @@ ANSWER_LOST = "the database was cut off while the run was claimed"
 class Run:
     run_id: int
     job_id: str
-    context: JobContext
+    control: RunControl
     stuck_told_at: timedelta | None = field(default=None)
 
 
@@ -99,7 +98,7 @@ class Supervisor:
     def stuck(self) -> list[str]:
         """The ids of the jobs that run on long after they should have ended."""
         with self._changed:
-            return sorted(run.job_id for run in self._runs if run.context.overdue() >= _STUCK_AFTER)
+            return sorted(run.job_id for run in self._runs if run.control.overdue() >= _STUCK_AFTER)
 
     @property
     def stopping(self) -> bool:
@@ -113,7 +112,7 @@ class Supervisor:
                 self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
                 self._thread.start()
 
-    def begin(self, job_id: str, context: JobContext, claim: Callable[[], int | None]) -> Run | None:
+    def begin(self, job_id: str, control: RunControl, claim: Callable[[], int | None]) -> Run | None:
         """Watch over the run that `claim` gets; None when it gets none.
 
         Raises the reason for the stop once one was requested, and DatabaseUnavailable where the others may take this
@@ -130,7 +129,7 @@ class Supervisor:
             run_id = claim()
             if run_id is None:
                 return None
-            run = Run(run_id, job_id, context)
+            run = Run(run_id, job_id, control)
             self._watch_over(run)
         except DatabaseUnavailable:
             self._presence.missed()
@@ -168,7 +167,7 @@ class Supervisor:
         with self._changed:
             self._stop_reason = self._stop_reason or reason
             for run in self._runs:
-                run.context.stop.set(self._stop_reason)
+                run.control.stop.set(self._stop_reason)
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Return when no run is left, or so many seconds have passed."""
@@ -197,7 +196,7 @@ class Supervisor:
             self._last_beat = begun
         for run in before:
             if run.run_id not in heartbeat.open_runs:
-                run.context.stop.set(JobAborted(TAKEN_FOR_DEAD))
+                run.control.stop.set(JobAborted(TAKEN_FOR_DEAD))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
         self._presence.seen(datetime.now(UTC))
@@ -251,13 +250,13 @@ class Supervisor:
             self._wake.clear()
 
     def _watch_over(self, run: Run) -> None:
-        run.context.confirm = self._confirm
-        run.context.start_clock()
+        run.control.confirm = self._confirm
+        run.control.start_clock()
         with self._changed:
             self._runs.append(run)
             if self._stop_reason:
-                run.context.stop.set(self._stop_reason)
-        if run.context.timeout.total_seconds() < HEARTBEAT_SECONDS:
+                run.control.stop.set(self._stop_reason)
+        if run.control.timeout.total_seconds() < HEARTBEAT_SECONDS:
             self._wake.set()
 
     def _tell(self, callback: Callable[P, None], *arguments: P.args, **keywords: P.kwargs) -> None:
@@ -311,12 +310,12 @@ class Supervisor:
         with self._changed:
             runs = list(self._runs)
         for run in runs:
-            overdue = run.context.overdue()
+            overdue = run.control.overdue()
             if overdue >= timedelta(0):
-                run.context.time_out()
+                run.control.time_out()
             if overdue >= _STUCK_AFTER:
                 self._tell_stuck(run, overdue)
-        ahead = [-run.context.overdue().total_seconds() for run in runs if not run.context.stop]
+        ahead = [-run.control.overdue().total_seconds() for run in runs if not run.control.stop]
         return max(0.0, min(ahead, default=float("inf")))
 
     def _tell_stuck(self, run: Run, overdue: timedelta) -> None:
@@ -328,7 +327,7 @@ class Supervisor:
 
 
 def _aborted(run: Run, reason: str) -> JobReport:
-    return _report(run.job_id, reason, dict(run.context.counts), run.context.elapsed())
+    return _report(run.job_id, reason, dict(run.control.counts), run.control.elapsed())
 
 
 def _report(job_id: str, reason: str, counts: dict[str, int], duration: timedelta) -> JobReport:

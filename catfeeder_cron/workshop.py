@@ -100,15 +100,16 @@ class Workshop:
         Raises UnknownJob, what Supervisor.begin raises, and what `claim` does.
         """
         job, settings = self.find(job_id)
-        run = self._supervisor.begin(job_id, self.context(job_id, progress, slot), claim)
+        context = self.context(job_id, progress, slot)
+        run = self._supervisor.begin(job_id, context, claim)
         if run is None:
             return None
         try:
             self._supervisor.begun()
-            return self._work(run, job, settings)
+            return self._work(run, job, context, settings)
         except BaseException as error:
             # Whatever it is and wherever it came up, the run must not stay open. One that has ended stays as it is.
-            self._supervisor.end(run, broken_off(job, run.context, error, run.run_id))
+            self._supervisor.end(run, broken_off(job, context, error, run.run_id))
             raise
 
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
@@ -142,9 +143,9 @@ class Workshop:
             return None
         return Retries(settings.retries, settings.retry_after, before)
 
-    def _work(self, run: Run, job: Job[Any], settings: JobSettings) -> JobReport:
+    def _work(self, run: Run, job: Job[Any], context: JobContext, settings: JobSettings) -> JobReport:
         self._ping(job.id, settings, "start")
-        report = run_job(job, run.context, settings, run.run_id, known_reason=self._skipped.get(job.id))
+        report = run_job(job, context, settings, run.run_id, known_reason=self._skipped.get(job.id))
         self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
         self._supervisor.end(run, report, self._retries(job.id, settings))
         succeeded = report.outcome in ("succeeded", "skipped")

@@ -281,7 +281,7 @@ def test_a_stuck_job_is_reported_and_the_others_go_on_in_its_place(
         wait_for(lambda: stuck.runs)
         held = other.runs
         (run,) = [run for run in crons._open().supervisor._runs if run.job_id == "stuck"]
-        run.context._started -= 60
+        run.control._started -= 60
         crons._open().supervisor._wake.set()
         wait_for(lambda: other.runs > held + 1)
         assert events().count("job_stuck") == 1

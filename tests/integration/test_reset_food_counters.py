@@ -31,7 +31,7 @@ def pet(request: pytest.FixtureRequest, admin: psycopg.Connection) -> psycopg.Co
 @pytest.fixture
 def reset(database: Database) -> Reset:
     def run(*, dry_run: bool = False, **options: Any) -> JobReport:
-        context = JobContext(database, DatabaseTables(), timedelta(seconds=60), dry_run=dry_run)
+        context = JobContext(database=database, tables=DatabaseTables(), timeout=timedelta(seconds=60), dry_run=dry_run)
         return run_job(JOB, context, JOB.settings.model_validate(options))
 
     return run

@@ -106,7 +106,7 @@ def test_a_frozen_process_learns_before_its_next_batch_that_its_run_was_closed(
     assert rows(admin, "outcome") == [("aborted",)]
 
     with pytest.raises(JobAborted, match=TAKEN_FOR_DEAD):
-        run.context.checkpoint()
+        run.control.checkpoint()
     office.supervisor.end(run, report("aborted", TAKEN_FOR_DEAD))
     assert events(caplog) == ["dead_run_closed", "run_was_closed_by_another"]
     assert rows(admin, "outcome, reason") == [("aborted", "its process died or lost the database")]
@@ -115,7 +115,7 @@ def test_a_frozen_process_learns_before_its_next_batch_that_its_run_was_closed(
 def test_a_process_that_was_frozen_but_not_missed_goes_on(office: Office, admin: psycopg.Connection) -> None:
     run = office.begin()
     freeze(office, admin)
-    run.context.checkpoint()
+    run.control.checkpoint()
     assert office.beats == 2
 
 
@@ -133,7 +133,7 @@ def test_after_a_request_to_stop_running_jobs_end_and_none_begins(office: Office
     run = office.begin()
     office.supervisor.request_stop(JobAborted("enough"))
     with pytest.raises(JobAborted, match="enough"):
-        run.context.checkpoint()
+        run.control.checkpoint()
     with pytest.raises(JobAborted, match="enough"):
         office.begin("another")
     assert len(rows(admin, "*")) == 1
@@ -161,7 +161,7 @@ def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Of
     go_on.set()
     begins.join()
     assert runs[0]
-    assert runs[0].context.stopping
+    assert runs[0].control.stopping
     office.supervisor.end(runs[0], report("aborted", "enough"))
     waits.join(SOON)
     assert not waits.is_alive()
@@ -192,7 +192,7 @@ def test_what_is_abandoned_is_recorded_and_the_daemon_leaves_the_list(
     office: Office, admin: psycopg.Connection
 ) -> None:
     run = office.begin()
-    run.context.counts["deleted"] = 7
+    run.control.counts["deleted"] = 7
     office.supervisor.close("still running 60 s after the stop")
     assert rows(admin, "outcome, reason, counts") == [("aborted", "still running 60 s after the stop", {"deleted": 7})]
     assert admin.execute("SELECT * FROM catfeeder_cron.daemons").fetchall() == []
@@ -203,10 +203,10 @@ def test_the_stop_flag_is_set_when_the_time_is_up_not_only_at_the_next_heartbeat
     wait_for(lambda: office.beats)
     beats = office.beats
     run = office.begin(given=context(office.database, timeout=0.3))
-    assert run.context.stop.wait(SOON)
+    assert run.control.stop.wait(SOON)
     assert office.beats == beats
     with pytest.raises(JobTimedOut):
-        run.context.checkpoint()
+        run.control.checkpoint()
 
 
 def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
@@ -215,12 +215,12 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
     run = office.begin(given=context(office.database, timeout=1))
     told = []
     for overdue in (14, 16, 105, 310, 325, 625):
-        run.context._started = time.monotonic() - 1 - overdue
+        run.control._started = time.monotonic() - 1 - overdue
         office.supervisor._look_at_timeouts()
         told.append(events(caplog).count("job_stuck"))
     assert told == [0, 1, 1, 1, 2, 3]
     assert office.stuck == 1, "one more worker, not one for each report"
-    assert run.context.stop
+    assert run.control.stop
 
 
 def test_old_runs_are_forgotten_soon_after_the_start(office: Office, admin: psycopg.Connection) -> None:
@@ -275,7 +275,7 @@ def test_a_run_that_went_on_while_the_database_was_restarted_is_still_its_proces
         other.supervisor._last_beat -= 40
         wait_for(lambda: beats(other))
         wait_for(lambda: beats(office))
-        run.context.checkpoint()
+        run.control.checkpoint()
         office.supervisor.end(run, report())
         with psycopg.connect(own_server.conninfo) as connection:
             assert rows(connection, "outcome") == [("succeeded",)]

@@ -59,7 +59,7 @@ ARROWS = {
     "background_tasks": "lifecycle schedulers",
     "waker": "database",
     "runner": "run_control config report job table_requirements",
-    "supervisor": "run_control times report job ledger presence",
+    "supervisor": "run_control times report ledger presence",
     "workshop": "children schedule config pings database oauth report job table_requirements custom_jobs ledger "
     "runner supervisor",
     "timetable": "schedule config database report triggers ledger presence dispatch background_tasks waker workshop",
