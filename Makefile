@@ -60,7 +60,7 @@ bench: $(VENV)/program ## measure speed and memory, as ratios within one run
 
 man: $(VENV)/program ## write the manual page, build/catfeeder-cron.1
 	@mkdir -p build
-	$(BIN)/python -m catfeeder_cron.manual > build/catfeeder-cron.1
+	$(BIN)/python -m catfeeder_cron.console.manual > build/catfeeder-cron.1
 
 install: build/wheel ## install the program as a systemd service; DESTDIR is respected
 	systemd/install.sh install requirements.runtime.lock build/wheel/*.whl

@@ -1,5 +1,5 @@
 """`python -m catfeeder_cron`."""
 
-from catfeeder_cron.cli import main
+from catfeeder_cron.console.cli import main
 
 main()

@@ -109,7 +109,7 @@ install_documentation() {
   for file in "$manual" "$bash_completion" "$zsh_completion" "$fish_completion"; do
     mkdir -p "$DESTDIR$(dirname "$file")"
   done
-  "$python" -P -m catfeeder_cron.manual > "$DESTDIR$manual"
+  "$python" -P -m catfeeder_cron.console.manual > "$DESTDIR$manual"
   _CATFEEDER_CRON_COMPLETE=source_bash "$python" -P -m catfeeder_cron > "$DESTDIR$bash_completion"
   _CATFEEDER_CRON_COMPLETE=source_fish "$python" -P -m catfeeder_cron > "$DESTDIR$fish_completion"
   # zsh looks at the first line, and runs the file as the function when it first completes the command.

@@ -16,7 +16,7 @@ _MOST_GROWTH = 1.1
 # when it forked.
 _PROGRAM = """
 import atexit, pathlib, sys
-from catfeeder_cron.cli import main
+from catfeeder_cron.console.cli import main
 atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr))
 main()
 """

@@ -72,24 +72,20 @@ ARROWS = {
     "herald": "report service condition",
     "endpoints": "",
     "metrics": "database report crons standing condition endpoints",
-    "overview": "times config database pauses ledger history",
-    "terminal": "report",
-    "tables": "report renewal history terminal",
     "reload": "config report checks crons service",
     "daemon": "config database report job checks background_tasks crons service orphans condition herald "
     "endpoints metrics reload",
     "demo_provider": "",
     "demo": "config embedded database schema jobs service daemon demo_provider",
-    "cli": "journald times config database schema report renewal jobs checks pauses history runner crons "
-    "service overview terminal tables daemon demo",
-    "manual": "cli",
-    "__main__": "cli",
+    "console": "journald times config database schema report renewal jobs checks pauses ledger history runner "
+    "crons service daemon demo",
+    "__main__": "console",
     "__init__": "run_control action background_tasks crons",
 }
 OPEN_TO_ALL = {"errors", "imports", "logs", "version"}
 
 # What begins in the only thread that there is; a program that embeds us imports none of it.
-BEGINS_THE_PROCESS = {"cli", "demo", "manual", "__main__"}
+BEGINS_THE_PROCESS = {"console", "demo", "__main__"}
 
 # Where each library is at home. `rich` comes with typer.
 HOMES = {
@@ -106,10 +102,10 @@ HOMES = {
     "psycopg_pool": "database",
     "pydantic": "config expired_rows jobs pings",
     "pydantic_core": "config",
-    "rich": "terminal",
+    "rich": "console",
     "structlog": "logs",
     "tomli": "config",
-    "typer": "cli manual",
+    "typer": "console",
 }
 
 
@@ -263,7 +259,9 @@ def test_what_a_function_imports_is_loaded_first_in_the_one_thread_that_imports(
 
 def test_the_command_line_loads_at_once_only_what_every_command_needs() -> None:
     at_once = {
-        place_of(module) for an_import, module in OURS if an_import.importer == f"{PACKAGE}.cli" and not an_import.lazy
+        place_of(module)
+        for an_import, module in OURS
+        if an_import.importer == f"{PACKAGE}.console.cli" and not an_import.lazy
     }
 
     assert at_once <= OPEN_TO_ALL

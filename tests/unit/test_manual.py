@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from catfeeder_cron.manual import page
+from catfeeder_cron.console.manual import page
 
 
 def test_it_has_every_command_with_its_options() -> None:

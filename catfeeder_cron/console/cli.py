@@ -144,7 +144,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
 
     For example: catfeeder-cron list
     """
-    from catfeeder_cron import overview, tables, terminal
+    from catfeeder_cron.console import overview, rendering, terminal
 
     settings = _read(context.obj, needs_address=False)
     _log_warnings(settings)
@@ -152,7 +152,7 @@ def list_jobs(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         terminal.print_json([{key: job[key] for key in overview.LISTED} for job in jobs])
     else:
-        tables.print_jobs(jobs)
+        rendering.print_jobs(jobs)
 
 
 @app.command("run-once")
@@ -175,7 +175,7 @@ def run_once(
 
     For example: catfeeder-cron run-once clean-tokens --dry-run
     """
-    from catfeeder_cron import tables, terminal
+    from catfeeder_cron.console import rendering, terminal
     from catfeeder_cron.crons import Crons
     from catfeeder_cron.service import StopSignals
 
@@ -195,14 +195,14 @@ def run_once(
             if as_json:
                 reports.append(report.as_json())
             else:
-                print(tables.in_words(report), flush=True)
+                print(rendering.in_words(report), flush=True)
     if as_json:
         terminal.print_json(reports)
     return next(status for status in (FAILED, RUNNING_ELSEWHERE, 0) if status in statuses)
 
 
 def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple["JobReport", int]:
-    from catfeeder_cron import terminal
+    from catfeeder_cron.console import terminal
     from catfeeder_cron.runner import not_run
 
     try:
@@ -231,14 +231,14 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
     For example: catfeeder-cron status
     """
-    from catfeeder_cron import overview, tables, terminal
+    from catfeeder_cron.console import overview, rendering, terminal
 
     with _opened(context) as (settings, database):
         found = overview.status(settings, database)
     if as_json:
         terminal.print_json(found)
     else:
-        tables.print_status(found)
+        rendering.print_status(found)
 
 
 @app.command()
@@ -289,8 +289,8 @@ def check(context: typer.Context, as_json: Json = False) -> int:
 
     For example: catfeeder-cron check
     """
-    from catfeeder_cron import terminal
     from catfeeder_cron.checks import check as findings_of
+    from catfeeder_cron.console import terminal
     from catfeeder_cron.database import Database
     from catfeeder_cron.report import Finding
 
@@ -322,7 +322,7 @@ def history(
     For example: catfeeder-cron history clean-tokens --limit 5
     """
     from catfeeder_cron import history as past
-    from catfeeder_cron import tables, terminal
+    from catfeeder_cron.console import rendering, terminal
 
     with _opened(context, [job] if job else []) as (_, database):
         runs = past.past_runs(database, job, limit)
@@ -330,7 +330,7 @@ def history(
     if as_json:
         terminal.print_json([run.as_json() for run in runs])
     else:
-        tables.print_history(runs, durations)
+        rendering.print_history(runs, durations)
 
 
 @app.command()
@@ -343,7 +343,8 @@ def forecast(
 
     For example: catfeeder-cron forecast --days 7
     """
-    from catfeeder_cron import schema, tables, terminal
+    from catfeeder_cron import schema
+    from catfeeder_cron.console import rendering, terminal
     from catfeeder_cron.database import Database
     from catfeeder_cron.renewal.forecast import logins_needed
 
@@ -355,7 +356,7 @@ def forecast(
     if as_json:
         terminal.print_json([link.as_json() for link in links])
     elif links:
-        tables.print_forecast(links)
+        rendering.print_forecast(links)
     else:
         print(f"no link needs a new login within {days} days, as far as is known")
 

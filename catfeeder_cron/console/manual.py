@@ -1,10 +1,10 @@
-"""The manual page, written from the texts of `--help`: `python -m catfeeder_cron.manual > catfeeder-cron.1`."""
+"""The manual page, written from the texts of `--help`: `python -m catfeeder_cron.console.manual > catfeeder-cron.1`."""
 
 from typing import Any
 
 import typer
 
-from catfeeder_cron.cli import app
+from catfeeder_cron.console.cli import app
 from catfeeder_cron.version import __version__
 
 _ENVIRONMENT = {

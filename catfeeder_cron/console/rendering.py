@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from catfeeder_cron.console.terminal import print_table
 from catfeeder_cron.history import Durations, PastRun
 from catfeeder_cron.renewal.forecast import LoginNeeded
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.terminal import print_table
 
 
 def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:

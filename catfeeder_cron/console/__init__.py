@@ -1,0 +1,1 @@
+"""The command line: what operators call, and what it prints."""
