@@ -73,7 +73,7 @@ def main() -> NoReturn:
 
 
 def _complain(error: object, status: int) -> int:
-    from catfeeder_cron.journald import is_journal
+    from catfeeder_cron.logs.journald import is_journal
 
     priority = "<3>" if is_journal(sys.stderr) else ""
     for line in str(error).splitlines():

@@ -21,8 +21,7 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "errors": "",
     "imports": "",
-    "journald": "",
-    "logs": "imports journald",
+    "logs": "imports",
     "coroutines": "",
     "crontab": "",
     "run_control": "",
@@ -77,8 +76,8 @@ ARROWS = {
     "endpoints metrics reload",
     "demo_provider": "",
     "demo": "config embedded database schema jobs service daemon demo_provider",
-    "console": "journald times config database schema report renewal jobs checks pauses ledger history runner "
-    "crons service daemon demo",
+    "console": "times config database schema report renewal jobs checks pauses ledger history runner crons "
+    "service daemon demo",
     "__main__": "console",
     "__init__": "run_control action background_tasks crons",
 }

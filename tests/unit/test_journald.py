@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catfeeder_cron import logs
-from catfeeder_cron.journald import JournalHandler, is_journal
-from catfeeder_cron.logs import get_logger
+from catfeeder_cron.logs import get_logger, structured
+from catfeeder_cron.logs.journald import JournalHandler, is_journal
 
 Entry = dict[str, str]
 
@@ -57,7 +57,7 @@ def parsed(data: bytes) -> Iterator[tuple[str, str]]:
 def journal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journal]:
     address = tmp_path_factory.mktemp("journal") / "socket"
     journal = Journal(address)
-    handler = JournalHandler(logs._fields, io.StringIO(), str(address))
+    handler = JournalHandler(structured._fields, io.StringIO(), str(address))
     logger = logging.getLogger("tests.journald")
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
@@ -161,7 +161,7 @@ def test_a_stopped_journal_is_waited_for_once_and_tried_again_later(tmp_path: Pa
     stopped = Journal(tmp_path / "socket")
     ours, theirs = socket.socketpair()
     with ours, theirs, stopped.socket, os.fdopen(ours.detach(), "w") as stream:
-        handler = JournalHandler(logs._fields, stream, str(tmp_path / "socket"))
+        handler = JournalHandler(structured._fields, stream, str(tmp_path / "socket"))
         logger = logging.getLogger("tests.stopped")
         logger.propagate = False
         logger.addHandler(handler)
@@ -190,7 +190,7 @@ def test_a_stopped_journal_is_waited_for_once_and_tried_again_later(tmp_path: Pa
 
 def test_without_a_journal_every_line_has_its_priority_on_the_stream(tmp_path: Path) -> None:
     stream = io.StringIO()
-    handler = JournalHandler(logs._fields, stream, str(tmp_path / "nobody"))
+    handler = JournalHandler(structured._fields, stream, str(tmp_path / "nobody"))
     logger = logging.getLogger("tests.absent")
     logger.propagate = False
     logger.addHandler(handler)

@@ -174,8 +174,8 @@ class _LastResort(logging.Handler):
 
 
 def _handler(format: Format, stream: TextIO) -> logging.Handler:
-    load("catfeeder_cron.journald")
-    from catfeeder_cron.journald import JournalHandler, is_journal
+    load("catfeeder_cron.logs.journald")
+    from catfeeder_cron.logs.journald import JournalHandler, is_journal
 
     if format == "journald" or (format == "auto" and is_journal(stream)):
         return JournalHandler(_fields, stream)
