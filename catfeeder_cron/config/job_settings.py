@@ -10,9 +10,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from catfeeder_cron.config.durations import Duration, StatementTimeout, within
 from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
-from catfeeder_cron.crontab import Crontab
 from catfeeder_cron.errors import ConfigurationError
 from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
+from catfeeder_cron.schedule.crontab import Crontab
 from catfeeder_cron.times import format_duration
 
 TRIGGERS = ("interval", "cron", "date")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from catfeeder_cron.crontab import Crontab
+from catfeeder_cron.schedule.crontab import Crontab
 
 MINUTE = timedelta(minutes=1)
 EPOCH = datetime(1970, 1, 1)

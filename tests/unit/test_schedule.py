@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catfeeder_cron.config import JobSettings
-from catfeeder_cron.crontab import Crontab
 from catfeeder_cron.errors import ConfigurationError
 from catfeeder_cron.schedule import (
     CronSchedule,
@@ -18,6 +17,7 @@ from catfeeder_cron.schedule import (
     Slots,
     longest_gap,
 )
+from catfeeder_cron.schedule.crontab import Crontab
 
 PARIS = ZoneInfo("Europe/Paris")
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)

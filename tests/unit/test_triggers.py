@@ -10,8 +10,8 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catfeeder_cron.crontab import Crontab
 from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
+from catfeeder_cron.schedule.crontab import Crontab
 from catfeeder_cron.triggers import ScheduleTrigger
 from tests.support.waiting import SOON
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 from zoneinfo import ZoneInfo
 
-from catfeeder_cron.crontab import Crontab
+from catfeeder_cron.schedule.crontab import Crontab
 from catfeeder_cron.times import format_duration
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
