@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
+from catfeeder_cron.database.catalog import WantedIndex
 from catfeeder_cron.errors import StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import Progress, no_progress

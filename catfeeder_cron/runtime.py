@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from catfeeder_cron import schema
 from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
 from catfeeder_cron.errors import JobAborted, JobInterrupted
 from catfeeder_cron.job import Job
 from catfeeder_cron.ledger import Ledger, Process

@@ -6,10 +6,9 @@ because something is not there, the reason is looked for here, so that a run say
 
 from typing import Any
 
-from catfeeder_cron import catalog
-from catfeeder_cron.catalog import Leaf
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database import Connection, Database, catalog, single
+from catfeeder_cron.database.catalog import Leaf
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, PermissionDenied, SchemaProblem, UndefinedObject
 from catfeeder_cron.job import Job, TableUse
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from catfeeder_cron import embedded
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database import embedded
+from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.support import servers
 
 # A busy machine is no fault of the code.

@@ -7,13 +7,12 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from catfeeder_cron import schema
 from catfeeder_cron.checks.renewal import check_providers, check_state_directory
 from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, Settings, holds_secret
-from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database import Connection, Database, schema, single
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger

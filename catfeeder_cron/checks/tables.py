@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from catfeeder_cron import catalog
 from catfeeder_cron.config import Settings
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, catalog
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, SchemaProblem
 from catfeeder_cron.job import Job, TableUse
 from catfeeder_cron.report import Finding

@@ -343,9 +343,8 @@ def forecast(
 
     For example: catfeeder-cron forecast --days 7
     """
-    from catfeeder_cron import schema
     from catfeeder_cron.console import rendering, terminal
-    from catfeeder_cron.database import Database
+    from catfeeder_cron.database import Database, schema
     from catfeeder_cron.renewal.forecast import logins_needed
 
     settings = _load(context)
@@ -372,11 +371,10 @@ def init_db(
 
     For example: catfeeder-cron init-db --with-indexes --dry-run
     """
-    from catfeeder_cron import schema
-    from catfeeder_cron.database import Database
+    from catfeeder_cron.database import Database, schema
+    from catfeeder_cron.database.schema.application import create_tables
+    from catfeeder_cron.database.schema.indexes import create_indexes
     from catfeeder_cron.jobs import built_in
-    from catfeeder_cron.schema.application import create_tables
-    from catfeeder_cron.schema.indexes import create_indexes
 
     settings = _load(context)
     _log_nothing()
@@ -427,8 +425,7 @@ def _read(path: Path | None, *, needs_address: bool = True) -> "Settings":
 @contextmanager
 def _opened(context: typer.Context, jobs: Iterable[str] = ()) -> Iterator[tuple["Settings", "Database"]]:
     """Yield the configuration, which must have these jobs, and its database, of which the daemon's schema is there."""
-    from catfeeder_cron import schema
-    from catfeeder_cron.database import Database
+    from catfeeder_cron.database import Database, schema
 
     settings = _load(context)
     for job in jobs:

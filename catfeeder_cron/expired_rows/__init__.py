@@ -14,9 +14,8 @@ from datetime import timedelta
 
 from pydantic import Field
 
-from catfeeder_cron import catalog
 from catfeeder_cron.config import Duration, JobSettings
-from catfeeder_cron.database import single
+from catfeeder_cron.database import catalog, single
 from catfeeder_cron.errors import LockTimeout, SchemaProblem
 from catfeeder_cron.expired_rows import pick, walk
 from catfeeder_cron.expired_rows.sweep import Sweep

@@ -6,8 +6,8 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
-from catfeeder_cron.catalog import Leaf, Reference
 from catfeeder_cron.database import Connection, identifier, single
+from catfeeder_cron.database.catalog import Leaf, Reference
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 

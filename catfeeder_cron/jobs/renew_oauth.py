@@ -2,8 +2,8 @@
 
 from datetime import timedelta
 
-from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.database.catalog import WantedIndex
 from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job, JobContext, TableUse
 

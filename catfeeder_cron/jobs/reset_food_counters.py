@@ -6,9 +6,9 @@ from typing import LiteralString
 from psycopg import sql
 from pydantic import Field
 
-from catfeeder_cron.catalog import INSTANTS, find_table
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import single
+from catfeeder_cron.database.catalog import INSTANTS, find_table
 from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.job import Job, JobContext, TableUse
 

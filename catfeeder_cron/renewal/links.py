@@ -6,9 +6,8 @@ from typing import Any, LiteralString
 
 from psycopg import sql
 
-from catfeeder_cron import catalog
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, single
+from catfeeder_cron.database import Connection, catalog, single
 from catfeeder_cron.errors import SchemaProblem, UndefinedObject
 from catfeeder_cron.job import JobContext
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
-from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from tests.acceptance.program import Program
 
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Program, count
 from tests.support.waiting import eventually
 

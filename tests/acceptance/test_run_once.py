@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Finished, Program, command, count
 from tests.support.waiting import eventually
 

@@ -5,7 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from catfeeder_cron import embedded
+from catfeeder_cron.database import embedded
 from tests.benchmarks import (
     actions,
     callables,

@@ -9,13 +9,12 @@ from statistics import median
 import procrastinate
 import psycopg
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import ActionsSettings, DatabaseSettings, DatabaseTables
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.runner import run_job
-from catfeeder_cron.schema.indexes import create_indexes
 from tests.benchmarks.report import Figure, milliseconds
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions

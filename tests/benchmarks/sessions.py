@@ -9,16 +9,15 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.embedded import EmbeddedServer
+from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
-from catfeeder_cron.schema.application import create_tables
-from catfeeder_cron.schema.indexes import create_indexes
 
 # Expiries lie evenly this far before and behind the moment of building, in random order over the table. So it is
 # `keep_expired_for` that says which share of the rows is to go, and one table serves every share.

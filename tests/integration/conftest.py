@@ -7,10 +7,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from catfeeder_cron import embedded
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
-from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database import Database, embedded
+from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.report import JobReport

@@ -9,18 +9,17 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.checks import check
 from catfeeder_cron.checks.renewal import check_providers
 from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, load
-from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.embedded import EmbeddedServer
+from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import Finding
-from catfeeder_cron.schema.application import create_tables
-from catfeeder_cron.schema.indexes import create_indexes
 
 Findings = Callable[..., list[Finding]]
 

@@ -15,10 +15,9 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
-from catfeeder_cron.database import Database
-from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from tests.support.waiting import SOON, eventually
 
 

@@ -15,7 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Connection, Database, single
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import (
     CatfeederCronError,
     ConfigurationError,

@@ -7,9 +7,8 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
 from catfeeder_cron.dispatch import Dispatch
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, Ledger, Process

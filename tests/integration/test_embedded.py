@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import embedded
+from catfeeder_cron.database import embedded
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError
 
 pytestmark = pytest.mark.usefixtures("embedded_alone")
@@ -23,7 +23,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone runs PostgreS
 OPEN_FOLDER = """
 import sys
 import psycopg
-from catfeeder_cron import embedded
+from catfeeder_cron.database import embedded
 server = embedded.open(sys.argv[1], durable=False)
 print(server.conninfo, flush=True)
 """

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import StopRequest

@@ -10,8 +10,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
 from catfeeder_cron.ledger import (
     DIED,
     NO_DAEMON,

@@ -7,8 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import pauses, schema
-from catfeeder_cron.database import Database
+from catfeeder_cron import pauses
+from catfeeder_cron.database import Database, schema
 from catfeeder_cron.ledger import Ledger, Process
 from tests.integration.daemons import SECOND, STARTED_LONG_AGO, Office, Work, rows, wait_for
 

@@ -10,14 +10,13 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from catfeeder_cron import schema
-from catfeeder_cron.catalog import WantedIndex
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.catalog import WantedIndex
+from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.jobs import built_in
-from catfeeder_cron.schema.application import create_tables
-from catfeeder_cron.schema.indexes import create_indexes
 from tests.support.waiting import eventually
 
 OpenDatabase = Callable[..., Database]

@@ -8,10 +8,9 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import Ledger, Process

@@ -6,11 +6,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import Crons, schema
+from catfeeder_cron import Crons
 from catfeeder_cron.checks import check
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database
-from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from tests.support.waiting import eventually
 
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.proofs.fleet import Fleet
 
 

@@ -14,10 +14,9 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
-from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 
 ROOT = Path(__file__).parents[2]
 HANDLERS = ROOT / "tests" / "integration" / "actions"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from catfeeder_cron.embedded import EmbeddedServer
+from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.proofs.fleet import JOB, Audit, Fleet
 from tests.support.waiting import eventually
 

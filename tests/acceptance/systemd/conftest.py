@@ -13,11 +13,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
-from catfeeder_cron.embedded import EmbeddedServer
-from catfeeder_cron.schema.application import create_tables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.embedded import EmbeddedServer
+from catfeeder_cron.database.schema.application import create_tables
 from tests.acceptance.systemd.doorway import Doorway, database_of
 from tests.acceptance.systemd.machine import CONFIG, DROP_IN, UNIT, URL_FILE, Machine
 

@@ -10,14 +10,13 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import ActionsSettings, DatabaseTables
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
-from catfeeder_cron.schema.application import create_tables
 
 HERE = Path(__file__).parent
 KINDS = (

@@ -10,9 +10,9 @@ from typing import Any, cast
 import psycopg
 import pytest
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings, OAuthSettings
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
@@ -22,7 +22,6 @@ from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.runner import run_job
 from catfeeder_cron.schedule import IntervalSchedule
-from catfeeder_cron.schema.application import create_tables
 from tests.integration.oauth.provider import Provider, running
 
 

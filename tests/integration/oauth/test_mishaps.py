@@ -13,9 +13,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from catfeeder_cron import schema
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.renewal import providers
@@ -24,7 +24,6 @@ from catfeeder_cron.renewal.journal import Entry, new_journal
 from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.renewal.takeover import journal_folder
 from catfeeder_cron.renewal.verdicts import Verdict, settle
-from catfeeder_cron.schema.application import create_tables
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply

@@ -36,7 +36,7 @@ from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import ConfigurationError, DatabaseError
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.embedded")
 
 _PORT = 5432  # part of the socket's name, nothing else
 _LONGEST_SOCKET_PATH = 103  # bytes; Linux has room for 107, macOS for 103

@@ -5,12 +5,11 @@ from collections.abc import Collection, Iterable, Iterator
 
 from psycopg import sql
 
-from catfeeder_cron import catalog
-from catfeeder_cron.catalog import Leaf, WantedIndex
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database, single
+from catfeeder_cron.database import Database, catalog, single
+from catfeeder_cron.database.catalog import Leaf, WantedIndex
+from catfeeder_cron.database.schema import told
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
-from catfeeder_cron.schema import told
 
 _STATE = """
     SELECT i.indisvalid, EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = i.indexrelid)

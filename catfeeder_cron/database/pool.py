@@ -4,7 +4,6 @@ Nothing here holds on to a session: every setting is made with SET LOCAL, no sta
 and no session-level lock is taken, so a transaction pooler such as PgBouncer may stand in between.
 """
 
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,27 +14,21 @@ from types import TracebackType
 from typing import Any, LiteralString, Self
 
 import psycopg
-from psycopg import errors as pg
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolTimeout
 
 from catfeeder_cron import lifecycle
 from catfeeder_cron.config import DatabaseSettings
+from catfeeder_cron.database.conninfo import with_defaults
+from catfeeder_cron.database.errors import CLOSED, AllInUse, RollBack, translated
 from catfeeder_cron.errors import (
-    ConfigurationError,
-    ConstraintViolation,
     DatabaseError,
     DatabaseUnavailable,
-    LockTimeout,
-    PermissionDenied,
-    StatementTimeout,
-    UndefinedObject,
 )
 from catfeeder_cron.imports import load
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.database")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -43,26 +36,6 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 _PATIENCE_SECONDS = 1.0
 
 EMBEDDED = "embedded:"
-
-# A connection that was cut off without a word is given up after a minute instead of the kernel's quarter of an hour.
-_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-
-
-_UNDEFINED = (
-    *(pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName),
-    # A column of another type, with which nothing can be compared, or to which nothing can be assigned.
-    *(pg.UndefinedFunction, pg.DatatypeMismatch),
-)
-
-_CLOSED = "the program has closed its connections to the database, because it ends"
-
-
-class AllInUse(DatabaseUnavailable):
-    """The server is there, but every connection of this process stayed in use."""
-
-
-class RollBack(Exception):
-    """Raised inside a transaction's block, it ends the block without an error, and nothing that was done is kept."""
 
 
 class Database:
@@ -122,7 +95,7 @@ class Database:
         """
         limit = self.statement_timeout if timeout is None else timeout
         local = {"statement_timeout": _milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
-        with self._outage_told(), _translated(), self._begun(_begin(local)) as connection:
+        with self._outage_told(), translated(), self._begun(_begin(local)) as connection:
             try:
                 yield connection
             except BaseException as error:
@@ -152,7 +125,7 @@ class Database:
     def _alone(
         self, statement: LiteralString, parameters: Mapping[str, Any]
     ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        with self._outage_told(), _translated(), self._connection() as connection:
+        with self._outage_told(), translated(), self._connection() as connection:
             try:
                 cursor = connection.execute(statement, parameters)
             except psycopg.OperationalError:
@@ -165,12 +138,12 @@ class Database:
     @contextmanager
     def session(self) -> Iterator[Connection]:
         """Yield a connection of its own, outside the pool and outside any transaction (CREATE INDEX CONCURRENTLY)."""
-        with _translated(), psycopg.connect(self._address(), autocommit=True, prepare_threshold=None) as connection:
+        with translated(), psycopg.connect(self._address(), autocommit=True, prepare_threshold=None) as connection:
             yield connection
 
     def notifications(self, connection: Connection) -> list[str]:
         """Return the payloads of the notifications that have arrived at a session. Raises DatabaseUnavailable."""
-        with _translated():
+        with translated():
             return [notification.payload for notification in connection.notifies(timeout=0)]
 
     def probe(self) -> None:
@@ -289,7 +262,7 @@ class Database:
     def _address(self) -> str:
         with self._lock:
             if self._closed:
-                raise DatabaseUnavailable(_CLOSED)
+                raise DatabaseUnavailable(CLOSED)
             if self._conninfo is None:
                 conninfo = self._settings.conninfo.get_secret_value()
                 if self._settings.url_file_was_absent:
@@ -298,35 +271,13 @@ class Database:
                         "database's URL into it, for root alone (mode 0600), and restart the service"
                     )
                 if conninfo.startswith(EMBEDDED):
-                    load("catfeeder_cron.embedded")
-                    from catfeeder_cron import embedded
+                    load("catfeeder_cron.database.embedded")
+                    from catfeeder_cron.database import embedded
 
                     server = self._opened.enter_context(embedded.open(conninfo.removeprefix(EMBEDDED)))
                     conninfo = server.conninfo
-                self._conninfo = self._with_defaults(conninfo)
+                self._conninfo = with_defaults(conninfo, self._application_name, self._settings.connect_timeout)
             return self._conninfo
-
-    def _with_defaults(self, conninfo: str) -> str:
-        """Add what the address leaves open; its own words win."""
-        try:
-            given = conninfo_to_dict(conninfo)
-        except psycopg.ProgrammingError:
-            # libpq's own message quotes the address, password and all.
-            raise ConfigurationError(
-                "the database address is not one that libpq understands; expected postgresql://USER@HOST:PORT/DATABASE"
-            ) from None
-        if "@" in str(given.get("host", "")) or not re.fullmatch("[0-9,]*", str(given.get("port", ""))):
-            # What was taken for the host or the port is part of the password, and libpq's message would quote it.
-            raise ConfigurationError(
-                "the database address has no usable host and port; in a user or password write %40 for @ and %2F for /"
-            )
-        defaults: dict[str, int | str] = {
-            **_KEEPALIVES,
-            "client_encoding": "utf8",  # whatever the database's is
-            "application_name": self._application_name,
-            "connect_timeout": max(2, round(self._settings.connect_timeout.total_seconds())),
-        }
-        return make_conninfo(conninfo, **{key: value for key, value in defaults.items() if key not in given})
 
 
 def _milliseconds(duration: timedelta) -> int:
@@ -353,47 +304,6 @@ def _set_local(name: str) -> bytes:
 @lru_cache
 def _literal(value: str) -> bytes:
     return sql.Literal(value).as_bytes()
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (psycopg.Error, PoolClosed) as error:
-        # `from None`: the original's text can hold a token (its DETAIL quotes rows), so it must not
-        # reach a traceback.
-        raise translate(error) from None
-
-
-def translate(error: Exception) -> DatabaseError:
-    """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
-    if isinstance(error, PoolClosed):
-        return DatabaseUnavailable(_CLOSED)
-    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
-        return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
-    message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
-    match error:
-        case pg.QueryCanceled():
-            return StatementTimeout(message)
-        # The last: a row that has moved to another partition while it was waited for.
-        case pg.LockNotAvailable() | pg.DeadlockDetected() | pg.SerializationFailure():
-            return LockTimeout(message)
-        case pg.IntegrityError():
-            return ConstraintViolation(message, error.diag.constraint_name)
-        case pg.InsufficientPrivilege():
-            return PermissionDenied(message)
-        case error if isinstance(error, _UNDEFINED):
-            return UndefinedObject(message)
-        case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
-            return DatabaseUnavailable(message)
-        case _:
-            return DatabaseError(message)
-
-
-def _one_line(text: str) -> str:
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def identifier(*names: str) -> sql.Identifier:

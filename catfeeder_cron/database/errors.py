@@ -1,0 +1,76 @@
+"""psycopg's errors told in the program's own: the one table in which they are translated."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from psycopg import errors as pg
+from psycopg_pool import PoolClosed
+
+from catfeeder_cron.errors import (
+    ConstraintViolation,
+    DatabaseError,
+    DatabaseUnavailable,
+    LockTimeout,
+    PermissionDenied,
+    StatementTimeout,
+    UndefinedObject,
+)
+
+_UNDEFINED = (
+    *(pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName),
+    # A column of another type, with which nothing can be compared, or to which nothing can be assigned.
+    *(pg.UndefinedFunction, pg.DatatypeMismatch),
+)
+
+CLOSED = "the program has closed its connections to the database, because it ends"
+
+
+class AllInUse(DatabaseUnavailable):
+    """The server is there, but every connection of this process stayed in use."""
+
+
+class RollBack(Exception):
+    """Raised inside a transaction's block, it ends the block without an error, and nothing that was done is kept."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what psycopg raises inside the `with` block as one of ours."""
+    try:
+        yield
+    except (psycopg.Error, PoolClosed) as error:
+        # `from None`: the original's text can hold a token (its DETAIL quotes rows), so it must not
+        # reach a traceback.
+        raise translate(error) from None
+
+
+def translate(error: Exception) -> DatabaseError:
+    """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
+    if isinstance(error, PoolClosed):
+        return DatabaseUnavailable(CLOSED)
+    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+            return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+        return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
+    message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
+    match error:
+        case pg.QueryCanceled():
+            return StatementTimeout(message)
+        # The last: a row that has moved to another partition while it was waited for.
+        case pg.LockNotAvailable() | pg.DeadlockDetected() | pg.SerializationFailure():
+            return LockTimeout(message)
+        case pg.IntegrityError():
+            return ConstraintViolation(message, error.diag.constraint_name)
+        case pg.InsufficientPrivilege():
+            return PermissionDenied(message)
+        case error if isinstance(error, _UNDEFINED):
+            return UndefinedObject(message)
+        case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
+            return DatabaseUnavailable(message)
+        case _:
+            return DatabaseError(message)
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
