@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
-from catfeeder_cron.standing import Standing
+from catfeeder_cron.ledger.snapshot import Standing
 
 # Turns of the schedule's loop that may be late before it counts as stalled.
 _LATE_TURNS = 3

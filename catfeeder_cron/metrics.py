@@ -17,8 +17,8 @@ from catfeeder_cron.condition import Condition
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.endpoints import Page
+from catfeeder_cron.ledger.snapshot import StandingReader
 from catfeeder_cron.report import JobReport, Outcome
-from catfeeder_cron.standing import StandingReader
 from catfeeder_cron.version import __version__
 
 _PREFIX = "catfeeder_cron_"

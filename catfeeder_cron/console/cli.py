@@ -255,7 +255,7 @@ def pause(
 
     For example: catfeeder-cron pause clean-tokens --for 2h --because "table is being moved"
     """
-    from catfeeder_cron import pauses
+    from catfeeder_cron.ledger import pauses
 
     with _opened(context, jobs or []) as (_, database):
         pauses.pause(database, jobs or [], duration, because)
@@ -271,7 +271,7 @@ def resume(
 
     For example: catfeeder-cron resume clean-tokens
     """
-    from catfeeder_cron import pauses
+    from catfeeder_cron.ledger import pauses
 
     with _opened(context, jobs or []) as (_, database):
         ended = pauses.resume(database, jobs or [])
@@ -321,8 +321,8 @@ def history(
 
     For example: catfeeder-cron history clean-tokens --limit 5
     """
-    from catfeeder_cron import history as past
     from catfeeder_cron.console import rendering, terminal
+    from catfeeder_cron.ledger import history as past
 
     with _opened(context, [job] if job else []) as (_, database):
         runs = past.past_runs(database, job, limit)

@@ -3,14 +3,13 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from catfeeder_cron import pauses
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import ConfigurationError, DatabaseError, PermissionDenied, SchemaProblem
-from catfeeder_cron.history import last_runs
-from catfeeder_cron.ledger import DEAD_AFTER_SECONDS
+from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, pauses
+from catfeeder_cron.ledger.history import last_runs
+from catfeeder_cron.ledger.pauses import ALL_JOBS, Pause
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.pauses import ALL_JOBS, Pause
 from catfeeder_cron.times import timestamp
 
 log = get_logger(__name__)

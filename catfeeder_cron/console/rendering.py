@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from catfeeder_cron.console.terminal import print_table
-from catfeeder_cron.history import Durations, PastRun
+from catfeeder_cron.ledger.history import Durations, PastRun
 from catfeeder_cron.renewal.forecast import LoginNeeded
 from catfeeder_cron.report import JobReport
 

@@ -25,11 +25,11 @@ from catfeeder_cron.config import DatabaseSettings, load
 from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.endpoints import Endpoints, Page
-from catfeeder_cron.history import Account
 from catfeeder_cron.jobs import built_in
+from catfeeder_cron.ledger.history import Account
+from catfeeder_cron.ledger.snapshot import StandingReader
 from catfeeder_cron.metrics import Metrics
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.standing import StandingReader
 from tests.support.waiting import SOON, eventually
 
 MINUTE = timedelta(minutes=1)

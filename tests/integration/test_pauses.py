@@ -7,9 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron import pauses
 from catfeeder_cron.database import Database, schema
-from catfeeder_cron.ledger import Ledger, Process
+from catfeeder_cron.ledger import Ledger, Process, pauses
 from tests.integration.daemons import SECOND, STARTED_LONG_AGO, Office, Work, rows, wait_for
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

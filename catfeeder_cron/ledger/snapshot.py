@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, StatementTimeout
-from catfeeder_cron.history import Account, accounts
+from catfeeder_cron.ledger.history import Account, accounts
 
 _FRESH_SECONDS = 2
 _PATIENCE_SECONDS = 2

@@ -1,0 +1,35 @@
+"""What all daemons know in common: which slots are claimed, which runs are open, what became of them."""
+
+from catfeeder_cron.ledger.ledger import (
+    DEAD_AFTER_SECONDS,
+    DIED,
+    HEARTBEAT_SECONDS,
+    NO_DAEMON,
+    NO_DATABASE,
+    NOT_FREE,
+    STILL_RUNNING,
+    Claim,
+    Heartbeat,
+    Ledger,
+    Missed,
+    Process,
+    Retries,
+    Trigger,
+)
+
+__all__ = [
+    "DEAD_AFTER_SECONDS",
+    "DIED",
+    "HEARTBEAT_SECONDS",
+    "NOT_FREE",
+    "NO_DAEMON",
+    "NO_DATABASE",
+    "STILL_RUNNING",
+    "Claim",
+    "Heartbeat",
+    "Ledger",
+    "Missed",
+    "Process",
+    "Retries",
+    "Trigger",
+]
