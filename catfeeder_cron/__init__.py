@@ -7,18 +7,18 @@ from catfeeder_cron.version import __version__
 
 if TYPE_CHECKING:
     from catfeeder_cron.action import Action
-    from catfeeder_cron.background_tasks import BackgroundTasks
-    from catfeeder_cron.crons import Crons
     from catfeeder_cron.errors import HopelessAction, PostponedAction
     from catfeeder_cron.run_control import stopping
+    from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+    from catfeeder_cron.scheduler.crons import Crons
 
 __all__ = ["Action", "BackgroundTasks", "Crons", "HopelessAction", "PostponedAction", "__version__", "stopping"]
 
 
 _HOMES = {
     "Action": "catfeeder_cron.action",
-    "BackgroundTasks": "catfeeder_cron.background_tasks",
-    "Crons": "catfeeder_cron.crons",
+    "BackgroundTasks": "catfeeder_cron.scheduler.background_tasks",
+    "Crons": "catfeeder_cron.scheduler.crons",
     "HopelessAction": "catfeeder_cron.errors",
     "PostponedAction": "catfeeder_cron.errors",
     "stopping": "catfeeder_cron.run_control",

@@ -4,9 +4,9 @@ import textwrap
 import time
 from datetime import UTC, datetime, timedelta
 
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.ledger.snapshot import Standing
+from catfeeder_cron.scheduler.crons import Crons
 
 # Turns of the schedule's loop that may be late before it counts as stalled.
 _LATE_TURNS = 3

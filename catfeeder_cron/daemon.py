@@ -9,11 +9,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.checks import check
 from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import Settings
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.herald import Herald
@@ -23,6 +21,8 @@ from catfeeder_cron.logs import get_logger, prepare
 from catfeeder_cron.orphans import reap_orphans_as_init
 from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.crons import Crons
 from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
 from catfeeder_cron.version import __version__
 

@@ -12,6 +12,7 @@ from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.database.catalog import WantedIndex
+from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.errors import StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import Progress, no_progress
@@ -19,23 +20,6 @@ from catfeeder_cron.run_control import RunControl
 from catfeeder_cron.schedule import Schedule
 
 S = TypeVar("S", bound=JobSettings)
-
-
-@dataclass(frozen=True)
-class TableUse:
-    """What a job needs of a table of Cat Feeder's; `table` is its key in [database.tables]."""
-
-    table: str
-    privileges: tuple[str, ...]
-    columns: tuple[str, ...]
-    times: tuple[str, ...] = ()
-    """Columns that must hold times, beside those."""
-    numbers: tuple[str, ...] = ()
-    """Columns that must hold numbers, beside those."""
-    by_leaf: bool = False
-    """The job works on each partition itself, so it needs the privileges there and not on the whole."""
-    optional: bool = False
-    """Without the table the job has nothing to do, which is no fault."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from catfeeder_cron import logs
 from catfeeder_cron.checks import check_callables
 from catfeeder_cron.config import Settings
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import Finding
+from catfeeder_cron.scheduler.crons import Crons
 from catfeeder_cron.service import StopSignals
 
 log = get_logger(__name__)

@@ -5,10 +5,10 @@ from typing import Any
 
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database, catalog
+from catfeeder_cron.database.requirements import TableUse, require_table
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, SchemaProblem
-from catfeeder_cron.job import Job, TableUse
+from catfeeder_cron.job import Job
 from catfeeder_cron.report import Finding
-from catfeeder_cron.table_requirements import require_table
 
 
 def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:

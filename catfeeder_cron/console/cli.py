@@ -27,9 +27,9 @@ from catfeeder_cron.version import __version__
 
 if TYPE_CHECKING:
     from catfeeder_cron.config import Settings
-    from catfeeder_cron.crons import Crons
     from catfeeder_cron.database import Database
     from catfeeder_cron.report import JobReport, Outcome
+    from catfeeder_cron.scheduler.crons import Crons
 
 FAILED = 84
 WRONG_USAGE = 2
@@ -176,13 +176,13 @@ def run_once(
     For example: catfeeder-cron run-once clean-tokens --dry-run
     """
     from catfeeder_cron.console import rendering, terminal
-    from catfeeder_cron.crons import Crons
+    from catfeeder_cron.scheduler.crons import Crons
     from catfeeder_cron.service import StopSignals
 
     settings = _load(context)
     _log_warnings(settings)
     if _one_terminal() and settings.logging.level != "debug":
-        logging.getLogger("catfeeder_cron.runner.result").setLevel(logging.CRITICAL)
+        logging.getLogger("catfeeder_cron.scheduler.runner.result").setLevel(logging.CRITICAL)
     reports: list[dict[str, Any]] = []
     with StopSignals() as signals, Crons(config=settings) as crons:
         signals.on_request(crons.request_stop)
@@ -203,7 +203,7 @@ def run_once(
 
 def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple["JobReport", int]:
     from catfeeder_cron.console import terminal
-    from catfeeder_cron.runner import not_run
+    from catfeeder_cron.scheduler.runner import not_run
 
     try:
         with terminal.progress_bar(job) as progress:

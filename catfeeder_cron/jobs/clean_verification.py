@@ -4,8 +4,9 @@ from datetime import timedelta
 
 from catfeeder_cron.config import Duration
 from catfeeder_cron.database.catalog import WantedIndex
+from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.expired_rows import ExpiredRowsSettings, delete_expired
-from catfeeder_cron.job import Job, JobContext, TableUse
+from catfeeder_cron.job import Job, JobContext
 
 
 class CleanVerification(ExpiredRowsSettings):

@@ -4,8 +4,9 @@ from datetime import timedelta
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database.catalog import WantedIndex
+from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.imports import load
-from catfeeder_cron.job import Job, JobContext, TableUse
+from catfeeder_cron.job import Job, JobContext
 
 
 class RenewOAuth(JobSettings):

@@ -9,8 +9,9 @@ from pydantic import Field
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import single
 from catfeeder_cron.database.catalog import INSTANTS, find_table
+from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.errors import SchemaProblem
-from catfeeder_cron.job import Job, JobContext, TableUse
+from catfeeder_cron.job import Job, JobContext
 
 
 class ResetFoodCounters(JobSettings):

@@ -20,9 +20,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from catfeeder_cron.config import JobSettings
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.schedule import IntervalSchedule
+from catfeeder_cron.scheduler.crons import Crons
 from tests.benchmarks.report import Figure, milliseconds, percentile
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions

@@ -59,7 +59,7 @@ asyncio.run(main())
 
 _RUN = """
 import json, resource, sys, time
-from catfeeder_cron.crons import Crons
+from catfeeder_cron.scheduler.crons import Crons
 with Crons(config=sys.argv[1]) as crons:
     crons.run("renew-oauth", dry_run=True)
     begun = time.perf_counter()

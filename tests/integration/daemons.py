@@ -7,12 +7,12 @@ from typing import Any
 
 import psycopg
 
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import DatabaseTables, JobSettings
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.crons import Crons
 from tests.support.waiting import eventually
 
 HOUR = timedelta(hours=1)

@@ -22,7 +22,7 @@ from catfeeder_cron.config import load
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.runner import run_job
+from catfeeder_cron.scheduler.runner import run_job
 from tests.support.processes import is_alive
 from tests.support.waiting import eventually
 

@@ -9,12 +9,12 @@ import pytest
 
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database, schema
-from catfeeder_cron.dispatch import Dispatch
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, Ledger, Process
-from catfeeder_cron.presence import Presence
 from catfeeder_cron.schedule import IntervalSchedule, Schedule
-from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.slots import Dispatch
+from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 from tests.integration.daemons import SECOND, report, rows
 
 MINUTE = timedelta(minutes=1)

@@ -22,7 +22,6 @@ from pydantic import SecretStr
 
 from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import DatabaseSettings, load
-from catfeeder_cron.crons import Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.endpoints import Endpoints, Page
 from catfeeder_cron.jobs import built_in
@@ -30,6 +29,7 @@ from catfeeder_cron.ledger.history import Account
 from catfeeder_cron.ledger.snapshot import StandingReader
 from catfeeder_cron.metrics import Metrics
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.crons import Crons
 from tests.support.waiting import SOON, eventually
 
 MINUTE = timedelta(minutes=1)

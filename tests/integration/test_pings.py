@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from catfeeder_cron import Crons
-from catfeeder_cron.pings import Pings
+from catfeeder_cron.scheduler.pings import Pings
 from tests.support.waiting import eventually
 
 SECRET = "5f0c2d1e-7a3b-4c64-9f1e-0123456789ab"

@@ -14,8 +14,8 @@ from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import Ledger, Process
-from catfeeder_cron.presence import Presence
-from catfeeder_cron.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Run, Supervisor
+from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Run, Supervisor
 from tests.integration.daemons import STARTED_LONG_AGO, context, report, rows, wait_for
 from tests.support.waiting import SOON
 

@@ -18,8 +18,8 @@ from apscheduler.schedulers import (
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from tests.support.waiting import SOON, eventually
 
 NOT_NOW = 0.2  # seconds in which something would have happened if it were going to
@@ -649,7 +649,7 @@ class Faulty(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
 def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("catfeeder_cron.schedulers._AFTER_FAILURE_SECONDS", 0.01)
+    monkeypatch.setattr("catfeeder_cron.scheduler.haltable._AFTER_FAILURE_SECONDS", 0.01)
     ran = threading.Event()
     with BackgroundTasks() as tasks:
         tasks.add_task(nothing, trigger=Faulty(), id="faulty")
@@ -898,7 +898,7 @@ def test_after_a_fork_what_the_parent_has_started_does_not_run_in_the_child_and_
 def test_a_program_that_never_stops_its_tasks_ends_nevertheless(ending: str) -> None:
     program = f"""
 import threading, time
-from catfeeder_cron.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 begun = threading.Event()
 def task():
     begun.set()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
 from catfeeder_cron.schedule.crontab import Crontab
-from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 from tests.support.waiting import SOON
 
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)

@@ -12,7 +12,7 @@ import pytest
 from catfeeder_cron import BackgroundTasks, Crons
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import SchemaProblem
-from catfeeder_cron.waker import Waker
+from catfeeder_cron.scheduler.waker import Waker
 from tests.integration.actions.conftest import HERE, Actions
 from tests.integration.actions.test_check_actions import wait_until
 

@@ -4,19 +4,36 @@ A run does not look: that would cost it statements, and is in vain nearly always
 because something is not there, the reason is looked for here, so that a run says what `check` says.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, Database, catalog, single
 from catfeeder_cron.database.catalog import Leaf
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, PermissionDenied, SchemaProblem, UndefinedObject
-from catfeeder_cron.job import Job, TableUse
 
 _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
 
 _ACCESS = """
     SELECT current_user, n.nspname, has_schema_privilege(n.oid, 'USAGE'), row_security_active(c.oid)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"""
+
+
+@dataclass(frozen=True)
+class TableUse:
+    """What a job needs of a table of Cat Feeder's; `table` is its key in [database.tables]."""
+
+    table: str
+    privileges: tuple[str, ...]
+    columns: tuple[str, ...]
+    times: tuple[str, ...] = ()
+    """Columns that must hold times, beside those."""
+    numbers: tuple[str, ...] = ()
+    """Columns that must hold numbers, beside those."""
+    by_leaf: bool = False
+    """The job works on each partition itself, so it needs the privileges there and not on the whole."""
+    optional: bool = False
+    """Without the table the job has nothing to do, which is no fault."""
 
 
 def require_table(connection: Connection, tables: DatabaseTables, job_id: str, use: TableUse) -> list[str]:
@@ -63,13 +80,15 @@ def _remedy(use: TableUse, job_id: str, otherwise: str) -> str:
     )
 
 
-def explain(problem: CatfeederCronError, job: Job[Any], database: Database, tables: DatabaseTables) -> str:
+def explain(
+    problem: CatfeederCronError, job_id: str, uses: Iterable[TableUse], database: Database, tables: DatabaseTables
+) -> str:
     """Say why a job has failed: in the words of `check` where its tables are not as the job needs them."""
     found: dict[str, None] = {}
-    for use in job.tables if isinstance(problem, UndefinedObject | PermissionDenied) else ():
+    for use in uses if isinstance(problem, UndefinedObject | PermissionDenied) else ():
         try:
             with database.transaction() as connection:
-                require_table(connection, tables, job.id, use)
+                require_table(connection, tables, job_id, use)
         except SchemaProblem as fault:
             found[str(fault)] = None
         except DatabaseError:

@@ -9,17 +9,17 @@ from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
+from catfeeder_cron.database.requirements import explain
 from catfeeder_cron.errors import CatfeederCronError, UnknownJob
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.pings import Pings, Signal
 from catfeeder_cron.report import JobReport, Progress, no_progress
-from catfeeder_cron.runner import broken_off, run_job
 from catfeeder_cron.schedule import Schedule
-from catfeeder_cron.supervisor import Run, Supervisor
-from catfeeder_cron.table_requirements import explain
+from catfeeder_cron.scheduler.pings import Pings, Signal
+from catfeeder_cron.scheduler.runner import broken_off, run_job
+from catfeeder_cron.scheduler.supervisor import Run, Supervisor
 
 log = get_logger(__name__)
 
@@ -121,7 +121,7 @@ class Workshop:
 
     def explain(self, job_id: str, problem: CatfeederCronError) -> str:
         """Say why a job could not do something. Raises UnknownJob."""
-        return explain(problem, self.find(job_id)[0], self._database, self._settings.database.tables)
+        return explain(problem, job_id, self.find(job_id)[0].tables, self._database, self._settings.database.tables)
 
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""

@@ -7,9 +7,9 @@ from threading import Lock
 
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.ledger import Ledger, Missed, Trigger
-from catfeeder_cron.presence import Presence
 from catfeeder_cron.schedule import MICROSECOND, Schedule
-from catfeeder_cron.triggers import ScheduleTrigger
+from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 
 
 def _now() -> datetime:

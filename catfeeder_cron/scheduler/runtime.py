@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.errors import JobAborted, JobInterrupted
@@ -18,11 +17,12 @@ from catfeeder_cron.job import Job
 from catfeeder_cron.ledger import Ledger, Process
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.presence import Presence
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.supervisor import Supervisor
-from catfeeder_cron.timetable import Timetable
-from catfeeder_cron.workshop import Workshop
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.executor import Workshop
+from catfeeder_cron.scheduler.job_scheduler import Timetable
+from catfeeder_cron.scheduler.supervisor import Supervisor
 
 log = get_logger(__name__)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from catfeeder_cron import logs
 from catfeeder_cron.config import JobSettings
+from catfeeder_cron.database.requirements import explain
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport, Outcome
 from catfeeder_cron.run_control import is_for_the_program
-from catfeeder_cron.table_requirements import explain
 
 log = get_logger(__name__)
 # By itself, so that a command that prints the result can leave it out.
@@ -84,7 +84,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
     except JobTimedOut as timed_out:
         return "timed_out", str(timed_out)
     except CatfeederCronError as error:
-        return "failed", explain(error, job, context.database, context.tables)
+        return "failed", explain(error, job.id, job.tables, context.database, context.tables)
     except BaseException as error:
         if is_for_the_program(error):
             raise

@@ -10,10 +10,8 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.dispatch import Dispatch
 from catfeeder_cron.errors import (
     CatfeederCronError,
     DatabaseUnavailable,
@@ -25,12 +23,14 @@ from catfeeder_cron.errors import (
 )
 from catfeeder_cron.ledger import STILL_RUNNING, Ledger, Trigger
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.presence import Presence
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import Schedule
-from catfeeder_cron.triggers import ScheduleTrigger
-from catfeeder_cron.waker import Waker
-from catfeeder_cron.workshop import Workshop
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.executor import Workshop
+from catfeeder_cron.scheduler.slots import Dispatch
+from catfeeder_cron.scheduler.triggers import ScheduleTrigger
+from catfeeder_cron.scheduler.waker import Waker
 
 log = get_logger(__name__)
 

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from catfeeder_cron import lifecycle
-from catfeeder_cron.background_tasks import BackgroundTasks
 from catfeeder_cron.config import JobSettings, Settings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
@@ -20,8 +19,9 @@ from catfeeder_cron.ledger import Ledger
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import JobReport, Progress, no_progress
-from catfeeder_cron.runtime import Given, Runtime
 from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.runtime import Given, Runtime
 
 log = get_logger(__name__)
 

@@ -36,7 +36,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.logs import get_logger, show_debug_records
-from catfeeder_cron.schedulers import Executor, ForegroundScheduler, ThreadScheduler
+from catfeeder_cron.scheduler.haltable import Executor, ForegroundScheduler, ThreadScheduler
 
 log = get_logger(__name__)
 

@@ -9,9 +9,9 @@ from typing import ParamSpec
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.presence import Presence
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl, is_for_the_program
+from catfeeder_cron.scheduler.downtime import Presence
 from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger(__name__)
