@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
-from catfeeder_cron import daemon, logs
+from catfeeder_cron import logs
 from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database, embedded, schema
 from catfeeder_cron.database.schema.application import create_tables
@@ -18,7 +18,8 @@ from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.demo_provider import TOKEN_LIFESPAN, LocalProvider, local_provider
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.service import StopSignals
+from catfeeder_cron.service import daemon
+from catfeeder_cron.service.signals import StopSignals
 
 log = get_logger(__name__)
 

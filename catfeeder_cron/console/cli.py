@@ -131,7 +131,8 @@ def start(context: typer.Context) -> None:
     signal.signal(
         signal.SIGHUP, signal.SIG_IGN
     )  # until the daemon takes it over: a start reads the configuration anyway
-    from catfeeder_cron import daemon, logs
+    from catfeeder_cron import logs
+    from catfeeder_cron.service import daemon
 
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
@@ -177,7 +178,7 @@ def run_once(
     """
     from catfeeder_cron.console import rendering, terminal
     from catfeeder_cron.scheduler.crons import Crons
-    from catfeeder_cron.service import StopSignals
+    from catfeeder_cron.service.signals import StopSignals
 
     settings = _load(context)
     _log_warnings(settings)

@@ -463,7 +463,8 @@ def test_a_clock_that_was_put_back_does_not_keep_the_jobs_waiting(office: Office
 DAEMON = """
 import dataclasses, sys, time
 from pathlib import Path
-from catfeeder_cron import daemon, logs
+from catfeeder_cron import logs
+from catfeeder_cron.service import daemon
 from catfeeder_cron.config import load
 from catfeeder_cron.jobs import built_in, hello_world
 

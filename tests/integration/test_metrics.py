@@ -20,16 +20,16 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import DatabaseSettings, load
 from catfeeder_cron.database import Database
-from catfeeder_cron.endpoints import Endpoints, Page
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger.history import Account
 from catfeeder_cron.ledger.snapshot import StandingReader
-from catfeeder_cron.metrics import Metrics
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.crons import Crons
+from catfeeder_cron.service.endpoints import Endpoints, Page
+from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.metrics import Metrics
 from tests.support.waiting import SOON, eventually
 
 MINUTE = timedelta(minutes=1)
@@ -249,7 +249,7 @@ OUT_OF_FILES = """
 import os, resource, socket, sys, time
 from contextlib import suppress
 from catfeeder_cron import logs
-from catfeeder_cron.endpoints import Endpoints, Page
+from catfeeder_cron.service.endpoints import Endpoints, Page
 
 logs.configure("info", "json")
 logs.get_logger("test").info("begun")  # which imports what logging needs
@@ -298,5 +298,5 @@ def test_a_page_that_fails_is_an_error_of_its_own(caplog: pytest.LogCaptureFixtu
 
 
 def test_a_daemon_without_metrics_imports_none_of_it(tmp_path: Path) -> None:
-    code = "import sys, catfeeder_cron.daemon; assert not {'prometheus_client', 'http.server'} & sys.modules.keys()"
+    code = "import sys, catfeeder_cron.service.daemon; assert not {'prometheus_client', 'http.server'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

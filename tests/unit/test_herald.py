@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from catfeeder_cron.condition import Condition
-from catfeeder_cron.herald import Herald
-from catfeeder_cron.service import Notifier
+from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.sd_notify import Notifier
+from catfeeder_cron.service.status import Herald
 
 THREADS = 4
 CHANGES = 25

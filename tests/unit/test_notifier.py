@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catfeeder_cron.service import Notifier
+from catfeeder_cron.service.sd_notify import Notifier
 
 
 @pytest.fixture(params=["file", "abstract"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from catfeeder_cron.service import StopSignals
+from catfeeder_cron.service.signals import StopSignals
 from tests.support.waiting import SOON
 
 
@@ -61,7 +61,7 @@ def test_afterwards_all_is_as_before() -> None:
 
 FORKS = """
 import os, signal, sys, time
-from catfeeder_cron.service import ReloadSignal, StopSignals
+from catfeeder_cron.service.signals import ReloadSignal, StopSignals
 
 ready, told = os.pipe()
 with StopSignals(), StopSignals() as signals, ReloadSignal(lambda: print("reloads", flush=True)):

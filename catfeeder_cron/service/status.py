@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from catfeeder_cron.condition import Condition
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.service import Notifier
+from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.sd_notify import Notifier
 
 # Said anew every two seconds while jobs end, so that no stop is cut short by TimeoutStopSec= and a dead one is.
 _PATIENCE = timedelta(seconds=10)

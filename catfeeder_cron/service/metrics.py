@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from catfeeder_cron.condition import Condition
 from catfeeder_cron.database import Database
-from catfeeder_cron.endpoints import Page
 from catfeeder_cron.ledger.snapshot import StandingReader
 from catfeeder_cron.report import JobReport, Outcome
 from catfeeder_cron.scheduler.crons import Crons
+from catfeeder_cron.service.endpoints import Page
+from catfeeder_cron.service.health import Condition
 from catfeeder_cron.version import __version__
 
 _PREFIX = "catfeeder_cron_"

@@ -10,7 +10,7 @@ from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import Finding
 from catfeeder_cron.scheduler.crons import Crons
-from catfeeder_cron.service import StopSignals
+from catfeeder_cron.service.signals import StopSignals
 
 log = get_logger(__name__)
 

@@ -10,20 +10,21 @@ from functools import partial
 from typing import Any
 
 from catfeeder_cron.checks import check
-from catfeeder_cron.condition import Condition
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
-from catfeeder_cron.herald import Herald
 from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job
 from catfeeder_cron.logs import get_logger, prepare
-from catfeeder_cron.orphans import reap_orphans_as_init
-from catfeeder_cron.reload import begin_to_check, reload
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.crons import Crons
-from catfeeder_cron.service import Notifier, ReloadSignal, StopSignals
+from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.orphans import reap_orphans_as_init
+from catfeeder_cron.service.reload import begin_to_check, reload
+from catfeeder_cron.service.sd_notify import Notifier
+from catfeeder_cron.service.signals import ReloadSignal, StopSignals
+from catfeeder_cron.service.status import Herald
 from catfeeder_cron.version import __version__
 
 log = get_logger(__name__)
@@ -84,9 +85,9 @@ def _serve(
     address: str, crons: Crons, database: Database, condition: Condition
 ) -> Iterator[Callable[[JobReport], None]]:
     """Serve metrics and health; yield what counts a report. An address that can't be had is no reason not to run."""
-    load("catfeeder_cron.endpoints", "catfeeder_cron.metrics")
-    from catfeeder_cron.endpoints import Endpoints
-    from catfeeder_cron.metrics import Metrics
+    load("catfeeder_cron.service.endpoints", "catfeeder_cron.service.metrics")
+    from catfeeder_cron.service.endpoints import Endpoints
+    from catfeeder_cron.service.metrics import Metrics
 
     metrics = Metrics(crons, database, condition)
     endpoints = Endpoints(address, {"/metrics": metrics.page, "/health": metrics.health, "/ready": metrics.ready})

@@ -1,0 +1,71 @@
+"""What systemd is told of the service: sd_notify(3)."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+
+_SEND_TIMEOUT_SECONDS = 1
+
+
+class Notifier:
+    """Tells systemd how the service is doing: sd_notify(3). Does nothing elsewhere, and never raises.
+
+    All methods may be called from any thread. `watchdog` is how often systemd wants to hear `alive`; None if never.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        # A name that begins with @ is one without a file: the kernel wants a zero byte there.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.watchdog = _watchdog(environ) if address else None
+
+    def ready(self, status: str) -> None:
+        """The service does its work: at the end of its start, or of a reload."""
+        self._send("READY=1", _status(status))
+
+    def reloading(self) -> None:
+        """The configuration is being read again, until `ready`."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def stopping(self, status: str) -> None:
+        """The service takes nothing new."""
+        self._send("STOPPING=1", _status(status))
+
+    def status(self, text: str) -> None:
+        """Set the line that `systemctl status` shows."""
+        self._send(_status(text))
+
+    def alive(self) -> None:
+        """Feed the watchdog, if there is one."""
+        if self.watchdog:
+            self._send("WATCHDOG=1")
+
+    def extend_timeout(self, duration: timedelta) -> None:
+        """Keep systemd from losing patience with the start or stop under way, for this long from now."""
+        self._send(f"EXTEND_TIMEOUT_USEC={duration // timedelta(microseconds=1)}")
+
+    def _send(self, *assignments: str) -> None:
+        if not self._address:
+            return
+        # A manager that doesn't read must not hold up the schedule.
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(_SEND_TIMEOUT_SECONDS)
+            sender.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)
+
+
+def _status(text: str) -> str:
+    """A newline would begin another assignment."""
+    return "STATUS=" + " ".join(text.split())
+
+
+def _watchdog(environ: Mapping[str, str]) -> timedelta | None:
+    """Return the watchdog's patience if it is this process that it watches."""
+    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    try:
+        return timedelta(microseconds=int(environ.get("WATCHDOG_USEC", ""))) or None
+    except (OverflowError, ValueError):
+        return None
