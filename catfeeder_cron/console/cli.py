@@ -406,7 +406,7 @@ def init_db(
 @app.command()
 def demo() -> None:
     """Show the daemon at work on a throw-away PostgreSQL with sample data, until Ctrl-C."""
-    from catfeeder_cron.demo import run
+    from catfeeder_cron.demo.run import run
 
     run()
 

@@ -46,8 +46,7 @@ ARROWS = {
     "scheduler": "run_control children times schedule config lifecycle database oauth report job jobs custom_jobs "
     "ledger",
     "service": "config lifecycle database report job checks ledger scheduler",
-    "demo_provider": "",
-    "demo": "config database jobs service demo_provider",
+    "demo": "config database jobs service",
     "console": "times config database report renewal jobs checks ledger scheduler service demo",
     "__main__": "console",
     "__init__": "run_control action scheduler",

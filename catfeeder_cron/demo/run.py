@@ -15,7 +15,7 @@ from catfeeder_cron.config import Settings, load
 from catfeeder_cron.database import Database, embedded, schema
 from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.database.schema.indexes import create_indexes
-from catfeeder_cron.demo_provider import TOKEN_LIFESPAN, LocalProvider, local_provider
+from catfeeder_cron.demo.provider import TOKEN_LIFESPAN, LocalProvider, local_provider
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.service import daemon

@@ -1,0 +1,1 @@
+"""The daemon at work on a throw-away PostgreSQL with sample data: `make run`."""
