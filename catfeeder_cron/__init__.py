@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from catfeeder_cron.version import __version__
 
 if TYPE_CHECKING:
-    from catfeeder_cron.action import Action
+    from catfeeder_cron.actions.action import Action
     from catfeeder_cron.errors import HopelessAction, PostponedAction
     from catfeeder_cron.run_control import stopping
     from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
@@ -16,7 +16,7 @@ __all__ = ["Action", "BackgroundTasks", "Crons", "HopelessAction", "PostponedAct
 
 
 _HOMES = {
-    "Action": "catfeeder_cron.action",
+    "Action": "catfeeder_cron.actions.action",
     "BackgroundTasks": "catfeeder_cron.scheduler.background_tasks",
     "Crons": "catfeeder_cron.scheduler.crons",
     "HopelessAction": "catfeeder_cron.errors",

@@ -6,11 +6,11 @@ from typing import Annotated
 from pydantic import Field
 
 from catfeeder_cron.actions import built_in
+from catfeeder_cron.actions.due.leases import count_due, due_in_seconds
+from catfeeder_cron.actions.due.run import Limits, Shift
 from catfeeder_cron.config import AlwaysOnJobSettings, Duration, within
 from catfeeder_cron.database.catalog import WantedIndex, has_table
 from catfeeder_cron.database.requirements import TableUse
-from catfeeder_cron.due_actions.leases import count_due, due_in_seconds
-from catfeeder_cron.due_actions.shift import Limits, Shift
 from catfeeder_cron.errors import JobSkipped
 from catfeeder_cron.job import Job, JobContext, Wake
 

@@ -298,5 +298,6 @@ def test_a_page_that_fails_is_an_error_of_its_own(caplog: pytest.LogCaptureFixtu
 
 
 def test_a_daemon_without_metrics_imports_none_of_it(tmp_path: Path) -> None:
-    code = "import sys, catfeeder_cron.service.daemon; assert not {'prometheus_client', 'http.server'} & sys.modules.keys()"
+    imported = "{'prometheus_client', 'http.server'} & sys.modules.keys()"
+    code = f"import sys, catfeeder_cron.service.daemon; assert not {imported}"
     subprocess.run([sys.executable, "-c", code], check=True)

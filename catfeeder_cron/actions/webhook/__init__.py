@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from catfeeder_cron.action import Action, Handler, Perform
+from catfeeder_cron.actions.action import Action, Handler, Perform
 from catfeeder_cron.actions.webhook import answer
 from catfeeder_cron.actions.webhook.allowed import AllowList
 from catfeeder_cron.actions.webhook.connection import CheckedTransport, Resolve, resolve

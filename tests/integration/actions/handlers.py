@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from catfeeder_cron import HopelessAction, PostponedAction, stopping
-from catfeeder_cron.action import Action
+from catfeeder_cron.actions.action import Action
 
 
 def note(action: Action) -> str:

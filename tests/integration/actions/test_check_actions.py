@@ -12,12 +12,12 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron.action import Action, Handler, Perform
+from catfeeder_cron.actions.action import Action, Handler, Perform
+from catfeeder_cron.actions.due.attempts import Attempts
+from catfeeder_cron.actions.due.leases import Claimed
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import Database
-from catfeeder_cron.due_actions.attempts import Attempts
-from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.report import JobReport

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from catfeeder_cron.action import Action
+from catfeeder_cron.actions.action import Action
 from catfeeder_cron.actions.webhook import open_webhooks
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import HopelessAction, PostponedAction

@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from catfeeder_cron.actions.due.leases import statement
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection
-from catfeeder_cron.due_actions.leases import statement
 
 # Rows of one survey at most; what is behind them comes with the next.
 _MOST = 50_000

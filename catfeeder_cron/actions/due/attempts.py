@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from catfeeder_cron import logs
-from catfeeder_cron.action import Handler, Perform
+from catfeeder_cron.actions.action import Handler, Perform
+from catfeeder_cron.actions.due.leases import Claimed
 from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.config import ActionsSettings
-from catfeeder_cron.due_actions.leases import Claimed
 from catfeeder_cron.errors import CallableRaised, ChildDied, ConfigurationError, HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
 

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4, uuid5
 
 from psycopg import sql
 
-from catfeeder_cron.action import Action
+from catfeeder_cron.actions.action import Action
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, single
 

@@ -4,10 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from catfeeder_cron.actions.due.attempts import Finished
+from catfeeder_cron.actions.due.leases import statement
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection
-from catfeeder_cron.due_actions.attempts import Finished
-from catfeeder_cron.due_actions.leases import statement
 
 _LONGEST_WAIT_SECONDS = 3600
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from catfeeder_cron.action import Handler
+from catfeeder_cron.actions.action import Handler
+from catfeeder_cron.actions.due import outcomes
+from catfeeder_cron.actions.due.attempts import Attempts, Finished
+from catfeeder_cron.actions.due.fair_order import Busy, Candidate, Plan, survey
+from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
+from catfeeder_cron.actions.due.outcomes import Stored
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
-from catfeeder_cron.due_actions import outcomes
-from catfeeder_cron.due_actions.attempts import Attempts, Finished
-from catfeeder_cron.due_actions.leases import LOST, Claimed, Leases
-from catfeeder_cron.due_actions.outcomes import Stored
-from catfeeder_cron.due_actions.survey import Busy, Candidate, Plan, survey
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
