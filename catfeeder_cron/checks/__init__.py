@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from catfeeder_cron.checks.renewal import check_providers, check_state_directory
 from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.children.pool import Children
@@ -16,6 +15,7 @@ from catfeeder_cron.database import Connection, Database, schema, single
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.renewal.checks import check_providers, check_state_directory
 from catfeeder_cron.report import Finding, Level
 
 __all__ = ["check", "check_callables"]

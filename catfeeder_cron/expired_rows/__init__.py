@@ -3,11 +3,11 @@
 A row's identity is never carried from one transaction to the next: every DELETE repeats the condition, so a row that
 the web server prolongs meanwhile survives. Three ways, chosen for each leaf of the table:
 
-pick        little has expired and an index begins with the expiry: in the index's order. The cost follows the
-            expired rows, not the table.
-walk        otherwise: over the table's blocks, a range of them at a time. This reaches the speed of one big DELETE,
-            with or without an index, because every block is read once and in order.
-carefully   where a batch meets a row that is locked or that a constraint keeps: for that batch alone, row by row.
+by_index     little has expired and an index begins with the expiry: in the index's order. The cost follows the
+             expired rows, not the table.
+by_blocks    otherwise: over the table's blocks, a range of them at a time. This reaches the speed of one big DELETE,
+             with or without an index, because every block is read once and in order.
+row_by_row   where a batch meets a row that is locked or that a constraint keeps: for that batch alone.
 """
 
 from datetime import timedelta
@@ -17,8 +17,8 @@ from pydantic import Field
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import catalog, single
 from catfeeder_cron.errors import LockTimeout, SchemaProblem
-from catfeeder_cron.expired_rows import pick, walk
-from catfeeder_cron.expired_rows.sweep import Sweep
+from catfeeder_cron.expired_rows import by_blocks, by_index
+from catfeeder_cron.expired_rows.leaf import Sweep
 from catfeeder_cron.job import JobContext
 
 
@@ -50,8 +50,8 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
     for sweep in sweeps:
         sweep.blocks_before, sweep.blocks_in_all = blocks_before, blocks
         try:
-            if not pick.delete_if_few(sweep):
-                walk.delete(sweep)
+            if not by_index.delete_if_few(sweep):
+                by_blocks.delete(sweep)
         except LockTimeout as error:
             raise LockTimeout(f"{sweep.leaf} is locked as a whole; the next run goes on from here: {error}") from None
         blocks_before += sweep.leaf.blocks

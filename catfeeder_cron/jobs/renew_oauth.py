@@ -21,11 +21,12 @@ def run(context: JobContext, settings: RenewOAuth) -> None:
 
 
 def recover(context: JobContext) -> None:
-    load("catfeeder_cron.renewal.takeover")
-    from catfeeder_cron.renewal import takeover
+    load("catfeeder_cron.renewal.recovery")
 
-    takeover.recover(context)
-    takeover.forget_deleted(context)
+    from catfeeder_cron.renewal import recovery
+
+    recovery.recover(context)
+    recovery.forget_deleted(context)
 
 
 JOB = Job(

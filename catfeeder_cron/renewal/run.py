@@ -12,7 +12,15 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.account import (
+from catfeeder_cron.renewal.batch_writer import Outbox
+from catfeeder_cron.renewal.circuit_breaker import Patience
+from catfeeder_cron.renewal.claims import Claimer
+from catfeeder_cron.renewal.failures import called_dead, confirm_dead, dismiss_dead
+from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
+from catfeeder_cron.renewal.links import Due, Links, Window, window
+from catfeeder_cron.renewal.provider_worker import Lane
+from catfeeder_cron.renewal.recovery import journal_folder, recover
+from catfeeder_cron.renewal.summary import (
     COUNTS,
     Known,
     count_so_far,
@@ -21,14 +29,6 @@ from catfeeder_cron.renewal.account import (
     name_of,
     settle_up,
 )
-from catfeeder_cron.renewal.claims import Claimer
-from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
-from catfeeder_cron.renewal.lane import Lane
-from catfeeder_cron.renewal.links import Due, Links, Window, window
-from catfeeder_cron.renewal.outbox import Outbox
-from catfeeder_cron.renewal.patience import Patience
-from catfeeder_cron.renewal.takeover import journal_folder, recover
-from catfeeder_cron.renewal.verdicts import called_dead, confirm_dead, dismiss_dead
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session

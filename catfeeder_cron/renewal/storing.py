@@ -9,9 +9,9 @@ from psycopg import sql
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.oauth.quoting import quote
+from catfeeder_cron.renewal.failures import BACK_OFF
 from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.links import Links
-from catfeeder_cron.renewal.verdicts import BACK_OFF
 
 # How long a batch waits for a row that somebody else has locked, and then for each further one: a stop waits, too.
 _LOCK_TIMEOUT = "500ms"

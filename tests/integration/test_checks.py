@@ -10,7 +10,6 @@ import psycopg
 import pytest
 
 from catfeeder_cron.checks import check
-from catfeeder_cron.checks.renewal import check_providers
 from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, load
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.embedded import EmbeddedServer
@@ -18,6 +17,7 @@ from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.checks import check_providers
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import Finding
 

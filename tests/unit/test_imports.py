@@ -36,10 +36,10 @@ ARROWS = {
     "job": "run_control children schedule config database oauth report",
     "actions": "children times config database job",
     "expired_rows": "config database job",
-    "renewal": "coroutines times config lifecycle database oauth job",
+    "renewal": "coroutines times schedule config lifecycle database oauth report job",
     "jobs": "config database job actions expired_rows renewal",
     "custom_jobs": "children config database job",
-    "checks": "children times schedule config database oauth report job renewal jobs",
+    "checks": "children config database report job renewal jobs",
     "ledger": "times schedule database report",
     "scheduler": "run_control children times schedule config lifecycle database oauth report job jobs custom_jobs "
     "ledger",

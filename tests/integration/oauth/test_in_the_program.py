@@ -13,7 +13,7 @@ import pytest
 from catfeeder_cron.config import OAuthSettings
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.renewal.journal import Entry, new_journal
-from catfeeder_cron.renewal.takeover import journal_folder
+from catfeeder_cron.renewal.recovery import journal_folder
 from catfeeder_cron.scheduler.crons import Crons
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import wait_until

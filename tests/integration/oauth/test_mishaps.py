@@ -20,10 +20,10 @@ from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claim, Claimer
+from catfeeder_cron.renewal.failures import Verdict, settle
 from catfeeder_cron.renewal.journal import Entry, new_journal
 from catfeeder_cron.renewal.links import Links, Window
-from catfeeder_cron.renewal.takeover import journal_folder
-from catfeeder_cron.renewal.verdicts import Verdict, settle
+from catfeeder_cron.renewal.recovery import journal_folder
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply

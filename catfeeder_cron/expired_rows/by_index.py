@@ -2,9 +2,9 @@
 
 from catfeeder_cron.database import single
 from catfeeder_cron.errors import ConstraintViolation, LockTimeout
-from catfeeder_cron.expired_rows import carefully
-from catfeeder_cron.expired_rows.carefully import Position
-from catfeeder_cron.expired_rows.sweep import EXPIRED, Sweep
+from catfeeder_cron.expired_rows import row_by_row
+from catfeeder_cron.expired_rows.leaf import EXPIRED, Sweep
+from catfeeder_cron.expired_rows.row_by_row import Position
 
 # Share of expired rows up to which picking beats the walk, and the most that are counted to find out.
 _FEW = 0.015
@@ -67,7 +67,7 @@ def _delete_next(sweep: Sweep, after: Position) -> Position | None:
     try:
         return _delete_batch(sweep, after)
     except (LockTimeout, ConstraintViolation):
-        return carefully.delete_next(sweep, _AFTER, _ORDER, after, {}, _THROUGH_THE_INDEX)
+        return row_by_row.delete_next(sweep, _AFTER, _ORDER, after, {}, _THROUGH_THE_INDEX)
 
 
 def _delete_batch(sweep: Sweep, after: Position) -> Position | None:

@@ -7,7 +7,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, identifier, single
-from catfeeder_cron.expired_rows.sweep import MOST_NAMED, Kept, Sweep
+from catfeeder_cron.expired_rows.leaf import MOST_NAMED, Kept, Sweep
 
 # Rows that are locked together while they are tried, and the wait for the rows that hang on one of them.
 _ROWS = 200

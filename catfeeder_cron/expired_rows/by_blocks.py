@@ -3,9 +3,9 @@
 import time
 
 from catfeeder_cron.errors import ConstraintViolation, LockTimeout
-from catfeeder_cron.expired_rows import carefully
-from catfeeder_cron.expired_rows.carefully import Position
-from catfeeder_cron.expired_rows.sweep import Sweep
+from catfeeder_cron.expired_rows import row_by_row
+from catfeeder_cron.expired_rows.leaf import Sweep
+from catfeeder_cron.expired_rows.row_by_row import Position
 
 # A range aims at this long: long enough that its overhead is small, short enough that whoever writes one of its rows
 # does not notice (`make bench` shows both).
@@ -82,5 +82,5 @@ def _delete_carefully(sweep: Sweep, first: int, last: int) -> bool:
     start, end = f"({first},0)", f"({last},0)"
     position: Position | None = Position(place=start)
     while position is not None and sweep.room():
-        position = carefully.delete_next(sweep, _RANGE, "leaf.ctid", position, {"last": end}, {})
+        position = row_by_row.delete_next(sweep, _RANGE, "leaf.ctid", position, {"last": end}, {})
     return sweep.count_remaining(_RANGE, place=start, last=end if position is None else position.place) > 0

@@ -7,7 +7,7 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.outbox import Outbox
+from catfeeder_cron.renewal.batch_writer import Outbox
 from catfeeder_cron.renewal.providers import Pause, Standing
 from catfeeder_cron.times import elapsed_seconds
 

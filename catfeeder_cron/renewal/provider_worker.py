@@ -16,11 +16,11 @@ from catfeeder_cron.oauth.presets import ClientAuth
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.oauth.request import other_method
 from catfeeder_cron.renewal import providers
+from catfeeder_cron.renewal.batch_writer import Outbox, Settlement
+from catfeeder_cron.renewal.circuit_breaker import Patience
 from catfeeder_cron.renewal.claims import Claim, Claimer
+from catfeeder_cron.renewal.failures import Verdict
 from catfeeder_cron.renewal.journal import Entry
-from catfeeder_cron.renewal.outbox import Outbox, Settlement
-from catfeeder_cron.renewal.patience import Patience
-from catfeeder_cron.renewal.verdicts import Verdict
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session

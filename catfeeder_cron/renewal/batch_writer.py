@@ -16,10 +16,10 @@ from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeou
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.claims import Claim, release
+from catfeeder_cron.renewal.failures import Verdict, settle
 from catfeeder_cron.renewal.journal import Entry, Journal
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.renewal.storing import Stored, store
-from catfeeder_cron.renewal.verdicts import Verdict, settle
 
 log = get_logger(__name__)
 

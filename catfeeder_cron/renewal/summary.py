@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.provider import Provider
-from catfeeder_cron.renewal.lane import Lane
 from catfeeder_cron.renewal.links import Due
+from catfeeder_cron.renewal.provider_worker import Lane
 from catfeeder_cron.renewal.providers import Standing
 
 log = get_logger(__name__)
