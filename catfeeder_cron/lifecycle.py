@@ -119,7 +119,7 @@ def _let_go(resource: Resource, *, at_exit: bool = False) -> None:
     try:
         resource.let_go(at_exit=at_exit)
     except Exception:
-        log.exception("not_let_go")
+        log.exception("resource_not_closed")
     finally:
         if gone := _dropped.pop(resource, None):
             gone.set()
@@ -136,7 +136,7 @@ def _before_threads_end() -> None:
         try:
             end()
         except Exception:
-            log.exception("not_ended")
+            log.exception("resource_not_stopped")
 
 
 def _at_exit() -> None:
@@ -151,7 +151,7 @@ def _in_forked_child() -> None:
         try:
             call(owner)
         except Exception:
-            log.exception("not_told_of_fork")
+            log.exception("after_fork_failed")
     _open.clear()
     _dropped.clear()
     _at_the_end.clear()

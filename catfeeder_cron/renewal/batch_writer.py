@@ -1,4 +1,4 @@
-"""What the lanes of a run hand in to be stored, as it comes in; and whether anything new may still be sent."""
+"""What the workers of a run hand in to be stored, as it comes in; and whether anything new may still be sent."""
 
 import asyncio
 import time
@@ -15,8 +15,8 @@ from catfeeder_cron.config import OAuthSettings
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.renewal.claims import Claim, release
-from catfeeder_cron.renewal.failures import Verdict, settle
+from catfeeder_cron.renewal.claims import TokenClaim, release
+from catfeeder_cron.renewal.failures import Failure, settle
 from catfeeder_cron.renewal.journal import Entry, Journal
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.renewal.storing import Stored, store
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settlement:
-    """What came of one claim: an entry of the journal or a verdict; neither when it was not sent."""
+    """What came of one claim: an entry of the journal or a failure; neither when it was not sent."""
 
-    claim: Claim
+    claim: TokenClaim
     counts: Counter[str]
-    """The lane's: where it is counted, once it is stored."""
+    """The worker's: where it is counted, once it is stored."""
     entry: Entry | None = None
-    verdict: Verdict | None = None
+    failure: Failure | None = None
 
 
-class Outbox:
+class BatchWriter:
     """Made and used inside one event loop. `stored` is called after every batch with how many were settled."""
 
     def __init__(
@@ -130,10 +130,10 @@ class Outbox:
         if failure:
             raise failure
 
-    async def _take(self, patience: float | None) -> list[Settlement | None]:
+    async def _take(self, breaker: float | None) -> list[Settlement | None]:
         """Wait for something to store, at most so many seconds; return all there is."""
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(breaker):
                 batch = [await self._queue.get()]
         except TimeoutError:
             return []
@@ -185,8 +185,8 @@ class Outbox:
             except OSError as error:
                 self._break(f"the journal can't be written to the disk: {error.strerror}")
         database = self.context.database
-        settle(database, self._links, self._owner, [each.verdict for each in batch if each.verdict])
-        release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.verdict)])
+        settle(database, self._links, self._owner, [each.failure for each in batch if each.failure])
+        release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.failure)])
         # The last, because it alone is counted by what it changes: repeated, it would find nothing to change.
         return store(database, self._links, entries, time.time())
 
@@ -203,8 +203,8 @@ class Outbox:
                 self._journal.remove(each.entry)
                 if each.claim.id in stored:
                     each.counts["renewed" if each.entry.token else "failed"] += 1
-            elif each.verdict and not each.verdict.dead:
-                each.counts["failed" if each.verdict.failed else "postponed"] += 1
+            elif each.failure and not each.failure.dead:
+                each.counts["failed" if each.failure.failed else "postponed"] += 1
         left = [each for each in batch if each.entry and each.claim.id in locked]
         self._stored(len(batch) - len(left))
         return left
@@ -212,4 +212,4 @@ class Outbox:
     def _break(self, reason: str) -> None:
         if self.broken is None:
             self.broken = reason
-            log.error("oauth_run_breaks_off", reason=reason)
+            log.error("oauth_run_aborted", reason=reason)

@@ -65,9 +65,9 @@ def check_providers(database: Database, settings: Settings, job: JobSettings) ->
         yield Finding("error", "providers", str(error))
         return
     table = f'"{settings.database.tables.user_oauth_connection}"'
-    for name, (provider, standing) in known.items():
+    for name, (provider, state) in known.items():
         subject = f"provider {name}"
-        yield _asked(subject, provider, standing, table)
+        yield _asked(subject, provider, state, table)
         if apart and (too_short := _too_short(name, lifespans.get(name), apart, settings, job)):
             yield Finding("warning", subject, too_short)
     if nowhere := lifespans.pop(None, None):
@@ -92,17 +92,17 @@ def check_providers(database: Database, settings: Settings, job: JobSettings) ->
         )
 
 
-def _asked(subject: str, provider: Provider, standing: providers.Standing, table: str) -> Finding:
+def _asked(subject: str, provider: Provider, state: providers.ProviderState, table: str) -> Finding:
     """Return whether a provider is asked for tokens, as far as is known without asking it."""
     if not provider.client_id:
         return Finding("warning", subject, f"it has no client_id; fill it in in {table}")
     if provider.fault:
         return Finding("error", subject, f"{provider.fault}; it stands in {table}")
-    if standing.paused_seconds > 0:
-        remedy = f"; correct its row in {table}, or its client_auth" if standing.refused else ""
-        level: Level = "error" if standing.refused else "warning"
-        pause = format_duration(timedelta(seconds=round(standing.paused_seconds)))
-        return Finding(level, subject, f"it is paused for {pause} more: {standing.reason}{remedy}")
+    if state.paused_seconds > 0:
+        remedy = f"; correct its row in {table}, or its client_auth" if state.refused else ""
+        level: Level = "error" if state.refused else "warning"
+        pause = format_duration(timedelta(seconds=round(state.paused_seconds)))
+        return Finding(level, subject, f"it is paused for {pause} more: {state.reason}{remedy}")
     return Finding("ok", subject, "its URL and client_id are filled in")
 
 

@@ -7,8 +7,8 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.batch_writer import Outbox
-from catfeeder_cron.renewal.providers import Pause, Standing
+from catfeeder_cron.renewal.batch_writer import BatchWriter
+from catfeeder_cron.renewal.providers import ProviderPause, ProviderState
 from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger(__name__)
@@ -22,13 +22,13 @@ _SHORTEST_REST_SECONDS = 1.0
 _LOOK_UP_SECONDS = 0.2
 
 
-class Patience:
+class CircuitBreaker:
     """One provider's in one run. Made and used inside one event loop."""
 
-    def __init__(self, outbox: Outbox, provider: Provider, standing: Standing) -> None:
+    def __init__(self, writer: BatchWriter, provider: Provider, state: ProviderState) -> None:
         self.answers = 0
         self.dead = 0
-        self.suspect = False
+        self.is_suspect = False
         """The provider calls so many tokens dead that nobody is to be blamed for it."""
         self.halted: str | None = None
         """Why nothing more is sent to this provider in this run."""
@@ -36,9 +36,9 @@ class Patience:
         """Whether it is halted because the provider refuses us."""
         self.rests = 0
         self._served = 0
-        self._outbox = outbox
+        self._writer = writer
         self._provider = provider
-        self._standing = standing
+        self._standing = state
         self._troubles = 0
         self._fruitful = False
         self._awake = asyncio.Event()
@@ -52,8 +52,8 @@ class Patience:
         """Wait while the provider is given a rest."""
         await self._awake.wait()
 
-    def heed(self, answer: Answer) -> Pause | None:
-        """Stop sending at once where the answer asks for it; return the pause that then is to be kept, by `keep`."""
+    def record(self, answer: Answer) -> ProviderPause | None:
+        """Stop sending at once where the answer asks for it; return the pause that then is to be held, by `hold`."""
         self.answers += 1
         match answer:
             case Renewed() | Partial():
@@ -63,7 +63,7 @@ class Patience:
                 self._troubles = 0
                 self._served += 1
                 self.dead += 1
-                self.judge(self.dead, self.answers)
+                self.suspect(self.dead, self.answers)
             case Refused(reason, authentication):
                 self._troubles += 1
                 # One that serves others may mean this token alone; one that does not know us means us.
@@ -81,19 +81,19 @@ class Patience:
                     return self._begin(providers.out_of_order(reason))
         return None
 
-    async def keep(self, pause: Pause) -> None:
+    async def hold(self, pause: ProviderPause) -> None:
         """Let every daemon keep the pause; return when it is over, if this run waits for that."""
         told_before = self._standing.reason == pause.reason or (self.halted is None and self.rests > 1)
         try:
-            seconds = await self._outbox.in_thread(
-                providers.pause, self._outbox.context.database, self._provider, pause
+            seconds = await self._writer.in_thread(
+                providers.pause, self._writer.context.database, self._provider, pause
             )
             tell = log.info if told_before else log.error if pause.refused else log.warning
             tell("oauth_provider_paused", provider=self._provider.name, seconds=round(seconds), reason=pause.reason)
             if seconds > _LONGEST_REST_SECONDS + _SHORTEST_REST_SECONDS:  # by what another process was told
                 self.halted = pause.reason
             until = elapsed_seconds() + max(seconds, _SHORTEST_REST_SECONDS)
-            while self.halted is None and elapsed_seconds() < until and not self._outbox.is_ending():
+            while self.halted is None and elapsed_seconds() < until and not self._writer.is_ending():
                 await asyncio.sleep(_LOOK_UP_SECONDS)
         except DatabaseUnavailable:
             self.halted = pause.reason
@@ -105,10 +105,10 @@ class Patience:
         self.halted = reason
         self._awake.set()
 
-    def judge(self, dead: int, answers: int) -> None:
+    def suspect(self, dead: int, answers: int) -> None:
         """Suspect the provider, not its users, where it calls more than half of the tokens dead."""
-        if answers >= _ANSWERS_TO_JUDGE_BY and dead * 2 > answers and not self.suspect:
-            self.suspect, self.halted = True, "it calls most tokens invalid"
+        if answers >= _ANSWERS_TO_JUDGE_BY and dead * 2 > answers and not self.is_suspect:
+            self.is_suspect, self.halted = True, "it calls most tokens invalid"
             log.error(
                 "oauth_provider_suspected",
                 provider=self._provider.name,
@@ -120,9 +120,9 @@ class Patience:
     async def end(self) -> None:
         """Forget the pauses before this run, and its rests, if the provider serves us again."""
         if self._served and (self._standing.reason or self.rests) and self.halted is None:
-            await self._outbox.in_thread(providers.resume, self._outbox.context.database, self._provider)
+            await self._writer.in_thread(providers.resume, self._writer.context.database, self._provider)
 
-    def _begin(self, pause: Pause) -> Pause | None:
+    def _begin(self, pause: ProviderPause) -> ProviderPause | None:
         """Begin a rest if the provider asks for a short one, and has renewed something since the last; else halt."""
         if self.halted:
             return None

@@ -1,4 +1,4 @@
-"""Claim due rows under a lease, and give back what was not sent after all."""
+"""TokenClaim due rows under a lease, and give back what was not sent after all."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -58,7 +58,7 @@ _BEFORE_ALL_IDS = -(2**63)
 
 
 @dataclass(frozen=True)
-class Claim:
+class TokenClaim:
     """A row that is ours. `claimed_at` is in `elapsed_seconds`, before the lease began."""
 
     id: int
@@ -90,7 +90,7 @@ class Claimer:
         """Go back to the oldest. What has had its turn is not claimed again."""
         self._failed, self._expiry, self._id = False, "-infinity", _BEFORE_ALL_IDS
 
-    def claim(self, context: JobContext, limit: int) -> list[Claim]:
+    def claim(self, context: JobContext, limit: int) -> list[TokenClaim]:
         """Return up to `limit` rows; none when there is nothing left to claim. Raises JobInterrupted."""
         while True:
             met, claims = self._claim(context, limit)
@@ -104,7 +104,7 @@ class Claimer:
                 self._expiry = "-infinity" if self._expiry is None else None
                 self._id = _BEFORE_ALL_IDS
 
-    def _claim(self, context: JobContext, limit: int) -> tuple[int, list[Claim]]:
+    def _claim(self, context: JobContext, limit: int) -> tuple[int, list[TokenClaim]]:
         parameters = {
             **self.window.parameters(),
             "provider": self.provider,
@@ -129,7 +129,7 @@ class Claimer:
             self._id, self._expiry, _ = met[-1]
         order = {id: place for place, id in enumerate(ids)}
         rows.sort(key=lambda row: order[row[0]])
-        return len(met), [Claim(id, refresh_token, sent, begun) for id, refresh_token, sent in rows]
+        return len(met), [TokenClaim(id, refresh_token, sent, begun) for id, refresh_token, sent in rows]
 
     def _statement(self) -> sql.Composed:
         known = self._expiry is not None

@@ -24,10 +24,10 @@ _SETTLE = """
         failures = t.failures + (n.failed OR n.comes_last)::int,
         not_before = CASE WHEN n.failed THEN now() + {back_off} END,
         refused = CASE WHEN is_dead THEN n.sent END,
-        refused_by = CASE WHEN is_dead THEN n.lane END
+        refused_by = CASE WHEN is_dead THEN n.worker END
     FROM unnest(%(ids)s::bigint[], %(sent)s::bytea[], %(dead)s::boolean[], %(failed)s::boolean[],
-                %(doubtful)s::boolean[], %(comes_last)s::boolean[], %(lanes)s::uuid[])
-            AS n(id, sent, dead, failed, in_doubt, comes_last, lane),
+                %(doubtful)s::boolean[], %(comes_last)s::boolean[], %(workers)s::uuid[])
+            AS n(id, sent, dead, failed, in_doubt, comes_last, worker),
         LATERAL (SELECT n.dead AND EXISTS (SELECT FROM {active} a WHERE a.id = n.id AND {hash} = n.sent) AS is_dead) v
     WHERE t.oauth_id = n.id AND t.sent = n.sent AND t.owner = %(owner)s"""
 
@@ -42,7 +42,7 @@ _CONFIRM = """
     UPDATE catfeeder_cron.oauth_tokens
     SET dead = refused, dead_since = now(), refused = NULL, refused_by = NULL, failures = 0,
         owner = NULL, lease_until = NULL
-    WHERE oauth_id IN (SELECT oauth_id FROM catfeeder_cron.oauth_tokens WHERE refused_by = %(lane)s
+    WHERE oauth_id IN (SELECT oauth_id FROM catfeeder_cron.oauth_tokens WHERE refused_by = %(worker)s
                        ORDER BY oauth_id LIMIT 500)
     RETURNING oauth_id"""
 
@@ -50,16 +50,16 @@ _CONFIRM = """
 _DISMISS = """
     UPDATE catfeeder_cron.oauth_tokens t
     SET refused_by = NULL, failures = t.failures + 1, not_before = now() + {back_off}, owner = NULL, lease_until = NULL
-    WHERE refused_by = %(lane)s"""
+    WHERE refused_by = %(worker)s"""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Failure:
     """What came of a request that brought no token. Where it is nothing of this, it is not the row's fault."""
 
     id: int
     sent: bytes
-    lane: UUID
+    worker: UUID
     dead: bool = False
     failed: bool = False
     in_doubt: bool = False
@@ -67,20 +67,20 @@ class Verdict:
     """It may be the row's fault: it must not stand in the way of the others."""
 
 
-def settle(database: Database, links: Links, owner: UUID, verdicts: Sequence[Verdict]) -> None:
-    """Record verdicts, and end the leases of their rows, except of dead ones. Raises DatabaseError."""
-    if not verdicts:
+def settle(database: Database, links: Links, owner: UUID, failures: Sequence[Failure]) -> None:
+    """Record failures, and end the leases of their rows, except of dead ones. Raises DatabaseError."""
+    if not failures:
         return
     parameters = {
         "owner": owner,
         "in_doubt": IN_DOUBT,
-        "ids": [each.id for each in verdicts],
-        "sent": [each.sent for each in verdicts],
-        "dead": [each.dead for each in verdicts],
-        "failed": [each.failed for each in verdicts],
-        "doubtful": [each.in_doubt for each in verdicts],
-        "comes_last": [each.comes_last for each in verdicts],
-        "lanes": [each.lane for each in verdicts],
+        "ids": [each.id for each in failures],
+        "sent": [each.sent for each in failures],
+        "dead": [each.dead for each in failures],
+        "failed": [each.failed for each in failures],
+        "doubtful": [each.in_doubt for each in failures],
+        "comes_last": [each.comes_last for each in failures],
+        "workers": [each.worker for each in failures],
     }
     with database.transaction() as connection:
         connection.execute(links.statement(_SETTLE, back_off=sql.SQL(BACK_OFF)), parameters)
@@ -94,12 +94,12 @@ def called_dead(database: Database, links: Links, provider: str, window: Window)
     return dead, answers
 
 
-def confirm_dead(database: Database, lane: UUID) -> list[int]:
-    """Make up to 500 of the rows that this lane's provider has called dead wait for a new login; return which."""
-    return [id for (id,) in database.query(_CONFIRM, {"lane": lane})]
+def confirm_dead(database: Database, worker: UUID) -> list[int]:
+    """Make up to 500 of the rows that this worker's provider has called dead wait for a new login; return which."""
+    return [id for (id,) in database.query(_CONFIRM, {"worker": worker})]
 
 
-def dismiss_dead(database: Database, lane: UUID) -> int:
+def dismiss_dead(database: Database, worker: UUID) -> int:
     """Blame nobody after all; the rows back off, and let those go first whose tokens may be good. Return how many."""
     with database.transaction() as connection:
-        return connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"lane": lane}).rowcount
+        return connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"worker": worker}).rowcount

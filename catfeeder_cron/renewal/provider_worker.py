@@ -16,10 +16,10 @@ from catfeeder_cron.oauth.presets import ClientAuth
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.oauth.request import other_method
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.batch_writer import Outbox, Settlement
-from catfeeder_cron.renewal.circuit_breaker import Patience
-from catfeeder_cron.renewal.claims import Claim, Claimer
-from catfeeder_cron.renewal.failures import Verdict
+from catfeeder_cron.renewal.batch_writer import BatchWriter, Settlement
+from catfeeder_cron.renewal.circuit_breaker import CircuitBreaker
+from catfeeder_cron.renewal.claims import Claimer, TokenClaim
+from catfeeder_cron.renewal.failures import Failure
 from catfeeder_cron.renewal.journal import Entry
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Asked:
 
 
 @dataclass(eq=False)
-class Lane:
-    outbox: Outbox
+class ProviderWorker:
+    writer: BatchWriter
     session: "Session"
     provider: Provider
-    patience: Patience
+    breaker: CircuitBreaker
     claimer: Claimer
     id: UUID = field(default_factory=uuid4)
     counts: Counter[str] = field(default_factory=Counter)
@@ -64,56 +64,56 @@ class Lane:
         A second call takes what the first could not have: rows that somebody had locked, or that were given back.
         """
         self.claimer.begin_again()
-        room: asyncio.Queue[Claim | None] = asyncio.Queue(maxsize=self.provider.concurrency)
-        workers = [asyncio.create_task(self._work(room)) for _ in range(self.provider.concurrency)]
+        queue: asyncio.Queue[TokenClaim | None] = asyncio.Queue(maxsize=self.provider.concurrency)
+        requesters = [asyncio.create_task(self._work(queue)) for _ in range(self.provider.concurrency)]
         try:
-            await self._feed(room)
+            await self._feed(queue)
         finally:
-            for _ in workers:
-                await room.put(None)
-            await asyncio.gather(*workers)
+            for _ in requesters:
+                await queue.put(None)
+            await asyncio.gather(*requesters)
         if self._failure:
             raise self._failure
         with suppress(DatabaseUnavailable):  # what is not remembered is found out again
             if self._auth != self.provider.client_auth:
-                await self.outbox.in_thread(providers.learn, self.outbox.context.database, self.provider, self._auth)
-            await self.patience.end()
+                await self.writer.in_thread(providers.learn, self.writer.context.database, self.provider, self._auth)
+            await self.breaker.end()
 
-    async def _feed(self, room: "asyncio.Queue[Claim | None]") -> None:
+    async def _feed(self, queue: "asyncio.Queue[TokenClaim | None]") -> None:
         while not self._is_over():
-            await self.patience.rested()
-            rests = self.patience.rests
+            await self.breaker.rested()
+            rests = self.breaker.rests
             try:
-                claims = await self.outbox.in_thread(self.claimer.claim, self.outbox.context, self.provider.concurrency)
+                claims = await self.writer.in_thread(self.claimer.claim, self.writer.context, self.provider.concurrency)
             except JobInterrupted:
                 return
             except (DatabaseUnavailable, LockTimeout):
-                await self.outbox.wait_for_database()
+                await self.writer.wait_for_database()
                 continue
-            if not claims and rests == self.patience.rests:
+            if not claims and rests == self.breaker.rests:
                 return
             if not claims:
                 self.claimer.begin_again()  # it took the rest that has begun for the end of the rows
             for claim in claims:
-                await room.put(claim)
+                await queue.put(claim)
 
-    async def _work(self, room: "asyncio.Queue[Claim | None]") -> None:
-        while (claim := await room.get()) is not None:
+    async def _work(self, queue: "asyncio.Queue[TokenClaim | None]") -> None:
+        while (claim := await queue.get()) is not None:
             try:
                 await self._serve(claim)
-            except Exception as error:  # noqa: BLE001 (raised by `renew`: until then somebody must empty the room)
+            except Exception as error:  # noqa: BLE001 (raised by `renew`: until then somebody must empty the queue)
                 self._failure = error
-                self.patience.give_up(f"{type(error).__name__} while it was asked")
+                self.breaker.give_up(f"{type(error).__name__} while it was asked")
 
-    async def _serve(self, claim: Claim) -> None:
-        await self.patience.rested()
+    async def _serve(self, claim: TokenClaim) -> None:
+        await self.breaker.rested()
         asked = await self._ask(claim)
         if asked is None:
-            await self.outbox.put(Settlement(claim, self.counts))
+            await self.writer.put(Settlement(claim, self.counts))
         else:
             await self._take(claim, asked)
 
-    async def _ask(self, claim: Claim) -> "Asked | None":
+    async def _ask(self, claim: TokenClaim) -> "Asked | None":
         """Ask, by the other method too where that may help, and once more where nobody knows what happened."""
         used = self._auth
         asked = await self._send(claim, used)
@@ -130,7 +130,9 @@ class Lane:
                 if again and isinstance(again.answer, Renewed | Partial | Dead):
                     self._auth = another
         if asked and isinstance(asked.answer, Ambiguous):
-            log.info("oauth_asks_again", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason)
+            log.info(
+                "oauth_request_repeated", provider=self.provider.name, oauth_id=claim.id, reason=asked.answer.reason
+            )
             await asyncio.sleep(random.uniform(*_ASK_AGAIN_SECONDS))  # noqa: S311
             again = await self._send(claim, used)
             if again:
@@ -138,33 +140,33 @@ class Lane:
                 asked = replace(again, in_doubt=not known)
         return asked
 
-    async def _send(self, claim: Claim, client_auth: ClientAuth) -> "Asked | None":
-        """Send one request as soon as there is room for it; None when it must not be sent any more."""
-        async with self.outbox.slots:
+    async def _send(self, claim: TokenClaim, client_auth: ClientAuth) -> "Asked | None":
+        """Send one request as soon as there is queue for it; None when it must not be sent any more."""
+        async with self.writer.slots:
             if not self._may_send(claim):
                 return None
             asked_at = time.time()
             answer = await self.session.refresh(self.provider, claim.refresh_token, client_auth)
             return Asked(asked_at, answer, in_doubt=isinstance(answer, Ambiguous))
 
-    async def _take(self, claim: Claim, asked: "Asked") -> None:
+    async def _take(self, claim: TokenClaim, asked: "Asked") -> None:
         answer = asked.answer
-        pause = self.patience.heed(answer)
+        pause = self.breaker.record(answer)
         if isinstance(answer, Renewed | Partial):
             entry = self._entry(claim, asked.at, answer)
-            self.outbox.write_down(entry)
+            self.writer.write_down(entry)
             settlement = Settlement(claim, self.counts, entry=entry)
         else:
-            settlement = Settlement(claim, self.counts, verdict=self._verdict(claim, answer, in_doubt=asked.in_doubt))
+            settlement = Settlement(claim, self.counts, failure=self._verdict(claim, answer, in_doubt=asked.in_doubt))
         if not isinstance(answer, Renewed):
             self._tell(claim, answer.reason)
-        await self.outbox.put(settlement)
+        await self.writer.put(settlement)
         if pause:
-            await self.patience.keep(pause)
+            await self.breaker.hold(pause)
 
-    def _verdict(self, claim: Claim, answer: Dead | Refused | Transient | Ambiguous, *, in_doubt: bool) -> Verdict:
+    def _verdict(self, claim: TokenClaim, answer: Dead | Refused | Transient | Ambiguous, *, in_doubt: bool) -> Failure:
         throttled = isinstance(answer, Transient) and answer.throttled
-        return Verdict(
+        return Failure(
             claim.id,
             claim.sent,
             self.id,
@@ -174,12 +176,12 @@ class Lane:
             comes_last=isinstance(answer, Refused),
         )
 
-    def _entry(self, claim: Claim, asked_at: float, answer: Renewed | Partial) -> Entry:
+    def _entry(self, claim: TokenClaim, asked_at: float, answer: Renewed | Partial) -> Entry:
         if isinstance(answer, Partial):
             return Entry(claim.id, claim.sent.hex(), asked_at, None, answer.refresh_token, None, False, None)
         if answer.lifespan is None and not self._lifespan_missed:
             self._lifespan_missed = True
-            log.info("oauth_lifespan_not_said", provider=self.provider.name)
+            log.info("oauth_expiry_missing", provider=self.provider.name)
         usual = int(self.provider.access_lifetime.total_seconds())
         return Entry(
             id=claim.id,
@@ -195,17 +197,17 @@ class Lane:
     def _may_be_let_in_otherwise(self, answer: Answer) -> bool:
         return isinstance(answer, Refused) and answer.authentication and not self.provider.auth_is_configured
 
-    def _may_send(self, claim: Claim) -> bool:
+    def _may_send(self, claim: TokenClaim) -> bool:
         """Not when the lease could end before the request does, as after a freeze of this process."""
-        settings = self.outbox.settings
-        if self._is_over() or not self.patience.may_send:
+        settings = self.writer.settings
+        if self._is_over() or not self.breaker.may_send:
             return False
-        return claim.good_for(settings.lease) > self.outbox.longest_request.total_seconds()
+        return claim.good_for(settings.lease) > self.writer.longest_request.total_seconds()
 
     def _is_over(self) -> bool:
-        return self.patience.halted is not None or self.outbox.is_ending()
+        return self.breaker.halted is not None or self.writer.is_ending()
 
-    def _tell(self, claim: Claim, reason: str) -> None:
+    def _tell(self, claim: TokenClaim, reason: str) -> None:
         # The first of a provider stands for all of a run: what goes wrong for one goes wrong for many.
         level = log.debug if self.trouble else log.warning
         self.trouble = self.trouble or reason

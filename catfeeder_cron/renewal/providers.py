@@ -16,7 +16,7 @@ _LOAD = """
     SELECT DISTINCT ON (provider_name) provider_name, token_grabber_base_url, client_id::text, client_secret
     FROM {providers} WHERE provider_name = ANY (%(names)s) ORDER BY provider_name, id"""
 
-_STANDING = """
+_STATES = """
     SELECT provider, fingerprint, greatest(extract(epoch FROM paused_until - now()), 0)::float8, refused, reason,
            client_auth
     FROM catfeeder_cron.oauth_providers WHERE provider = ANY (%(names)s)"""
@@ -60,7 +60,7 @@ _LEARN = """
 
 
 @dataclass(frozen=True)
-class Pause:
+class ProviderPause:
     """Why a provider is left alone. Seconds: the first pause, which doubles, and the longest; or what it asked for."""
 
     reason: str
@@ -70,21 +70,21 @@ class Pause:
     given: float | None = None
 
 
-def refused(reason: str) -> Pause:
+def refused(reason: str) -> ProviderPause:
     """It refuses us, so somebody has to do something."""
-    return Pause(reason, first=300, longest=4 * 3600, refused=True)
+    return ProviderPause(reason, first=300, longest=4 * 3600, refused=True)
 
 
-def throttled(reason: str, retry_after: float | None) -> Pause:
-    return Pause(reason, first=60, longest=3600, given=retry_after)
+def throttled(reason: str, retry_after: float | None) -> ProviderPause:
+    return ProviderPause(reason, first=60, longest=3600, given=retry_after)
 
 
-def out_of_order(reason: str) -> Pause:
-    return Pause(reason, first=30, longest=1800)
+def out_of_order(reason: str) -> ProviderPause:
+    return ProviderPause(reason, first=30, longest=1800)
 
 
 @dataclass(frozen=True)
-class Standing:
+class ProviderState:
     """What is remembered of a provider. `paused_seconds` is what is left of a pause."""
 
     paused_seconds: float = 0
@@ -95,18 +95,18 @@ class Standing:
 
 def load(
     connection: Connection, links: Links, settings: OAuthSettings, names: Sequence[str]
-) -> dict[str, tuple[Provider, Standing]]:
+) -> dict[str, tuple[Provider, ProviderState]]:
     """Return the providers of these names that the database has, each as it is to be asked."""
     wanted = {"names": list(names)}
     providers = [
         put_together(name, url, client_id, client_secret, settings.providers.get(name, ProviderSettings()))
         for name, url, client_id, client_secret in connection.execute(links.statement(_LOAD), wanted)
     ]
-    standings = _standings(connection, wanted)
-    return {provider.name: _with_what_was_learned(provider, standings.get(provider.name)) for provider in providers}
+    states = _states(connection, wanted)
+    return {provider.name: _with_what_was_learned(provider, states.get(provider.name)) for provider in providers}
 
 
-def pause(database: Database, provider: Provider, pause: Pause) -> float:
+def pause(database: Database, provider: Provider, pause: ProviderPause) -> float:
     """Let every daemon leave the provider alone; return for how many seconds."""
     parameters = {
         "provider": provider.name,
@@ -132,20 +132,22 @@ def learn(database: Database, provider: Provider, client_auth: ClientAuth) -> No
     database.execute(_LEARN, parameters)
 
 
-def _standings(connection: Connection, wanted: dict[str, Any]) -> dict[str, tuple[bytes, Standing]]:
+def _states(connection: Connection, wanted: dict[str, Any]) -> dict[str, tuple[bytes, ProviderState]]:
     if not single(connection, "SELECT to_regclass('catfeeder_cron.oauth_providers') IS NOT NULL")[0]:
         return {}  # a dry run before the daemon's schema was created
-    rows = connection.execute(sql.SQL(_STANDING), wanted)
+    rows = connection.execute(sql.SQL(_STATES), wanted)
     return {
-        name: (fingerprint, Standing(seconds or 0, refused, reason, client_auth))
+        name: (fingerprint, ProviderState(seconds or 0, refused, reason, client_auth))
         for name, fingerprint, seconds, refused, reason, client_auth in rows
     }
 
 
-def _with_what_was_learned(provider: Provider, known: tuple[bytes, Standing] | None) -> tuple[Provider, Standing]:
+def _with_what_was_learned(
+    provider: Provider, known: tuple[bytes, ProviderState] | None
+) -> tuple[Provider, ProviderState]:
     if known is None or known[0] != provider.fingerprint:
-        return provider, Standing()
-    standing = known[1]
-    if standing.client_auth and not provider.auth_is_configured:
-        provider = replace(provider, client_auth=standing.client_auth)
-    return provider, standing
+        return provider, ProviderState()
+    state = known[1]
+    if state.client_auth and not provider.auth_is_configured:
+        provider = replace(provider, client_auth=state.client_auth)
+    return provider, state

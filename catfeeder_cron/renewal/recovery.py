@@ -43,7 +43,7 @@ def take_over(database: Database, links: Links, folder: Path) -> None:
                 log.error("oauth_answer_refused", oauth_id=entry.id, journal=str(journal.path), reason=reason)
             keep_in_doubt(database, outcome.locked)
             kept = kept or bool(outcome.refused or outcome.locked)
-            log.info("oauth_answers_taken_over", stored=len(outcome.stored), outdated=len(outcome.outdated))
+            log.info("oauth_answers_recovered", stored=len(outcome.stored), outdated=len(outcome.outdated))
         if kept:
             continue  # the next run tries again
         freed = free_leases(database, journal.owner)

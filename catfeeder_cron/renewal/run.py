@@ -12,13 +12,13 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.batch_writer import Outbox
-from catfeeder_cron.renewal.circuit_breaker import Patience
+from catfeeder_cron.renewal.batch_writer import BatchWriter
+from catfeeder_cron.renewal.circuit_breaker import CircuitBreaker
 from catfeeder_cron.renewal.claims import Claimer
 from catfeeder_cron.renewal.failures import called_dead, confirm_dead, dismiss_dead
 from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
 from catfeeder_cron.renewal.links import Due, Links, Window, window
-from catfeeder_cron.renewal.provider_worker import Lane
+from catfeeder_cron.renewal.provider_worker import ProviderWorker
 from catfeeder_cron.renewal.recovery import journal_folder, recover
 from catfeeder_cron.renewal.summary import (
     COUNTS,
@@ -58,11 +58,11 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         count_what_would_be_done(context, due, hindrances(due, known))
         require_writable(context.state_directory)
         return
-    Run(context, client, links, due_window, due, known).go()
+    RenewalRun(context, client, links, due_window, due, known).go()
 
 
-class Run:
-    """One lane for each provider that has something due, and what is told of them in the end."""
+class RenewalRun:
+    """One worker for each provider that has something due, and what is told of them in the end."""
 
     def __init__(
         self, context: JobContext, client: OAuthClient, links: Links, window: Window, due: Sequence[Due], known: Known
@@ -75,8 +75,8 @@ class Run:
         self._known = known
         self._hindered = hindrances(due, known)
         self._owner: UUID = uuid4()
-        self._outbox: Outbox | None = None
-        self._lanes: list[Lane] = []
+        self._writer: BatchWriter | None = None
+        self._workers: list[ProviderWorker] = []
         self._total = sum(each.free for each in due)
         self._settled = 0
         self._left: dict[str, int] | None = None
@@ -89,43 +89,46 @@ class Run:
                 with new_journal(journal_folder(self._context), self._owner) as journal:
                     run_coroutine(self._renew(waiting, journal))
         finally:
-            settle_up(self._context, self._due, self._hindered, self._lanes, self._left or {})
+            settle_up(self._context, self._due, self._hindered, self._workers, self._left or {})
         self._raise_what_went_wrong()
 
     async def _renew(self, waiting: list[Due], journal: Journal) -> None:
-        outbox = Outbox(self._context, self._client.settings, self._links, self._owner, journal, self._progress)
-        self._outbox = outbox
+        writer = BatchWriter(self._context, self._client.settings, self._links, self._owner, journal, self._progress)
+        self._writer = writer
         self._progress(0)
-        async with self._client.session(outbox.longest_request) as session:
-            storing = asyncio.create_task(outbox.run())
+        async with self._client.session(writer.longest_request) as session:
+            storing = asyncio.create_task(writer.run())
             try:
-                self._lanes = [self._lane(each, outbox, session) for each in waiting]
-                ended = await self._make_passes(outbox)
-                for lane in self._lanes:
-                    await self._judge(lane, outbox)
+                self._workers = [self._worker(each, writer, session) for each in waiting]
+                ended = await self._make_passes(writer)
+                for worker in self._workers:
+                    await self._decide_on_dead(worker, writer)
             finally:
-                await outbox.end()
+                await writer.end()
                 await storing
         for each in ended:
             if isinstance(each, BaseException):
                 journal.keep = True
                 raise each
 
-    async def _make_passes(self, outbox: Outbox) -> list[BaseException | None]:
-        """Have the lanes go over their rows, and again over what could not be had, while that brings something."""
-        lanes, ended = self._lanes, list[BaseException | None]()
+    async def _make_passes(self, writer: BatchWriter) -> list[BaseException | None]:
+        """Have the workers go over their rows, and again over what could not be had, while that brings something."""
+        workers, ended = self._workers, list[BaseException | None]()
         while True:
             answers = self._answers()
-            ended += await asyncio.gather(*(lane.renew() for lane in lanes), return_exceptions=True)
-            await outbox.flush()
-            self._left = await outbox.in_thread(self._count_left)
-            is_second_look, lanes = lanes is not self._lanes, [lane for lane in self._lanes if self._has_left(lane)]
-            if not lanes or outbox.is_ending() or (is_second_look and self._answers() == answers):
+            ended += await asyncio.gather(*(worker.renew() for worker in workers), return_exceptions=True)
+            await writer.flush()
+            self._left = await writer.in_thread(self._count_left)
+            is_second_look, workers = (
+                workers is not self._workers,
+                [worker for worker in self._workers if self._has_left(worker)],
+            )
+            if not workers or writer.is_ending() or (is_second_look and self._answers() == answers):
                 return ended
             await asyncio.sleep(_SECOND_LOOK_SECONDS)
 
     def _answers(self) -> int:
-        return sum(lane.patience.answers for lane in self._lanes)
+        return sum(worker.breaker.answers for worker in self._workers)
 
     def _count_left(self) -> dict[str, int] | None:
         """Count what was not reached, is locked by somebody, or was given back. None where that can't be known."""
@@ -135,63 +138,63 @@ class Run:
         except DatabaseError:
             return None
 
-    def _has_left(self, lane: Lane) -> bool:
-        """Whether the lane could go on, as far as is known."""
-        return lane.patience.halted is None and (self._left is None or bool(self._left.get(lane.provider.name)))
+    def _has_left(self, worker: ProviderWorker) -> bool:
+        """Whether the worker could go on, as far as is known."""
+        return worker.breaker.halted is None and (self._left is None or bool(self._left.get(worker.provider.name)))
 
-    def _lane(self, due: Due, outbox: Outbox, session: "Session") -> Lane:
+    def _worker(self, due: Due, writer: BatchWriter, session: "Session") -> ProviderWorker:
         assert due.provider is not None
-        provider, standing = self._known[due.provider]
+        provider, state = self._known[due.provider]
         lease, fingerprint = self._client.settings.lease, provider.fingerprint
         claimer = Claimer(self._links, self._window, self._owner, lease, provider.name, fingerprint)
-        return Lane(outbox, session, provider, Patience(outbox, provider, standing), claimer)
+        return ProviderWorker(writer, session, provider, CircuitBreaker(writer, provider, state), claimer)
 
     def _progress(self, settled: int) -> None:
         self._settled += settled
         self._context.progress(min(self._settled, self._total), self._total)
-        count_so_far(self._context, self._lanes)
+        count_so_far(self._context, self._workers)
 
-    async def _judge(self, lane: Lane, outbox: Outbox) -> None:
+    async def _decide_on_dead(self, worker: ProviderWorker, writer: BatchWriter) -> None:
         """Make up the mind about tokens that the provider has called dead, now that all its answers are known."""
-        if not lane.patience.dead:
+        if not worker.breaker.dead:
             return
-        database, undecided = self._context.database, lane.patience.dead
+        database, undecided = self._context.database, worker.breaker.dead
         try:
-            provider = lane.provider.name
-            lane.patience.judge(*await outbox.in_thread(called_dead, database, self._links, provider, self._window))
-            if lane.patience.suspect:
-                lane.counts["failed"] += await outbox.in_thread(dismiss_dead, database, lane.id)
+            provider = worker.provider.name
+            worker.breaker.suspect(*await writer.in_thread(called_dead, database, self._links, provider, self._window))
+            if worker.breaker.is_suspect:
+                worker.counts["failed"] += await writer.in_thread(dismiss_dead, database, worker.id)
                 return
-            while ids := await outbox.in_thread(confirm_dead, database, lane.id):
+            while ids := await writer.in_thread(confirm_dead, database, worker.id):
                 undecided -= len(ids)
-                lane.counts["needs_reauth"] += len(ids)
+                worker.counts["needs_reauth"] += len(ids)
                 for id in ids:
                     log.warning("oauth_needs_new_login", provider=provider, oauth_id=id)
         except DatabaseError as error:
             # The next run asks again.
-            lane.counts["postponed"] += undecided
-            log.warning("oauth_verdicts_left_open", provider=lane.provider.name, rows=undecided, reason=str(error))
+            worker.counts["postponed"] += undecided
+            log.warning("oauth_failures_not_decided", provider=worker.provider.name, rows=undecided, reason=str(error))
 
     def _raise_what_went_wrong(self) -> None:
-        outbox = self._outbox
-        if outbox and outbox.unstored:
+        writer = self._writer
+        if writer and writer.unstored:
             raise DatabaseUnavailable(
-                f"{outbox.unstored} answers could not be stored; they are kept in the journal, to be stored as soon as "
+                f"{writer.unstored} answers could not be stored; they are kept in the journal, to be stored as soon as "
                 "the database can be reached and their rows are not locked"
             )
-        if outbox and outbox.left_open:
+        if writer and writer.left_open:
             raise DatabaseUnavailable(
-                f"the database was away at the end: {outbox.left_open} rows are claimed still, until the next run"
+                f"the database was away at the end: {writer.left_open} rows are claimed still, until the next run"
             )
-        if outbox and outbox.broken:
-            raise RenewalError(outbox.broken)
-        if outbox and outbox.is_ending() and any(self._has_left(lane) for lane in self._lanes):
+        if writer and writer.broken:
+            raise RenewalError(writer.broken)
+        if writer and writer.is_ending() and any(self._has_left(worker) for worker in self._workers):
             self._context.stop.raise_if_set()
             raise JobTimedOut(f"not done within its timeout of {self._context.timeout.total_seconds():g} s")
         counts = self._context.counts
         reasons = {name: hindrance.reason for name, hindrance in self._hindered.items() if hindrance.ours}
-        refusing = [lane for lane in self._lanes if lane.patience.refused]
-        reasons |= {lane.provider.name: lane.patience.halted or "" for lane in refusing}
+        refusing = [worker for worker in self._workers if worker.breaker.refused]
+        reasons |= {worker.provider.name: worker.breaker.halted or "" for worker in refusing}
         if reasons and counts["due"] and not (counts["renewed"] or counts["needs_reauth"] or counts["failed"]):
             told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
             raise RenewalError(f"nothing could be renewed: {told}")

@@ -8,8 +8,8 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.renewal.links import Due
-from catfeeder_cron.renewal.provider_worker import Lane
-from catfeeder_cron.renewal.providers import Standing
+from catfeeder_cron.renewal.provider_worker import ProviderWorker
+from catfeeder_cron.renewal.providers import ProviderState
 
 log = get_logger(__name__)
 
@@ -18,7 +18,7 @@ COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
 _NO_PROVIDER = "its service has no row in the table of providers"
 _NO_SERVICE = "their service_id is none of the table of services"
 
-Known = Mapping[str, tuple[Provider, Standing]]
+Known = Mapping[str, tuple[Provider, ProviderState]]
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def hindrances(due: Sequence[Due], known: Known) -> dict[str, Hindrance]:
 def _hindrance(due: Due, known: Known) -> Hindrance | None:
     if due.provider is None or due.provider not in known:  # its row may have gone since the rows were counted
         return Hindrance(_NO_SERVICE if due.service is None else _NO_PROVIDER, ours=True)
-    provider, standing = known[due.provider]
+    provider, state = known[due.provider]
     if provider.fault:
         return Hindrance(provider.fault, ours=True)
-    if standing.paused_seconds > 0:
-        return Hindrance(f"paused for {standing.paused_seconds:.0f} s more: {standing.reason}", ours=standing.refused)
+    if state.paused_seconds > 0:
+        return Hindrance(f"paused for {state.paused_seconds:.0f} s more: {state.reason}", ours=state.refused)
     return None
 
 
@@ -62,32 +62,32 @@ def count_what_would_be_done(context: JobContext, due: Sequence[Due], hindered: 
             context.provider_reasons[name] = reason
 
 
-def count_so_far(context: JobContext, lanes: Sequence[Lane]) -> None:
+def count_so_far(context: JobContext, workers: Sequence[ProviderWorker]) -> None:
     """Bring those counts up to date that are known while the run is under way."""
     for name in ("renewed", "needs_reauth", "failed"):
-        context.counts[name] = sum(lane.counts[name] for lane in lanes)
+        context.counts[name] = sum(worker.counts[name] for worker in workers)
 
 
 def settle_up(
     context: JobContext,
     due: Sequence[Due],
     hindered: Mapping[str, Hindrance],
-    lanes: Sequence[Lane],
+    workers: Sequence[ProviderWorker],
     left: Mapping[str, int],
 ) -> None:
     """Fill in all counts, and log those of each provider. `left` are the rows that could be claimed still."""
-    count_so_far(context, lanes)
-    by_name = {lane.provider.name: lane for lane in lanes}
+    count_so_far(context, workers)
+    by_name = {worker.provider.name: worker for worker in workers}
     for each in due:
         name = name_of(each)
-        lane = by_name.get(name)
-        counts = Counter({key: lane.counts[key] if lane else 0 for key in COUNTS})
-        counts["postponed"] += each.rows - each.leased - each.free + (left.get(name, 0) if lane else each.free)
+        worker = by_name.get(name)
+        counts = Counter({key: worker.counts[key] if worker else 0 for key in COUNTS})
+        counts["postponed"] += each.rows - each.leased - each.free + (left.get(name, 0) if worker else each.free)
         counts["due"] = sum(counts[key] for key in COUNTS if key != "due")
         if not counts["due"]:
             continue
         context.by_provider[name] = counts
-        reasons = (lane.patience.halted, lane.trouble) if lane else ()
+        reasons = (worker.breaker.halted, worker.trouble) if worker else ()
         reason = hindered[name].reason if name in hindered else next(filter(None, reasons), each.why_not_free())
         if reason and counts["due"] > counts["renewed"]:
             context.provider_reasons[name] = reason

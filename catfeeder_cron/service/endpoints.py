@@ -95,7 +95,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return request
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("request_broken_off", exc_info=True)
+        log.debug("request_aborted", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

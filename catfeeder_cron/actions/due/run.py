@@ -144,7 +144,7 @@ class Shift:
             if time.monotonic() - self._reached_at > self._limits.lease.total_seconds():
                 log.error("action_outcomes_lost", actions=[str(each.claimed.action.id) for each in self._unstored])
                 raise
-            log.debug("action_outcomes_wait", outcomes=len(self._unstored), reason=str(error))
+            log.debug("action_outcomes_not_stored_yet", outcomes=len(self._unstored), reason=str(error))
             time.sleep(min(_LOOK_SECONDS, self._extend_every))
 
     def _store(self) -> None:

@@ -144,7 +144,7 @@ async def _read(reader: asyncio.StreamReader) -> Request:
 
 @contextlib.contextmanager
 def running(provider: Provider) -> Iterator[Provider]:
-    """Run the provider on a loopback port, in a thread of its own."""
+    """RenewalRun the provider on a loopback port, in a thread of its own."""
     ready = threading.Event()
     loop = asyncio.new_event_loop()
 

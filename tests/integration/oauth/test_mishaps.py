@@ -19,8 +19,8 @@ from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.claims import Claim, Claimer
-from catfeeder_cron.renewal.failures import Verdict, settle
+from catfeeder_cron.renewal.claims import Claimer, TokenClaim
+from catfeeder_cron.renewal.failures import Failure, settle
 from catfeeder_cron.renewal.journal import Entry, new_journal
 from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.renewal.recovery import journal_folder
@@ -289,7 +289,7 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
     slot = datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
     acme, links = world.known_provider(), Links(world.context().tables)
-    claims: list[Claim] = []
+    claims: list[TokenClaim] = []
 
     def claim() -> None:
         claimer = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
@@ -423,7 +423,7 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 ) -> None:
     id, owner = world.add_link("gone"), uuid4()
     sent = claimed(world, owner)
-    settle(world.database, Links(world.context().tables), owner, [Verdict(id, sent, uuid4(), dead=True)])
+    settle(world.database, Links(world.context().tables), owner, [Failure(id, sent, uuid4(), dead=True)])
     assert world.renew().counts["due"] == 0
     assert provider.requests == []
 
@@ -431,7 +431,7 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 def test_a_late_verdict_does_not_end_another_runs_lease(world: World, provider: Provider) -> None:
     id = world.add_link(provider.log_in("tom"))
     sent = claimed(world, uuid4())
-    settle(world.database, Links(world.context().tables), uuid4(), [Verdict(id, sent, uuid4(), failed=True)])
+    settle(world.database, Links(world.context().tables), uuid4(), [Failure(id, sent, uuid4(), failed=True)])
     assert world.leases() == 1
 
 
