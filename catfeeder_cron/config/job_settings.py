@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from catfeeder_cron.config.durations import Duration, StatementTimeout, within
-from catfeeder_cron.config.values import PingURL, Reference, Table, Zone
+from catfeeder_cron.config.values import CallableName, PingURL, Table, Zone
 from catfeeder_cron.errors import ConfigurationError
 from catfeeder_cron.schedule import CronSchedule, DateSchedule, IntervalSchedule, Schedule
 from catfeeder_cron.schedule.crontab import Crontab
@@ -97,7 +97,7 @@ class JobSettings(Table):
 class CustomJobSettings(JobSettings):
     """A job that is only in config.toml: a Python function (`call`) or one SQL statement (`sql`), not both."""
 
-    call: Reference | None = None
+    call: CallableName | None = None
     args: tuple[Any, ...] = Field(default=(), strict=False)
     kwargs: dict[str, Any] = Field(default_factory=dict)
     sql: str | None = None

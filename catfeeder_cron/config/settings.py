@@ -12,10 +12,10 @@ from catfeeder_cron.config.job_settings import JobSettings
 from catfeeder_cron.config.suggestions import nearest
 from catfeeder_cron.config.values import (
     Address,
+    CallableName,
     Conninfo,
     FileName,
     PostgreSQLName,
-    Reference,
     Table,
     URLPrefixes,
     Zone,
@@ -99,7 +99,7 @@ class WebhookSettings(Table):
 
 
 class ActionHandlerSettings(Table):
-    call: Reference
+    call: CallableName
 
 
 class ActionsSettings(Table):

@@ -100,7 +100,7 @@ def _file_name(value: str) -> str:
 
 Zone = Annotated[ZoneInfo, PlainValidator(_zone)]
 PostgreSQLName = Annotated[str, AfterValidator(_name_in_postgresql)]
-Reference = Annotated[str, AfterValidator(_reference)]
+CallableName = Annotated[str, AfterValidator(_reference)]
 PingURL = Annotated[SecretStr, AfterValidator(_ping_url)]
 URLPrefixes = Annotated[tuple[Annotated[str, AfterValidator(_url_prefix)], ...], Strict(False)]
 Address = Annotated[str, AfterValidator(_address)]

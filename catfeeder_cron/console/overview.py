@@ -8,7 +8,7 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.errors import ConfigurationError, DatabaseError, PermissionDenied, SchemaProblem
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, pauses
 from catfeeder_cron.ledger.history import last_runs
-from catfeeder_cron.ledger.pauses import ALL_JOBS, Pause
+from catfeeder_cron.ledger.pauses import ALL_JOBS, JobPause
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import timestamp
 
@@ -73,7 +73,7 @@ def status(settings: Settings, database: Database) -> dict[str, Any]:
     return {"daemons": daemons, "jobs": described}
 
 
-def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], list[Pause]]:
+def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], list[JobPause]]:
     if settings.database.url_file_was_absent:
         log.warning("last_runs_unknown", reason=f"{settings.database.url_file} is not there, or not for you to read")
         return {}, []
@@ -88,7 +88,7 @@ def _past(settings: Settings) -> tuple[dict[str, tuple[datetime, str | None]], l
 
 
 def _described(
-    job_id: str, settings: Settings, runs: dict[str, tuple[datetime, str | None]], paused: list[Pause]
+    job_id: str, settings: Settings, runs: dict[str, tuple[datetime, str | None]], paused: list[JobPause]
 ) -> dict[str, Any]:
     job = settings.jobs[job_id]
     schedule = settings.schedule(job_id)
@@ -109,7 +109,7 @@ def _described(
     }
 
 
-def _pause_of(job_id: str, paused: list[Pause]) -> Pause | None:
+def _pause_of(job_id: str, paused: list[JobPause]) -> JobPause | None:
     """The job's own pause, else that of all jobs."""
     by_job = {pause.job: pause for pause in paused}
     return by_job.get(job_id) or by_job.get(ALL_JOBS)

@@ -40,7 +40,7 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ForeignKey:
     """A foreign key of another table that forbids to delete the rows it refers to."""
 
     constraint: str
@@ -157,11 +157,11 @@ def leaves(connection: Connection, oid: int, column: str, state: str | None = No
     return [Leaf(*row) for row in connection.execute(_LEAVES, parameters)]
 
 
-def references(connection: Connection, leaf: Leaf) -> list[Reference]:
+def foreign_keys(connection: Connection, leaf: Leaf) -> list[ForeignKey]:
     """Return the foreign keys that keep rows of this leaf from being deleted, as far as we may read their tables."""
     found = connection.execute(_REFERENCES, {"leaf": leaf.oid})
     return [
-        Reference(constraint, schema, table, partitioned, of_itself, indexed, tuple(zip(own, referenced, strict=True)))
+        ForeignKey(constraint, schema, table, partitioned, of_itself, indexed, tuple(zip(own, referenced, strict=True)))
         for constraint, schema, table, partitioned, of_itself, indexed, own, referenced in found
     ]
 

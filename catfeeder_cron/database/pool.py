@@ -33,7 +33,7 @@ log = get_logger("catfeeder_cron.database")
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 # How long one waits for a connection before looking whether there is an outage.
-_PATIENCE_SECONDS = 1.0
+_LOOK_AT_OUTAGES_EVERY_SECONDS = 1.0
 
 EMBEDDED = "embedded:"
 
@@ -230,7 +230,7 @@ class Database:
             if not self._reachable:
                 self.probe()  # fails at once where the pool would wait
             with suppress(PoolTimeout):
-                return pool.getconn(max(0.0, min(_PATIENCE_SECONDS, until - time.monotonic())))
+                return pool.getconn(max(0.0, min(_LOOK_AT_OUTAGES_EVERY_SECONDS, until - time.monotonic())))
             if time.monotonic() >= until:
                 self.probe()
                 raise AllInUse(

@@ -18,7 +18,7 @@ from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import catalog, single
 from catfeeder_cron.errors import LockTimeout, SchemaProblem
 from catfeeder_cron.expired_rows import by_blocks, by_index
-from catfeeder_cron.expired_rows.leaf import Sweep
+from catfeeder_cron.expired_rows.leaf import LeafDeletion
 from catfeeder_cron.job import JobContext
 
 
@@ -40,25 +40,27 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
     constraint keeps them. A dry run counts `would_delete`. A row that expires during the run waits for the next.
     Any number of these may run at once, on any number of machines.
     """
-    sweeps = _inspect(context, name, expiry, settings)
+    deletions = _inspect(context, name, expiry, settings)
     if context.dry_run:
-        found = sum(sweep.count_deletable() for sweep in sweeps)
+        found = sum(deletion.count_deletable() for deletion in deletions)
         context.counts["would_delete"] = found if settings.max_rows is None else min(found, settings.max_rows)
         return
     context.counts.update(deleted=0, remaining=0)
-    blocks_before, blocks = 0, sum(sweep.leaf.blocks for sweep in sweeps)
-    for sweep in sweeps:
-        sweep.blocks_before, sweep.blocks_in_all = blocks_before, blocks
+    blocks_before, blocks = 0, sum(deletion.leaf.blocks for deletion in deletions)
+    for deletion in deletions:
+        deletion.blocks_before, deletion.blocks_in_all = blocks_before, blocks
         try:
-            if not by_index.delete_if_few(sweep):
-                by_blocks.delete(sweep)
+            if not by_index.delete_if_few(deletion):
+                by_blocks.delete(deletion)
         except LockTimeout as error:
-            raise LockTimeout(f"{sweep.leaf} is locked as a whole; the next run goes on from here: {error}") from None
-        blocks_before += sweep.leaf.blocks
+            raise LockTimeout(
+                f"{deletion.leaf} is locked as a whole; the next run goes on from here: {error}"
+            ) from None
+        blocks_before += deletion.leaf.blocks
     context.progress(blocks, blocks)
 
 
-def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[Sweep]:
+def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[LeafDeletion]:
     with context.transaction() as connection:
         oid, column_type = catalog.find_table(connection, context.tables.schema_, name, expiry)
         if column_type not in catalog.TIMES:
@@ -66,9 +68,9 @@ def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsS
         leaves = catalog.leaves(connection, oid, expiry)
         for leaf in leaves:
             catalog.require_privileges(connection, leaf, "SELECT", "UPDATE", "DELETE")
-        references = [catalog.references(connection, leaf) for leaf in leaves]
+        foreign_keys = [catalog.foreign_keys(connection, leaf) for leaf in leaves]
         (cutoff,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
     return [
-        Sweep(context, leaf, expiry, cutoff, keeping, settings.batch_size, settings.max_rows)
-        for leaf, keeping in zip(leaves, references, strict=True)
+        LeafDeletion(context, leaf, expiry, cutoff, keeping, settings.batch_size, settings.max_rows)
+        for leaf, keeping in zip(leaves, foreign_keys, strict=True)
     ]

@@ -4,7 +4,7 @@ import time
 
 from catfeeder_cron.errors import ConstraintViolation, LockTimeout
 from catfeeder_cron.expired_rows import row_by_row
-from catfeeder_cron.expired_rows.leaf import Sweep
+from catfeeder_cron.expired_rows.leaf import LeafDeletion
 from catfeeder_cron.expired_rows.row_by_row import Position
 
 # A range aims at this long: long enough that its overhead is small, short enough that whoever writes one of its rows
@@ -29,16 +29,16 @@ class _TooManyRows(Exception):
         self.rows = rows
 
 
-def delete(sweep: Sweep) -> None:
+def delete(deletion: LeafDeletion) -> None:
     """Walk the whole leaf, as large as it is now: what is added later had not expired at the start."""
     # Composed once: thousands of ranges may follow, of two milliseconds each.
-    statement = sweep.statement(_DELETE).as_bytes()
+    statement = deletion.statement(_DELETE).as_bytes()
     first, blocks, wary = 0, _FIRST_BLOCKS, False
-    while first < sweep.leaf.blocks and (room := sweep.room()):
-        last = min(first + blocks, sweep.leaf.blocks)
+    while first < deletion.leaf.blocks and (room := deletion.room()):
+        last = min(first + blocks, deletion.leaf.blocks)
         if not wary:
             try:
-                blocks = _delete_range(sweep, statement, first, last)
+                blocks = _delete_range(deletion, statement, first, last)
             except _TooManyRows as too_many:
                 if last - first > 1:
                     blocks = max(1, (last - first) * room // (2 * too_many.rows))
@@ -48,24 +48,24 @@ def delete(sweep: Sweep) -> None:
                 wary = True
         if wary:
             # Where one row can't be deleted, the next ranges are likely to hold more: each would cost a wait.
-            wary = _delete_carefully(sweep, first, last)
-        sweep.progress(last)
+            wary = _delete_carefully(deletion, first, last)
+        deletion.progress(last)
         first = last
-    sweep.tell_what_is_kept()
+    deletion.tell_what_is_kept()
 
 
-def _delete_range(sweep: Sweep, statement: bytes, first: int, last: int) -> int:
+def _delete_range(deletion: LeafDeletion, statement: bytes, first: int, last: int) -> int:
     """Delete a range's expired rows, all or none; return how wide the next may be."""
     # A join by hash would read a referring table once for every range; without an index nothing is cheaper.
-    indexed = bool(sweep.references) and all(reference.indexed for reference in sweep.references)
+    indexed = bool(deletion.foreign_keys) and all(foreign_key.indexed for foreign_key in deletion.foreign_keys)
     planner = {"enable_hashjoin": "off", "enable_mergejoin": "off"} if indexed else {}
-    room, begun = sweep.room(), time.perf_counter()
-    with sweep.batch(**planner) as connection:
-        parameters = sweep.parameters(first=f"({first},0)", last=f"({last},0)")
+    room, begun = deletion.room(), time.perf_counter()
+    with deletion.batch(**planner) as connection:
+        parameters = deletion.parameters(first=f"({first},0)", last=f"({last},0)")
         rows = connection.execute(statement, parameters).rowcount
         if rows > room:
             raise _TooManyRows(rows)
-    sweep.deleted(rows)
+    deletion.deleted(rows)
     return _adapted(last - first, time.perf_counter() - begun, rows / room)
 
 
@@ -77,10 +77,10 @@ def _adapted(blocks: int, seconds: float, fullness: float) -> int:
     return max(1, min(_MOST_BLOCKS, round(blocks * max(0.25, min(2.0, factor)))))
 
 
-def _delete_carefully(sweep: Sweep, first: int, last: int) -> bool:
+def _delete_carefully(deletion: LeafDeletion, first: int, last: int) -> bool:
     """Delete what can be deleted of a range; return whether anything was left."""
     start, end = f"({first},0)", f"({last},0)"
     position: Position | None = Position(place=start)
-    while position is not None and sweep.room():
-        position = row_by_row.delete_next(sweep, _RANGE, "leaf.ctid", position, {"last": end}, {})
-    return sweep.count_remaining(_RANGE, place=start, last=end if position is None else position.place) > 0
+    while position is not None and deletion.room():
+        position = row_by_row.delete_next(deletion, _RANGE, "leaf.ctid", position, {"last": end}, {})
+    return deletion.count_remaining(_RANGE, place=start, last=end if position is None else position.place) > 0

@@ -3,7 +3,7 @@
 from catfeeder_cron.database import single
 from catfeeder_cron.errors import ConstraintViolation, LockTimeout
 from catfeeder_cron.expired_rows import row_by_row
-from catfeeder_cron.expired_rows.leaf import EXPIRED, Sweep
+from catfeeder_cron.expired_rows.leaf import EXPIRED, LeafDeletion
 from catfeeder_cron.expired_rows.row_by_row import Position
 
 # Share of expired rows up to which picking beats the walk, and the most that are counted to find out.
@@ -34,46 +34,46 @@ _DELETE = """
 _THROUGH_THE_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
 
 
-def delete_if_few(sweep: Sweep) -> bool:
+def delete_if_few(deletion: LeafDeletion) -> bool:
     """Delete what has expired if an index leads there and it is little; return whether it was so."""
-    if not sweep.leaf.indexed:
+    if not deletion.leaf.indexed:
         return False
-    few = round(min(_MOST_COUNTED, max(sweep.batch_size, _FEW * sweep.leaf.estimated_rows)))
-    with sweep.context.transaction(**_THROUGH_THE_INDEX) as connection:
-        (found,) = single(connection, sweep.statement(_COUNT_SOME), sweep.parameters(limit=few + 1))
+    few = round(min(_MOST_COUNTED, max(deletion.batch_size, _FEW * deletion.leaf.estimated_rows)))
+    with deletion.context.transaction(**_THROUGH_THE_INDEX) as connection:
+        (found,) = single(connection, deletion.statement(_COUNT_SOME), deletion.parameters(limit=few + 1))
     if found > few:
         return False
     if found:
-        _delete(sweep, found)
-        sweep.tell_what_is_kept()
+        _delete(deletion, found)
+        deletion.tell_what_is_kept()
     return True
 
 
-def _delete(sweep: Sweep, found: int) -> None:
-    before = sweep.context.counts["deleted"]
+def _delete(deletion: LeafDeletion, found: int) -> None:
+    before = deletion.context.counts["deleted"]
     position: Position | None = Position()
-    while position is not None and sweep.room():
-        position = _delete_next(sweep, position)
-    if sweep.context.counts["deleted"] - before >= found:
+    while position is not None and deletion.room():
+        position = _delete_next(deletion, position)
+    if deletion.context.counts["deleted"] - before >= found:
         return  # nothing was passed over, and to count it would cost a tenth of the run
     if position is None:
-        sweep.count_remaining(EXPIRED)
+        deletion.count_remaining(EXPIRED)
     else:
-        sweep.count_remaining(_UP_TO, expiry=position.expiry, place=position.place)
+        deletion.count_remaining(_UP_TO, expiry=position.expiry, place=position.place)
 
 
-def _delete_next(sweep: Sweep, after: Position) -> Position | None:
+def _delete_next(deletion: LeafDeletion, after: Position) -> Position | None:
     """Delete a batch behind `after`; return how far it went, None at the end."""
     try:
-        return _delete_batch(sweep, after)
+        return _delete_batch(deletion, after)
     except (LockTimeout, ConstraintViolation):
-        return row_by_row.delete_next(sweep, _AFTER, _ORDER, after, {}, _THROUGH_THE_INDEX)
+        return row_by_row.delete_next(deletion, _AFTER, _ORDER, after, {}, _THROUGH_THE_INDEX)
 
 
-def _delete_batch(sweep: Sweep, after: Position) -> Position | None:
-    limit = min(sweep.room(), _MOST_ROWS)
-    parameters = sweep.parameters(limit=limit, expiry=after.expiry, place=after.place)
-    with sweep.batch(**_THROUGH_THE_INDEX) as connection:
-        picked, rows, expiry, place = single(connection, sweep.statement(_DELETE, _AFTER), parameters)
-    sweep.deleted(rows)
+def _delete_batch(deletion: LeafDeletion, after: Position) -> Position | None:
+    limit = min(deletion.room(), _MOST_ROWS)
+    parameters = deletion.parameters(limit=limit, expiry=after.expiry, place=after.place)
+    with deletion.batch(**_THROUGH_THE_INDEX) as connection:
+        picked, rows, expiry, place = single(connection, deletion.statement(_DELETE, _AFTER), parameters)
+    deletion.deleted(rows)
     return Position(expiry, place) if picked == limit else None

@@ -1,4 +1,4 @@
-"""One run's sweep over one leaf: what its statements have in common, and what it found that can't be deleted."""
+"""One run's deletion over one leaf: what its statements have in common, and what it found that can't be deleted."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, LiteralString
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, identifier, single
-from catfeeder_cron.database.catalog import Leaf, Reference
+from catfeeder_cron.database.catalog import ForeignKey, Leaf
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 
@@ -37,18 +37,18 @@ class Kept:
 
 
 @dataclass
-class Sweep:
+class LeafDeletion:
     context: JobContext
     leaf: Leaf
     expiry: str
     cutoff: str
-    references: list[Reference]
+    foreign_keys: list[ForeignKey]
     batch_size: int
     max_rows: int | None
     blocks_before: int = 0
     blocks_in_all: int = 0
     kept: dict[str, Kept] = field(default_factory=dict)
-    """Rows that turned out to be kept by a constraint that `references` does not show, by its name."""
+    """Rows that turned out to be kept by a constraint that `foreign_keys` does not show, by its name."""
 
     def room(self) -> int:
         """Rows that the next batch may delete."""
@@ -67,7 +67,7 @@ class Sweep:
         """Fill in the names of this leaf. Rows that a foreign key keeps are left out by {unreferenced}."""
         names = {"leaf": identifier(self.leaf.schema, self.leaf.name), "expiry": identifier(self.expiry)}
         unreferenced = sql.SQL("").join(
-            sql.SQL(" AND NOT EXISTS ({})").format(self._referring(reference)) for reference in self.references
+            sql.SQL(" AND NOT EXISTS ({})").format(self._referring(foreign_key)) for foreign_key in self.foreign_keys
         )
         return sql.SQL(text).format(
             **{"scope": sql.SQL(scope).format(**names), "unreferenced": unreferenced, **names, **parts}
@@ -95,18 +95,18 @@ class Sweep:
 
     def tell_what_is_kept(self) -> None:
         """Count and name the expired rows that foreign keys keep."""
-        references, self.references = self.references, []
-        for reference in references:
-            referring = self._referring(reference)
+        foreign_keys, self.foreign_keys = self.foreign_keys, []
+        for foreign_key in foreign_keys:
+            referring = self._referring(foreign_key)
             count = self.statement(_COUNT_KEPT, referring=referring)
             name = self.statement(_NAME_KEPT, referring=referring)
             with self.context.transaction() as connection:
                 (rows,) = single(connection, count, self.parameters())
                 ids = [row[0] for row in connection.execute(name, self.parameters(most=MOST_NAMED))] if rows else []
-            self.references.append(reference)
+            self.foreign_keys.append(foreign_key)
             self.context.counts["remaining"] += rows
             if rows:
-                self._warn(reference.constraint, Kept(rows, ids))
+                self._warn(foreign_key.constraint, Kept(rows, ids))
         for constraint, kept in self.kept.items():
             self._warn(constraint, kept)
 
@@ -118,15 +118,15 @@ class Sweep:
         (rows,) = single(connection, self.statement(_COUNT, scope), self.parameters(**parameters))
         return int(rows)
 
-    def _referring(self, reference: Reference) -> sql.Composed:
+    def _referring(self, foreign_key: ForeignKey) -> sql.Composed:
         conditions: list[sql.Composable] = [
             sql.SQL("{} = {}").format(identifier("referring", own), identifier("leaf", referenced))
-            for own, referenced in reference.columns
+            for own, referenced in foreign_key.columns
         ]
-        if reference.of_itself:  # a row that refers to itself keeps nobody
+        if foreign_key.of_itself:  # a row that refers to itself keeps nobody
             conditions.append(sql.SQL("(referring.tableoid, referring.ctid) <> (leaf.tableoid, leaf.ctid)"))
         return sql.SQL("SELECT FROM {} {} AS referring WHERE {}").format(
-            sql.SQL("" if reference.partitioned else "ONLY"),
-            identifier(reference.schema, reference.table),
+            sql.SQL("" if foreign_key.partitioned else "ONLY"),
+            identifier(foreign_key.schema, foreign_key.table),
             sql.SQL(" AND ").join(conditions),
         )

@@ -7,7 +7,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from catfeeder_cron.database import Connection, identifier, single
-from catfeeder_cron.expired_rows.leaf import MOST_NAMED, Kept, Sweep
+from catfeeder_cron.expired_rows.leaf import MOST_NAMED, Kept, LeafDeletion
 
 # Rows that are locked together while they are tried, and the wait for the rows that hang on one of them.
 _ROWS = 200
@@ -33,7 +33,7 @@ class Position:
 
 
 def delete_next(
-    sweep: Sweep,
+    deletion: LeafDeletion,
     scope: LiteralString,
     order: LiteralString,
     after: Position,
@@ -41,36 +41,36 @@ def delete_next(
     planner: dict[str, str],
 ) -> Position | None:
     """Delete what can be deleted of the next few rows of a scope; return how far that went, None at its end."""
-    limit = min(sweep.room(), _ROWS)
-    lock = sweep.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=identifier(sweep.expiry)))
-    values = sweep.parameters(limit=limit, expiry=after.expiry, place=after.place, **parameters)
-    with sweep.batch(**planner) as connection:
-        connection.execute(sweep.statement(_LOCK_TABLE), sweep.parameters())
+    limit = min(deletion.room(), _ROWS)
+    lock = deletion.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=identifier(deletion.expiry)))
+    values = deletion.parameters(limit=limit, expiry=after.expiry, place=after.place, **parameters)
+    with deletion.batch(**planner) as connection:
+        connection.execute(deletion.statement(_LOCK_TABLE), deletion.parameters())
         connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
         rows = connection.execute(lock, values).fetchall()
         connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(_LOCK_TIMEOUT))
-        deleted = _delete_or_halve(sweep, connection, [place for place, _ in rows]) if rows else 0
-    sweep.deleted(deleted)
+        deleted = _delete_or_halve(deletion, connection, [place for place, _ in rows]) if rows else 0
+    deletion.deleted(deleted)
     return Position(expiry=rows[-1][1], place=rows[-1][0]) if len(rows) == limit else None
 
 
-def _delete_or_halve(sweep: Sweep, connection: Connection, places: list[str]) -> int:
+def _delete_or_halve(deletion: LeafDeletion, connection: Connection, places: list[str]) -> int:
     """Delete these locked rows; where one can't be deleted, find it by halves."""
     try:
         with connection.transaction():
-            return connection.execute(sweep.statement(_DELETE), sweep.parameters(places=places)).rowcount
+            return connection.execute(deletion.statement(_DELETE), deletion.parameters(places=places)).rowcount
     except (pg.IntegrityError, pg.LockNotAvailable) as error:
         if len(places) == 1:
             if isinstance(error, pg.IntegrityError):
-                _name(sweep, connection, places[0], error)
+                _name(deletion, connection, places[0], error)
             return 0
     middle = len(places) // 2
-    return sum(_delete_or_halve(sweep, connection, half) for half in (places[:middle], places[middle:]))
+    return sum(_delete_or_halve(deletion, connection, half) for half in (places[:middle], places[middle:]))
 
 
-def _name(sweep: Sweep, connection: Connection, place: str, error: pg.IntegrityError) -> None:
+def _name(deletion: LeafDeletion, connection: Connection, place: str, error: pg.IntegrityError) -> None:
     constraint = error.diag.constraint_name or f"NOT NULL of {error.diag.table_name}.{error.diag.column_name}"
-    kept = sweep.kept.setdefault(constraint, Kept())
+    kept = deletion.kept.setdefault(constraint, Kept())
     kept.rows += 1
     if len(kept.ids) < MOST_NAMED:
-        kept.ids += single(connection, sweep.statement(_NAME), {"place": place})
+        kept.ids += single(connection, deletion.statement(_NAME), {"place": place})

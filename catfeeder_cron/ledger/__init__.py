@@ -8,12 +8,12 @@ from catfeeder_cron.ledger.ledger import (
     NO_DATABASE,
     NOT_FREE,
     STILL_RUNNING,
-    Claim,
     Heartbeat,
     Ledger,
     Missed,
     Process,
     Retries,
+    SlotClaim,
     Trigger,
 )
 
@@ -25,11 +25,11 @@ __all__ = [
     "NO_DAEMON",
     "NO_DATABASE",
     "STILL_RUNNING",
-    "Claim",
     "Heartbeat",
     "Ledger",
     "Missed",
     "Process",
     "Retries",
+    "SlotClaim",
     "Trigger",
 ]

@@ -86,7 +86,7 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
-class Claim:
+class SlotClaim:
     """What came of claiming a slot: where the job's account stands, and the run if it is the caller's."""
 
     accounted_until: datetime
@@ -310,7 +310,7 @@ class Ledger:
         trigger: Trigger | None,
         *,
         shared: bool = False,
-    ) -> Claim:
+    ) -> SlotClaim:
         """Move the account of `job` on to `slot`, if it stands where it is `known` to: what comes between was `missed`.
 
         Of all processes that try, one may run the slot; of a shared job each may, once. Without a `trigger` nobody
@@ -331,7 +331,7 @@ class Ledger:
             "still_running": STILL_RUNNING,
         }
         ((accounted_until, run_id, too_early),) = self._database.query(_CLAIM, self._process.parameters() | parameters)
-        return Claim(accounted_until or known, run_id, too_early)
+        return SlotClaim(accounted_until or known, run_id, too_early)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already."""

@@ -30,7 +30,7 @@ _IN_FORCE = """
 
 
 @dataclass(frozen=True)
-class Pause:
+class JobPause:
     """A pause of `job` (ALL_JOBS: of every one); without `until` it lasts until it is ended."""
 
     job: str
@@ -55,5 +55,5 @@ def resume(database: Database, jobs: list[str]) -> list[str]:
     return [job for (job,) in database.query(_RESUME, {"jobs": jobs, "all": not jobs})]
 
 
-def in_force(database: Database) -> list[Pause]:
-    return [Pause(*row) for row in database.query(_IN_FORCE, {})]
+def in_force(database: Database) -> list[JobPause]:
+    return [JobPause(*row) for row in database.query(_IN_FORCE, {})]

@@ -11,12 +11,12 @@ from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, State
 from catfeeder_cron.ledger.history import Account, accounts
 
 _FRESH_SECONDS = 2
-_PATIENCE_SECONDS = 2
+_ANSWER_WITHIN_SECONDS = 2
 _QUERY_TIMEOUT = timedelta(seconds=2)
 
 
 @dataclass(frozen=True)
-class Standing:
+class Snapshot:
     """`trouble` says why the ledger could not be read."""
 
     reachable: bool
@@ -24,10 +24,10 @@ class Standing:
     accounts: dict[str, Account] = field(default_factory=dict)
 
 
-_NO_ANSWER = Standing(reachable=False, trouble=f"the database has not answered for {_PATIENCE_SECONDS} s")
+_NO_ANSWER = Snapshot(reachable=False, trouble=f"the database has not answered for {_ANSWER_WITHIN_SECONDS} s")
 
 
-class StandingReader:
+class SnapshotReader:
     """Asks the ledger when it is asked, in one thread and at most every two seconds, however many wait for it.
 
     A database that hangs holds up that thread alone.
@@ -39,25 +39,25 @@ class StandingReader:
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._answered.set()
-        self._standing = _NO_ANSWER
+        self._snapshot = _NO_ANSWER
         self._read_at = float("-inf")
 
-    def now(self) -> Standing:
+    def now(self) -> Snapshot:
         """Return what it said at most two seconds ago, within two seconds."""
         with self._lock:
             if self._answered.is_set() and time.monotonic() - self._read_at > _FRESH_SECONDS:
                 self._answered.clear()
-                threading.Thread(target=self._read, name="standing", daemon=True).start()
+                threading.Thread(target=self._read, name="snapshot", daemon=True).start()
             answered = self._answered
-        return self._standing if answered.wait(_PATIENCE_SECONDS) else _NO_ANSWER
+        return self._snapshot if answered.wait(_ANSWER_WITHIN_SECONDS) else _NO_ANSWER
 
     def _read(self) -> None:
         try:
-            self._standing = Standing(True, None, accounts(self._database, self._jobs(), _QUERY_TIMEOUT))
+            self._snapshot = Snapshot(True, None, accounts(self._database, self._jobs(), _QUERY_TIMEOUT))
         except (DatabaseUnavailable, StatementTimeout) as error:
-            self._standing = Standing(False, str(error))
+            self._snapshot = Snapshot(False, str(error))
         except CatfeederCronError as error:
-            self._standing = Standing(True, str(error))
+            self._snapshot = Snapshot(True, str(error))
         finally:
             self._read_at = time.monotonic()
             self._answered.set()

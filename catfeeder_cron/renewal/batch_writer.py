@@ -19,7 +19,7 @@ from catfeeder_cron.renewal.claims import TokenClaim, release
 from catfeeder_cron.renewal.failures import Failure, settle
 from catfeeder_cron.renewal.journal import Entry, Journal
 from catfeeder_cron.renewal.links import Links
-from catfeeder_cron.renewal.storing import Stored, store
+from catfeeder_cron.renewal.storing import StoredAnswers, store
 
 log = get_logger(__name__)
 
@@ -177,7 +177,7 @@ class BatchWriter:
         """Whether what could not be stored at once is left to the journal."""
         return self.context.stopping or self.broken is not None
 
-    def _store_batch(self, batch: list[Settlement]) -> Stored:
+    def _store_batch(self, batch: list[Settlement]) -> StoredAnswers:
         entries = [each.entry for each in batch if each.entry]
         if entries:
             try:
@@ -190,7 +190,7 @@ class BatchWriter:
         # The last, because it alone is counted by what it changes: repeated, it would find nothing to change.
         return store(database, self._links, entries, time.time())
 
-    def _account(self, batch: list[Settlement], outcome: Stored) -> list[Settlement]:
+    def _account(self, batch: list[Settlement], outcome: StoredAnswers) -> list[Settlement]:
         """Count what is done; return what is left because others have it locked."""
         stored, locked = {entry.id for entry in outcome.stored}, {entry.id for entry in outcome.locked}
         refused = {entry.id: reason for entry, reason in outcome.refused}

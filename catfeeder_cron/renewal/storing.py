@@ -70,7 +70,7 @@ _KEEP_IN_DOUBT = """
 
 
 @dataclass
-class Stored:
+class StoredAnswers:
     """What became of answers: in their rows; too late for a row that is gone or has a new login; for later; refused."""
 
     stored: list[Entry] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Stored:
     locked: list[Entry] = field(default_factory=list)
     refused: list[tuple[Entry, str]] = field(default_factory=list)
 
-    def add(self, other: "Stored") -> None:
+    def add(self, other: "StoredAnswers") -> None:
         self.stored += other.stored
         self.outdated += other.outdated
         self.locked += other.locked
@@ -87,13 +87,13 @@ class Stored:
 
 def store(
     database: Database, links: Links, entries: Sequence[Entry], now: float, lock_timeout: str = _LOCK_TIMEOUT
-) -> Stored:
+) -> StoredAnswers:
     """Store answers; `now` is the wall clock's. Raises DatabaseUnavailable, and then all may be tried again.
 
     An answer that its row can't take, or whose row is locked, holds up no other.
     """
     if not entries:
-        return Stored()
+        return StoredAnswers()
     try:
         with database.transaction(lock_timeout=lock_timeout) as connection:
             return _store(connection, links, entries, now)
@@ -101,11 +101,11 @@ def store(
         raise
     except (LockTimeout, StatementTimeout):
         if len(entries) == 1:
-            return Stored(locked=[entries[0]])
+            return StoredAnswers(locked=[entries[0]])
     except DatabaseError as error:
         if len(entries) == 1:
-            return Stored(refused=[(entries[0], _hold_back(database, entries[0], error))])
-    outcome = Stored()
+            return StoredAnswers(refused=[(entries[0], _hold_back(database, entries[0], error))])
+    outcome = StoredAnswers()
     for entry in entries:
         outcome.add(store(database, links, [entry], now, _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout))
     return outcome
@@ -124,7 +124,7 @@ def keep_in_doubt(database: Database, entries: Sequence[Entry]) -> None:
         database.execute(_KEEP_IN_DOUBT, parameters)
 
 
-def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> Stored:
+def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> StoredAnswers:
     parameters: dict[str, Any] = {
         "ids": [entry.id for entry in entries],
         "sent": [bytes.fromhex(entry.sent) for entry in entries],
@@ -140,7 +140,7 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: 
     parameters |= {"stored": list(stored), "issued": list(stored.values())}
     after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(BACK_OFF))
     connection.execute(after, parameters)
-    return Stored(
+    return StoredAnswers(
         stored=[entry for entry in entries if entry.id in stored],
         outdated=[entry for entry in entries if entry.id not in stored],
     )

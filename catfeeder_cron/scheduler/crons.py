@@ -195,9 +195,9 @@ class Crons:
         claim = partial(runtime.ledger.claim_manual, job_id, shared=job.shared)
         runtime.supervisor.beat()
         runtime.supervisor.start()
-        patience = time.monotonic() + wait.total_seconds()
+        deadline = time.monotonic() + wait.total_seconds()
         while (report := runtime.workshop.run(job_id, claim, progress)) is None:
-            if time.monotonic() >= patience:
+            if time.monotonic() >= deadline:
                 raise JobIsRunning(_where_it_runs(job_id, runtime.ledger))
             self._stop_requested.wait(_TRY_AGAIN_SECONDS)
         runtime.timetable.ran(report)

@@ -31,7 +31,7 @@ log = get_logger(__name__)
 
 _LEAVE_SECONDS = 5
 _TURN_EVERY = timedelta(seconds=60)
-_PATIENCE_SECONDS = 2
+_EXTEND_EVERY_SECONDS = 2
 
 
 def run(
@@ -118,7 +118,7 @@ def _keep_the_schedule(
             pass
         tasks.safe_stop(wait=False)
         until = time.monotonic() + grace.total_seconds()
-        while not over.wait(max(0, min(_PATIENCE_SECONDS, until - time.monotonic()))):
+        while not over.wait(max(0, min(_EXTEND_EVERY_SECONDS, until - time.monotonic()))):
             herald.still_stopping()
             if time.monotonic() >= until:
                 log.error("shutdown_grace_is_over", abandoned=crons.running)

@@ -5,7 +5,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.database import Database
-from catfeeder_cron.ledger.snapshot import Standing
+from catfeeder_cron.ledger.snapshot import Snapshot
 from catfeeder_cron.scheduler.crons import Crons
 
 # Turns of the schedule's loop that may be late before it counts as stalled.
@@ -46,17 +46,17 @@ class Condition:
             return [f"the schedule's loop has not turned for {age:.0f} s"]
         return []
 
-    def not_ready(self, standing: Standing) -> list[str]:
+    def not_ready(self, snapshot: Snapshot) -> list[str]:
         """Say why jobs don't run as they should."""
         reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
         if self._stopping:
             reasons.append("the daemon is stopping")
-        if standing.trouble:
-            what = "the ledger can't be read" if standing.reachable else "the database is unreachable"
-            return [f"{what}: {standing.trouble}", *reasons]
+        if snapshot.trouble:
+            what = "the ledger can't be read" if snapshot.reachable else "the database is unreachable"
+            return [f"{what}: {snapshot.trouble}", *reasons]
         now = datetime.now(UTC)
         for job, schedule in self._crons.schedules.items():
-            account = standing.accounts.get(job)
+            account = snapshot.accounts.get(job)
             slots = schedule.between(account.accounted_until, now) if account and account.accounted_until else None
             # The third slot that nobody has taken note of comes two intervals after the first.
             if slots and slots.count > 2:

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from catfeeder_cron.database import Database
-from catfeeder_cron.ledger.snapshot import StandingReader
+from catfeeder_cron.ledger.snapshot import SnapshotReader
 from catfeeder_cron.report import JobReport, Outcome
 from catfeeder_cron.scheduler.crons import Crons
 from catfeeder_cron.service.endpoints import Page
@@ -33,7 +33,7 @@ class Metrics:
         self._crons = crons
         self._database = database
         self._condition = condition
-        self._standing = StandingReader(database, lambda: list(crons.schedules))
+        self._snapshot = SnapshotReader(database, lambda: list(crons.schedules))
         self._registry = CollectorRegistry()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._runs = self._counter("job_runs", "Runs of this daemon that ended.", "job", "outcome")
@@ -83,19 +83,19 @@ class Metrics:
 
     def ready(self) -> Page:
         """/ready: whether jobs run as they should."""
-        return _verdict(self._condition.not_ready(self._standing.now()))
+        return _verdict(self._condition.not_ready(self._snapshot.now()))
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, help, labels, registry=self._registry)
 
     def _gauges(self) -> Iterator[GaugeMetricFamily]:
         now = datetime.now(UTC)
-        standing, schedules = self._standing.now(), self._crons.schedules
+        snapshot, schedules = self._snapshot.now(), self._crons.schedules
         running, stuck = self._crons.running, self._crons.stuck
-        successes = {job: account.last_success for job, account in standing.accounts.items()}
+        successes = {job: account.last_success for job, account in snapshot.accounts.items()}
         following = {job: schedule.next_after(now) for job, schedule in schedules.items()}
         yield _gauge("build_info", "The program's version.", "version", {__version__: 1})
-        yield _gauge("database_up", "Whether the database answers.", None, {"": int(standing.reachable)})
+        yield _gauge("database_up", "Whether the database answers.", None, {"": int(snapshot.reachable)})
         pool = self._database.pool_use
         waiting = pool.pop("waiting")
         yield _gauge("pool_connections", "The connections of the pool.", "state", pool)

@@ -9,7 +9,7 @@ from catfeeder_cron.service.health import Condition
 from catfeeder_cron.service.sd_notify import Notifier
 
 # Said anew every two seconds while jobs end, so that no stop is cut short by TimeoutStopSec= and a dead one is.
-_PATIENCE = timedelta(seconds=10)
+_STOP_EXTENSION = timedelta(seconds=10)
 
 
 class Herald:
@@ -62,7 +62,7 @@ class Herald:
 
     def still_stopping(self) -> None:
         """Running jobs are still ending, as they may."""
-        self._notifier.extend_timeout(_PATIENCE)
+        self._notifier.extend_timeout(_STOP_EXTENSION)
         self._notifier.alive()
 
     def _tell(self, *, ready: bool = False) -> None:

@@ -16,12 +16,12 @@ from catfeeder_cron.ledger import (
     NO_DAEMON,
     NO_DATABASE,
     STILL_RUNNING,
-    Claim,
     Heartbeat,
     Ledger,
     Missed,
     Process,
     Retries,
+    SlotClaim,
 )
 from catfeeder_cron.schedule import Slots
 from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
@@ -60,7 +60,7 @@ def hours(first: int, last: int, reason: str) -> Missed:
     return Missed(Slots(NOON + first * HOUR, NOON + last * HOUR, last - first + 1), reason)
 
 
-def claim(ledger: Ledger, known: int, slot: int, *missed: Missed, shared: bool = False, run: bool = True) -> Claim:
+def claim(ledger: Ledger, known: int, slot: int, *missed: Missed, shared: bool = False, run: bool = True) -> SlotClaim:
     return ledger.claim(
         "job",
         "every 1h",
@@ -77,7 +77,7 @@ def test_of_many_that_try_at_once_one_claims_the_slot_and_all_learn_where_the_ac
 ) -> None:
     others = [open_ledger() for _ in range(6)]
     together = threading.Barrier(len(others))
-    claims: list[Claim] = []
+    claims: list[SlotClaim] = []
 
     def try_it(each: Ledger) -> None:
         together.wait()
@@ -114,14 +114,14 @@ def test_who_believes_the_account_to_stand_elsewhere_changes_nothing_and_learns_
 ) -> None:
     answer = claim(ledger, -2, 3, hours(-1, 2, NO_DAEMON))
 
-    assert answer == Claim(NOON, None, too_early=False)
+    assert answer == SlotClaim(NOON, None, too_early=False)
     assert rows(admin, "*") == []
 
 
 def test_a_claim_repeated_because_its_answer_was_lost_adds_nothing(ledger: Ledger, admin: psycopg.Connection) -> None:
     claim(ledger, 0, 2, hours(1, 1, NO_DAEMON))
 
-    assert claim(ledger, 0, 2, hours(1, 1, NO_DAEMON)) == Claim(NOON + 2 * HOUR, None, too_early=False)
+    assert claim(ledger, 0, 2, hours(1, 1, NO_DAEMON)) == SlotClaim(NOON + 2 * HOUR, None, too_early=False)
     assert len(rows(admin, "*")) == 2
 
 
@@ -133,7 +133,7 @@ def test_a_slot_that_comes_while_the_job_runs_is_missed_and_a_row_grows_while_th
     assert run_id
 
     for hour, each in ((2, other), (3, ledger), (4, other)):
-        assert claim(each, hour - 1, hour) == Claim(NOON + hour * HOUR, None, too_early=False)
+        assert claim(each, hour - 1, hour) == SlotClaim(NOON + hour * HOUR, None, too_early=False)
     claim(ledger, 4, 7, hours(5, 6, NO_DAEMON))
     claim(ledger, 7, 8)
     ledger.close(run_id, report())
@@ -212,7 +212,7 @@ def test_a_slot_more_than_an_hour_ahead_of_the_servers_clock_is_nobodys(
     now = datetime.now(UTC)
     soon, late = now + 59 * timedelta(minutes=1), now + 61 * timedelta(minutes=1)
 
-    assert ledger.claim("job", "every 1h", NOON, late, [], "schedule") == Claim(NOON, None, too_early=True)
+    assert ledger.claim("job", "every 1h", NOON, late, [], "schedule") == SlotClaim(NOON, None, too_early=True)
     assert ledger.claim("job", "every 1h", NOON, soon, [], "schedule").run_id
 
 

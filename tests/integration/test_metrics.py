@@ -24,7 +24,7 @@ from catfeeder_cron.config import DatabaseSettings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger.history import Account
-from catfeeder_cron.ledger.snapshot import StandingReader
+from catfeeder_cron.ledger.snapshot import SnapshotReader
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.crons import Crons
 from catfeeder_cron.service.endpoints import Endpoints, Page
@@ -175,7 +175,7 @@ def test_a_job_is_overdue_when_more_than_two_intervals_went_by_untold(
     assert crons.inject_crons() == 0
 
     def account() -> Account | None:
-        return StandingReader(database, lambda: ["clean-tokens"]).now().accounts.get("clean-tokens")
+        return SnapshotReader(database, lambda: ["clean-tokens"]).now().accounts.get("clean-tokens")
 
     # The schedule keeps no account before the first contact.
     eventually(lambda: (found := account()) and found.accounted_until)
@@ -191,7 +191,7 @@ def test_a_job_is_overdue_when_more_than_two_intervals_went_by_untold(
                 "UPDATE catfeeder_cron.schedule SET accounted_until = %s WHERE job = 'clean-tokens'",
                 [last.last - slots_untold * timedelta(minutes=30)],
             )
-        assert condition.not_ready(StandingReader(database, lambda: ["clean-tokens"]).now()) == reasons
+        assert condition.not_ready(SnapshotReader(database, lambda: ["clean-tokens"]).now()) == reasons
 
 
 def test_health_fails_when_the_loop_no_longer_turns_and_not_while_stopping(
@@ -213,13 +213,13 @@ def test_a_database_that_hangs_holds_up_one_thread_and_nobody_who_asks() -> None
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never says a word
         url = SecretStr(f"postgresql://cat@127.0.0.1:{silent.getsockname()[1]}/x")
         with Database(DatabaseSettings(url=url, connect_timeout=timedelta(hours=1))) as database:
-            reader = StandingReader(database, list)
+            reader = SnapshotReader(database, list)
             before = threading.active_count()
             with ThreadPoolExecutor() as asking:
                 answers = [asking.submit(reader.now) for _ in range(5)]
-            for standing in [answer.result() for answer in answers]:
-                assert not standing.reachable
-                assert "has not answered" in (standing.trouble or "")
+            for snapshot in [answer.result() for answer in answers]:
+                assert not snapshot.reachable
+                assert "has not answered" in (snapshot.trouble or "")
             assert threading.active_count() <= before + 3  # ours, the pool's worker and its scheduler
 
 

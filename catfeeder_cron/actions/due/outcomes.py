@@ -69,7 +69,7 @@ _STORE = """
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredOutcome:
     finished: Finished
     verdict: str | None
     """What it came to; None where the row was not ours any more."""
@@ -77,7 +77,7 @@ class Stored:
 
 def store(
     connection: Connection, tables: DatabaseTables, finished: Sequence[Finished], retry_after_seconds: float
-) -> tuple[list[Stored], list[Finished]]:
+) -> tuple[list[StoredOutcome], list[Finished]]:
     """Store these outcomes. Returns what was seen to, and what has to wait because somebody has the row locked.
 
     Repeated after an answer was lost, it changes nothing.
@@ -96,7 +96,7 @@ def store(
         if verdict is None and still_ours:
             locked.append(by_id[key])
         else:
-            seen_to.append(Stored(by_id[key], verdict))
+            seen_to.append(StoredOutcome(by_id[key], verdict))
     return seen_to, locked
 
 

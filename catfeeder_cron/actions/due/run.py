@@ -11,7 +11,7 @@ from catfeeder_cron.actions.due import outcomes
 from catfeeder_cron.actions.due.attempts import Attempts, Finished
 from catfeeder_cron.actions.due.fair_order import Busy, Candidate, Plan, survey
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
-from catfeeder_cron.actions.due.outcomes import Stored
+from catfeeder_cron.actions.due.outcomes import StoredOutcome
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
@@ -164,12 +164,12 @@ class Shift:
         if self._unstored and not self._under_way:
             time.sleep(min(_LOOK_SECONDS, self._extend_every) / 10)
 
-    def _store_together(self, finished: list[Finished]) -> tuple[list[Stored], list[Finished]]:
+    def _store_together(self, finished: list[Finished]) -> tuple[list[StoredOutcome], list[Finished]]:
         with self._context.database.transaction() as connection:
             retry_after_seconds = self._limits.retry_after.total_seconds()
             return outcomes.store(connection, self._context.tables, finished, retry_after_seconds)
 
-    def _store_alone(self, finished: Finished) -> list[Stored]:
+    def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
         """Store one that may be what the database refuses. Then its lease runs out, and its attempts some day."""
         try:
             stored, locked = self._store_together([finished])
@@ -182,7 +182,7 @@ class Shift:
         self._unstored += locked
         return stored
 
-    def _settle(self, stored: Stored) -> None:
+    def _settle(self, stored: StoredOutcome) -> None:
         action = stored.finished.claimed.action
         self._settled += 1
         if stored.verdict in _COUNTED:
