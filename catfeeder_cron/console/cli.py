@@ -183,7 +183,7 @@ def run_once(
     settings = _load(context)
     _log_warnings(settings)
     if _one_terminal() and settings.logging.level != "debug":
-        logging.getLogger("catfeeder_cron.scheduler.runner.result").setLevel(logging.CRITICAL)
+        logging.getLogger("catfeeder_cron.results").setLevel(logging.CRITICAL)
     reports: list[dict[str, Any]] = []
     with StopSignals() as signals, Crons(config=settings) as crons:
         signals.on_request(crons.request_stop)
@@ -204,7 +204,7 @@ def run_once(
 
 def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple["JobReport", int]:
     from catfeeder_cron.console import terminal
-    from catfeeder_cron.scheduler.runner import not_run
+    from catfeeder_cron.scheduler.executor import not_run
 
     try:
         with terminal.progress_bar(job) as progress:

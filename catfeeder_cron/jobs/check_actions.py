@@ -7,7 +7,7 @@ from pydantic import Field
 
 from catfeeder_cron.actions import built_in
 from catfeeder_cron.actions.due.leases import count_due, due_in_seconds
-from catfeeder_cron.actions.due.run import Limits, Shift
+from catfeeder_cron.actions.due.run import DueActionsRun, Limits
 from catfeeder_cron.config import AlwaysOnJobSettings, Duration, within
 from catfeeder_cron.database.catalog import WantedIndex, has_table
 from catfeeder_cron.database.requirements import TableUse
@@ -44,7 +44,7 @@ def run(context: JobContext, settings: CheckActions) -> None:
             return
     context.counts.update(due=0, done=0, retried=0, given_up=0)
     limits = Limits(settings.concurrency, settings.lease, settings.action_timeout, settings.retry_after)
-    Shift(context, context.actions, built_in(), limits).work()
+    DueActionsRun(context, context.actions, built_in(), limits).work()
 
 
 def due_in(context: JobContext) -> float | None:

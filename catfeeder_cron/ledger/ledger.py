@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron.database import AllInUse, Database
+from catfeeder_cron.database import AllInUse, Database, schema
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.version import __version__
@@ -287,6 +287,10 @@ class Ledger:
     def __init__(self, database: Database, process: Process) -> None:
         self._database = database
         self._process = process
+
+    def prepare(self) -> None:
+        """Create or upgrade the ledger's tables where that is needed. Raises DatabaseError."""
+        schema.ensure(self._database)
 
     def become_daemon(self) -> None:
         """Be listed as a daemon from the next heartbeat on."""

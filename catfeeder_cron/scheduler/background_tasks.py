@@ -36,7 +36,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.logs import get_logger, show_debug_records
-from catfeeder_cron.scheduler.haltable import Executor, ForegroundScheduler, ThreadScheduler
+from catfeeder_cron.scheduler.haltable import ForegroundScheduler, TaskThreads, ThreadScheduler
 
 log = get_logger(__name__)
 
@@ -74,8 +74,8 @@ class BackgroundTasks:
     logger `apscheduler.executors.default`, and everything goes on. A run that is late takes place nevertheless,
     several that are due at once become one, and a task never overlaps itself, unless its options say otherwise.
 
-    The thread that keeps the schedule calls `on_turn` whenever it has looked for due tasks: at least every
-    `turn_every_seconds`, paused or not, however busy the workers are. It must neither block nor raise.
+    The thread that keeps the schedule looks for due tasks at least every `turn_every_seconds`, paused or not, however
+    busy the workers are.
 
     The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` makes the debug
     records of this package visible: by the handlers that the program's logging has, on standard error where it has
@@ -97,7 +97,6 @@ class BackgroundTasks:
         blocking: bool = False,
         max_workers: int = 10,
         timezone: str | tzinfo = "UTC",
-        on_turn: Callable[[], None] | None = None,
         turn_every_seconds: float = _LONGEST_SLEEP_SECONDS,
     ) -> None:
         self._success = success
@@ -114,7 +113,6 @@ class BackgroundTasks:
         self._is_the_parents = False  # it was running when this process was forked
         self._executor = self._new_executor()
         self._scheduler = (ForegroundScheduler if blocking else ThreadScheduler)(
-            on_turn=on_turn,
             longest_sleep=min(turn_every_seconds, _LONGEST_SLEEP_SECONDS),
             timezone=timezone,
             executors={"default": self._executor},
@@ -128,6 +126,13 @@ class BackgroundTasks:
             show_debug_records()
             self._scheduler.add_listener(_log_event, functools.reduce(int.__or__, _DEBUG_EVENTS))
         lifecycle.after_fork(self, BackgroundTasks._after_fork)
+
+    def on_turn(self, call: Callable[[], None]) -> None:
+        """Have the thread that keeps the schedule call this whenever it has looked for due tasks.
+
+        It must neither block nor raise.
+        """
+        self._scheduler.on_turn = call
 
     def __init_subclass__(cls) -> None:
         raise TypeError("BackgroundTasks is final and can't be subclassed")
@@ -348,9 +353,9 @@ class BackgroundTasks:
                 self._scheduler.remove_job(job_id)
             return task
 
-    def _new_executor(self) -> Executor:
+    def _new_executor(self) -> TaskThreads:
         mark = functools.partial(setattr, self._worker, "ours", True)
-        return Executor(
+        return TaskThreads(
             self._max_workers,
             {"initializer": mark, "thread_name_prefix": "BackgroundTasks"},
         )

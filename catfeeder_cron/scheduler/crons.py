@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.schedule import Schedule
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.scheduler.runtime import Given, Runtime
 
 log = get_logger(__name__)
@@ -37,8 +39,7 @@ class Crons:
     What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
     `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
     the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
-    `on_contact` is called once, when the database was first reached; `on_change` is told what Supervisor says. `debug`
-    makes the debug records of this package visible, as in BackgroundTasks.
+    `debug` makes the debug records of this package visible, as in BackgroundTasks.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
 
@@ -59,15 +60,13 @@ class Crons:
         background_tasks: BackgroundTasks | None = None,
         oauth: OAuthClient | None = None,
         jobs: Mapping[str, Job[Any]] | None = None,
-        on_contact: Callable[[], None] = lambda: None,
-        on_change: Callable[[JobReport | None], None] = lambda _report: None,
     ) -> None:
         self._error = error
         self._success = success
         self._debug = debug
         self._config = config
         jobs = built_in() if jobs is None else jobs
-        self._given = Given(jobs, database, background_tasks, oauth, on_contact, on_change)
+        self._given = Given(jobs, database, background_tasks, oauth)
         self._tasks = background_tasks
         self._runtime: Runtime | None = None
         self._tell_closed: Callable[[], None] = lambda: None
@@ -116,6 +115,13 @@ class Crons:
         """
         return self._given.background_tasks or self._open().tasks
 
+    def listen(self, listener: RunListener) -> None:
+        """Have the listener told what becomes of the runs of this object, from now on."""
+        with self._lock:
+            self._given = replace(self._given, listeners=(*self._given.listeners, listener))
+            if self._runtime is not None:
+                self._runtime.listeners.add(listener)
+
     def inject_crons(self) -> int:
         """Put every enabled job on the schedule, in place of what an earlier call put there.
 
@@ -131,7 +137,7 @@ class Crons:
         except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
-        log.debug("jobs_scheduled", jobs=list(runtime.timetable.schedules))
+        log.debug("jobs_scheduled", jobs=list(runtime.job_scheduler.schedules))
         return self._success if scheduled else self._error
 
     def reload(self, settings: Settings) -> None:
@@ -143,7 +149,7 @@ class Crons:
         with self._lock:
             self._use()
         _log_warnings(settings)
-        runtime.timetable.reload(settings)
+        runtime.job_scheduler.reload(settings)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -189,28 +195,27 @@ class Crons:
         with self._lock:
             self._use()
         if dry_run:
-            return runtime.workshop.dry_run(job_id, progress)
+            return runtime.executor.dry_run(job_id, progress)
         self._refuse_if_stopping()
-        job, _ = runtime.workshop.find(job_id)
+        job, _ = runtime.executor.find(job_id)
         claim = partial(runtime.ledger.claim_manual, job_id, shared=job.shared)
         runtime.supervisor.beat()
         runtime.supervisor.start()
         deadline = time.monotonic() + wait.total_seconds()
-        while (report := runtime.workshop.run(job_id, claim, progress)) is None:
+        while (report := runtime.executor.run(job_id, claim, progress)) is None:
             if time.monotonic() >= deadline:
                 raise JobIsRunning(_where_it_runs(job_id, runtime.ledger))
             self._stop_requested.wait(_TRY_AGAIN_SECONDS)
-        runtime.timetable.ran(report)
         return report
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
-        return self._open().workshop.find(job_id)
+        return self._open().executor.find(job_id)
 
     @property
     def settings(self) -> Settings:
         """The configuration, read at the first use. Raises ConfigurationError."""
-        return self._open().workshop.settings
+        return self._open().executor.settings
 
     @property
     def running(self) -> list[str]:
@@ -228,7 +233,7 @@ class Crons:
     def schedules(self) -> dict[str, Schedule]:
         """The schedules of the jobs that `inject_crons` has put on it."""
         runtime = self._here()
-        return runtime.timetable.schedules if runtime else {}
+        return runtime.job_scheduler.schedules if runtime else {}
 
     def request_stop(self) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""

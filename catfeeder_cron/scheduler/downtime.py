@@ -8,7 +8,7 @@ from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NO
 
 
 @dataclass
-class Presence:
+class Downtime:
     """Instants are the process's wall clock. `seen` and `missed` tell of every contact with the database that worked or
     did not. Safe to use from any thread.
     """

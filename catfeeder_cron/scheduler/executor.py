@@ -1,30 +1,35 @@
-"""One run of a configured job in this process: what it is given, who watches over it, who is told of it."""
+"""One run of a configured job in this process: what it is given, and how it ended.
 
+This is the one place where a job's errors are decided on.
+"""
+
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from catfeeder_cron import logs
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.database.requirements import explain
-from catfeeder_cron.errors import CatfeederCronError, UnknownJob
+from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut, UnknownJob
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.report import JobReport, Progress, no_progress
-from catfeeder_cron.schedule import Schedule
-from catfeeder_cron.scheduler.pings import Pings, Signal
-from catfeeder_cron.scheduler.runner import broken_off, run_job
-from catfeeder_cron.scheduler.supervisor import Run, Supervisor
+from catfeeder_cron.report import JobReport, Outcome, Progress, no_progress
+from catfeeder_cron.run_control import is_for_the_program
+from catfeeder_cron.scheduler.listeners import Run
+from catfeeder_cron.scheduler.supervisor import Supervisor
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.runs")
+# By itself, so that a command that prints the result can leave it out.
+log_of_results = get_logger("catfeeder_cron.results")
 
 
-class Workshop:
+class Executor:
     """Runs the jobs of the configuration that is in force. All methods may be called from any thread."""
 
     def __init__(
@@ -41,7 +46,6 @@ class Workshop:
         self._supervisor = supervisor
         self._owns_oauth = oauth is None
         self._oauth = oauth or OAuthClient(settings.oauth)
-        self._pings = Pings()
         self._children = Children()
         self._skipped: dict[str, str | None] = {}
 
@@ -68,10 +72,6 @@ class Workshop:
         if isinstance(settings, CustomJobSettings):
             return custom_job(job_id, settings), settings
         return self._jobs[job_id], settings
-
-    def schedule(self, job_id: str) -> Schedule:
-        """Return when a job is due. Raises UnknownJob."""
-        return self._settings.schedule(job_id)
 
     def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
         """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
@@ -101,12 +101,11 @@ class Workshop:
         """
         job, settings = self.find(job_id)
         context = self.context(job_id, progress, slot)
-        run = self._supervisor.begin(job_id, context, claim)
+        run = self._supervisor.begin(job_id, settings, context, claim)
         if run is None:
             return None
         try:
-            self._supervisor.begun()
-            return self._work(run, job, context, settings)
+            return self._work(run, job, context)
         except BaseException as error:
             # Whatever it is and wherever it came up, the run must not stay open. One that has ended stays as it is.
             self._supervisor.end(run, broken_off(job, context, error, run.run_id))
@@ -127,12 +126,8 @@ class Workshop:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""
         if abandoned is None:
             self._supervisor.wait()
-        for job_id in self._supervisor.running:
-            with suppress(UnknownJob):  # a reload has removed it
-                self._ping(job_id, self.find(job_id)[1], "fail", abandoned or "")
         self._supervisor.close(abandoned)
         self._children.close()
-        self._pings.close()
 
     def _retries(self, job_id: str, settings: JobSettings) -> Retries | None:
         if not isinstance(settings, CustomJobSettings) or not settings.retries:
@@ -143,18 +138,108 @@ class Workshop:
             return None
         return Retries(settings.retries, settings.retry_after, before)
 
-    def _work(self, run: Run, job: Job[Any], context: JobContext, settings: JobSettings) -> JobReport:
-        self._ping(job.id, settings, "start")
-        report = run_job(job, context, settings, run.run_id, known_reason=self._skipped.get(job.id))
+    def _work(self, run: Run, job: Job[Any], context: JobContext) -> JobReport:
+        self._supervisor.begun(run)
+        report = run_job(job, context, run.settings, run.run_id, known_reason=self._skipped.get(job.id))
         self._skipped[job.id] = report.reason if report.outcome == "skipped" else None
-        self._supervisor.end(run, report, self._retries(job.id, settings))
-        succeeded = report.outcome in ("succeeded", "skipped")
-        self._ping(job.id, settings, "success" if succeeded else "fail", report.reason or "")
+        self._supervisor.end(run, report, self._retries(job.id, run.settings))
         return report
 
-    def _ping(self, job_id: str, settings: JobSettings, signal: Signal, text: str = "") -> None:
-        """Send a ping; where there is no thread to be had for that, the run is worth more."""
-        try:
-            self._pings.send(job_id, settings.ping_url, signal, text)
-        except RuntimeError as error:
-            log.warning("ping_not_sent", job=job_id, signal=signal, reason=str(error))
+
+def run_job(
+    job: Job[Any],
+    context: JobContext,
+    settings: JobSettings,
+    run_id: int | None = None,
+    *,
+    known_reason: str | None = None,
+) -> JobReport:
+    """Run `job` in this thread and return what is to be told of it. Raises only what is to end the program.
+
+    What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
+    That it was skipped for `known_reason`, as the run before it, is no news.
+    """
+    started_at, begun = datetime.now(UTC), time.monotonic()
+    with logs.context(job=job.id, **({} if run_id is None else {"run_id": run_id})):
+        log.debug("job_started", dry_run=context.dry_run)
+        outcome, reason = _outcome(job, context, settings)
+        report = JobReport(
+            job=job.id,
+            outcome=outcome,
+            reason=reason,
+            counts=dict(context.counts),
+            started_at=started_at,
+            duration=timedelta(seconds=time.monotonic() - begun),
+            dry_run=context.dry_run,
+            by_provider={provider: dict(counts) for provider, counts in context.by_provider.items()},
+            provider_reasons=dict(context.provider_reasons),
+            run_id=run_id,
+        )
+        _tell(report, known_reason)
+    return report
+
+
+def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id: int) -> JobReport:
+    """Return the report of a run that `run_job` did not come back from, because of this error."""
+    kind = type(error).__name__
+    ends_program = is_for_the_program(error)
+    return JobReport(
+        job=job.id,
+        outcome="aborted" if ends_program else "failed",
+        reason=f"the program was interrupted by {kind}" if ends_program else f"{kind}: see the log for the traceback",
+        counts=dict(context.counts),
+        started_at=datetime.now(UTC) - context.elapsed(),
+        duration=context.elapsed(),
+        dry_run=context.dry_run,
+        run_id=run_id,
+    )
+
+
+def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> JobReport:
+    """Return the report of a run that did not come to be."""
+    return JobReport(job_id, outcome, reason, {}, datetime.now(UTC), timedelta(0), dry_run)
+
+
+def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
+    try:
+        context.checkpoint()
+        job.run(context, settings)
+        context.require_in_time()
+    except JobSkipped as skipped:
+        return "skipped", str(skipped)
+    except JobAborted as aborted:
+        return "aborted", str(aborted)
+    except JobTimedOut as timed_out:
+        return "timed_out", str(timed_out)
+    except CatfeederCronError as error:
+        return "failed", explain(error, job.id, job.tables, context.database, context.tables)
+    except BaseException as error:
+        if is_for_the_program(error):
+            raise
+        log.exception("job_raised")
+        # Its text may hold anything, and everybody may read the history.
+        return "failed", f"{type(error).__name__}: see the log for the traceback"
+    return "succeeded", None
+
+
+def _tell(report: JobReport, known_reason: str | None) -> None:
+    """Log the one canonical event of a run. A run that found nothing to do is no news.
+
+    A job that counts nothing, such as a custom callable, has done what it does whenever it succeeds.
+    """
+    did_something = any(report.counts.values()) if report.counts else report.outcome == "succeeded"
+    fields = {
+        "outcome": report.outcome,
+        **({"reason": report.reason} if report.reason else {}),
+        **report.counts,
+        "duration_seconds": round(report.duration.total_seconds(), 3),
+        **({"dry_run": True} if report.dry_run else {}),
+    }
+    if report.outcome in ("failed", "timed_out"):
+        log_of_results.error("job_finished", **fields)
+    elif report.outcome == "aborted":
+        log_of_results.warning("job_finished", **fields)
+    elif did_something or (report.reason and report.reason != known_reason):
+        log_of_results.info("job_finished", **fields)
+    else:
+        log_of_results.debug("job_finished", **fields)

@@ -17,7 +17,7 @@ log = get_logger(__name__)
 _AFTER_FAILURE_SECONDS = 10.0
 
 
-class Executor(ThreadPoolExecutor):  # type: ignore[misc]  # APScheduler has no types
+class TaskThreads(ThreadPoolExecutor):  # type: ignore[misc]  # APScheduler has no types
     """Threads that run tasks, until the program ends."""
 
     def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
@@ -35,10 +35,10 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
     It is a lifecycle.Resource: a BackgroundTasks that is dropped while it runs is halted, and does not wait for tasks.
     """
 
-    def __init__(self, on_turn: Callable[[], None] | None, longest_sleep: float, **options: Any) -> None:
+    def __init__(self, longest_sleep: float, **options: Any) -> None:
         # Held while the loop looks for due tasks and while it is halted, so that neither comes in between the other.
         self._turn = threading.RLock()
-        self._on_turn = on_turn
+        self.on_turn: Callable[[], None] | None = None
         self._longest_sleep = longest_sleep
         super().__init__(**options)
 
@@ -58,9 +58,9 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
         return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
 
     def _tell_turn(self) -> None:
-        if self._on_turn:
+        if self.on_turn:
             try:
-                self._on_turn()
+                self.on_turn()
             except Exception:
                 log.exception("on_turn_failed")
 

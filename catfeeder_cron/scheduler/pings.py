@@ -14,6 +14,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from pydantic import SecretStr
 
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.listeners import Run, RunListener
 from catfeeder_cron.version import __version__
 
 log = get_logger(__name__)
@@ -27,7 +29,7 @@ _LONGEST_TEXT = 10_000
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
-class Pings:
+class Pings(RunListener):
     """Sends in order, with a thread for each job; a ping that can't be sent is logged and delays nobody.
 
     The address of a check is its secret, so it is never told.
@@ -37,15 +39,26 @@ class Pings:
         self._lines: dict[str, _Line] = {}
         self._lock = threading.Lock()
 
-    def send(self, job_id: str, url: SecretStr | None, signal: Signal, text: str = "") -> None:
+    def began(self, run: Run, /) -> None:
+        self._send(run, "start")
+
+    def ended(self, run: Run, report: JobReport, /) -> None:
+        self._send(run, "success" if report.outcome in ("succeeded", "skipped") else "fail", report.reason or "")
+
+    def _send(self, run: Run, signal: Signal, text: str = "") -> None:
         """Have a ping sent, if the job has an address for it. Returns at once."""
+        url = run.settings.ping_url
         if url is None:
             return
-        with self._lock:
-            line = self._lines.get(job_id)
-            if line is None:
-                line = self._lines[job_id] = _Line(job_id)
-        line.put((url, signal, text))
+        try:
+            with self._lock:
+                line = self._lines.get(run.job_id)
+                if line is None:
+                    line = self._lines[run.job_id] = _Line(run.job_id)
+        except RuntimeError as error:  # there is no thread to be had
+            log.warning("ping_not_sent", job=run.job_id, signal=signal, reason=str(error))
+        else:
+            line.put((url, signal, text))
 
     def close(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         """Send what is waiting, for this long at most."""

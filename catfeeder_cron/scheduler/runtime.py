@@ -4,27 +4,24 @@ Threads, tasks and callbacks refer to it and to its parts as they like. None of 
 it, so that a Crons can be dropped, and this let go.
 """
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from catfeeder_cron.config import Settings
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobAborted, JobInterrupted
 from catfeeder_cron.job import Job
 from catfeeder_cron.ledger import Ledger, Process
-from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
-from catfeeder_cron.scheduler.downtime import Presence
-from catfeeder_cron.scheduler.executor import Workshop
-from catfeeder_cron.scheduler.job_scheduler import Timetable
+from catfeeder_cron.scheduler.downtime import Downtime
+from catfeeder_cron.scheduler.executor import Executor
+from catfeeder_cron.scheduler.job_scheduler import JobScheduler
+from catfeeder_cron.scheduler.listeners import Listeners, RunListener
+from catfeeder_cron.scheduler.pings import Pings
 from catfeeder_cron.scheduler.supervisor import Supervisor
-
-log = get_logger(__name__)
 
 # How long the end of a program waits for runs in threads that it does not wait for by itself.
 _EXIT_SECONDS = 5.0
@@ -41,8 +38,7 @@ class Given:
     database: Database | None = None
     background_tasks: BackgroundTasks | None = None
     oauth: OAuthClient | None = None
-    on_contact: Callable[[], None] = lambda: None
-    on_change: Callable[[JobReport | None], None] = lambda _report: None
+    listeners: tuple[RunListener, ...] = ()
 
 
 class Runtime:
@@ -54,26 +50,21 @@ class Runtime:
         self._is_scheduled = False
         self.database = given.database or Database(settings.database)
         self.tasks = tasks
-        presence = Presence(datetime.now(UTC))
+        downtime = Downtime(datetime.now(UTC))
         self.ledger = Ledger(self.database, Process("run-once"))
-        self.supervisor = Supervisor(
-            self.ledger,
-            presence,
-            settings.scheduler.history_keep,
-            prepare=_prepare(self.database, given.on_contact),
-            after_beat=lambda: self.timetable.after_beat(),
-            on_stuck=tasks.replace_worker,
-            on_retry=lambda job_id, retry_in: self.timetable.retry(job_id, retry_in),
-            on_change=given.on_change,
-        )
-        self.workshop = Workshop(settings, given.jobs, self.database, self.supervisor, given.oauth)
-        self.timetable = Timetable(tasks, self.workshop, self.database, self.ledger, presence)
+        self.listeners = Listeners(*given.listeners)
+        self.supervisor = Supervisor(self.ledger, downtime, settings.scheduler.history_keep, self.listeners)
+        self.executor = Executor(settings, given.jobs, self.database, self.supervisor, given.oauth)
+        self.job_scheduler = JobScheduler(tasks, self.executor, self.database, self.ledger, downtime)
+        self._pings = Pings()
+        self.listeners.add(self.job_scheduler)
+        self.listeners.add(self._pings)
 
     def schedule(self) -> bool:
         """Put every enabled job on the schedule, and start it if it is ours; False where that failed."""
         self._is_scheduled = True
         self.ledger.become_daemon()
-        filled = self.timetable.fill()
+        filled = self.job_scheduler.schedule_all()
         self.supervisor.start()
         started = not self._owns_tasks or self.tasks.safe_start() == self.tasks.success
         return filled and started
@@ -89,8 +80,9 @@ class Runtime:
         """
         if self._owns_tasks:
             self.tasks.safe_stop(wait=abandoned is None)
-        self.timetable.close()
-        self.workshop.close(abandoned)
+        self.job_scheduler.close()
+        self.executor.close(abandoned)
+        self._pings.close()
         if self._owns_database:
             self.database.close()
 
@@ -109,19 +101,3 @@ class Runtime:
         if at_exit:
             self.supervisor.wait(_EXIT_SECONDS)
         self.close(abandoned=_PROGRAM_ENDS if at_exit else None)
-
-
-def _prepare(database: Database, on_contact: Callable[[], None]) -> Callable[[], None]:
-    """Return what is to be done before the first heartbeat. It is called until a heartbeat gets through."""
-    contacted = threading.Event()
-
-    def prepare() -> None:
-        schema.ensure(database)
-        if not contacted.is_set():
-            contacted.set()
-            try:
-                on_contact()
-            except Exception:
-                log.exception("callback_failed")
-
-    return prepare

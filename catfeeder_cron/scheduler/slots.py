@@ -8,7 +8,7 @@ from threading import Lock
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.ledger import Ledger, Missed, Trigger
 from catfeeder_cron.schedule import MICROSECOND, Schedule
-from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 
 
@@ -17,7 +17,7 @@ def _now() -> datetime:
 
 
 @dataclass
-class Dispatch:
+class JobSlots:
     """The slots of one job, as this process sees them. Safe to use from any thread."""
 
     job_id: str
@@ -25,7 +25,7 @@ class Dispatch:
     trigger: ScheduleTrigger
     shared: bool
     ledger: Ledger
-    presence: Presence
+    downtime: Downtime
     accounted_until: datetime | None = None
     """Where the job's account stands, as far as this process knows; None before it has been opened."""
     clock: Callable[[], datetime] = _now
@@ -72,9 +72,9 @@ class Dispatch:
                         self.job_id, described, known, slot, missed, trigger if run else None, shared=self.shared
                     )
                 except DatabaseUnavailable:
-                    self.presence.missed()
+                    self.downtime.missed()
                     raise
-                self.presence.seen(self.clock())
+                self.downtime.seen(self.clock())
                 self.accounted_until = claim.accounted_until
                 if claim.accounted_until >= slot:
                     return claim.run_id
@@ -87,7 +87,7 @@ class Dispatch:
     def _missed(self, after: datetime, until: datetime, reason: str | None) -> list[Missed]:
         """Sum up the slots in (`after`, `until`], a stretch for each reason."""
         stretches: list[Missed] = []
-        for turn, known_reason in [(until, reason)] if reason else self.presence.reasons(until):
+        for turn, known_reason in [(until, reason)] if reason else self.downtime.reasons(until):
             slots = self.schedule.between(after, min(turn, until))
             if slots:
                 stretches.append(Missed(slots, known_reason))

@@ -2,21 +2,20 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import ParamSpec
 
+from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, Ledger, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.run_control import RunControl, is_for_the_program
-from catfeeder_cron.scheduler.downtime import Presence
+from catfeeder_cron.run_control import RunControl
+from catfeeder_cron.scheduler.downtime import Downtime
+from catfeeder_cron.scheduler.listeners import Listeners, Run
 from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger(__name__)
-
-P = ParamSpec("P")
 
 # A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
 # end has been killed by then.
@@ -30,14 +29,6 @@ _CLOSED = "what runs the jobs of this process is closed"
 ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
-@dataclass(eq=False)
-class Run:
-    run_id: int
-    job_id: str
-    control: RunControl
-    stuck_told_at: timedelta | None = field(default=None)
-
-
 @dataclass(frozen=True)
 class Ended:
     """A run that has ended, and that is to be recorded."""
@@ -48,33 +39,16 @@ class Ended:
 
 
 class Supervisor:
-    """Keeps a heartbeat going in a thread of its own from `start` to `close`.
+    """Keeps a heartbeat going in a thread of its own from `start` to `close`, and tells `listeners` what happens.
 
-    `prepare` is called before the first heartbeat, until it raises nothing; `after_beat` after each; `on_stuck` once
-    for each run that does not end when it should; `on_retry` with a job and how soon it is to be retried, several times
-    maybe. `on_change` is called with the report of every run that ends, and with None when one begins and after every
-    heartbeat; it must not block. What it or `on_stuck` raises is logged.
+    All methods may be called from any thread.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        presence: Presence,
-        history_keep: timedelta,
-        prepare: Callable[[], None],
-        after_beat: Callable[[], None],
-        on_stuck: Callable[[], None],
-        on_retry: Callable[[str, timedelta], None] = lambda _job, _retry_in: None,
-        on_change: Callable[[JobReport | None], None] = lambda _report: None,
-    ) -> None:
+    def __init__(self, ledger: Ledger, downtime: Downtime, history_keep: timedelta, listeners: Listeners) -> None:
         self._ledger = ledger
-        self._presence = presence
+        self._downtime = downtime
         self._history_keep = history_keep
-        self._prepare = prepare
-        self._after_beat = after_beat
-        self._on_stuck = on_stuck
-        self._on_retry = on_retry
-        self._on_change = on_change
+        self._listeners = listeners
         self._changed = threading.Condition()
         self._runs: list[Run] = []
         self._claiming = 0
@@ -86,6 +60,8 @@ class Supervisor:
         self._beating = threading.Lock()
         self._recording = threading.Lock()
         self._last_beat = _NEVER
+        self._next_forget = elapsed_seconds()
+        self._complaint = ""
         self._thread: threading.Thread | None = None
 
     @property
@@ -112,7 +88,9 @@ class Supervisor:
                 self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
                 self._thread.start()
 
-    def begin(self, job_id: str, control: RunControl, claim: Callable[[], int | None]) -> Run | None:
+    def begin(
+        self, job_id: str, settings: JobSettings, control: RunControl, claim: Callable[[], int | None]
+    ) -> Run | None:
         """Watch over the run that `claim` gets; None when it gets none.
 
         Raises the reason for the stop once one was requested, and DatabaseUnavailable where the others may take this
@@ -129,10 +107,10 @@ class Supervisor:
             run_id = claim()
             if run_id is None:
                 return None
-            run = Run(run_id, job_id, control)
+            run = Run(run_id, job_id, settings, control)
             self._watch_over(run)
         except DatabaseUnavailable:
-            self._presence.missed()
+            self._downtime.missed()
             raise
         except BaseException as error:
             if run is not None:
@@ -144,9 +122,9 @@ class Supervisor:
                 self._changed.notify_all()
         return run
 
-    def begun(self) -> None:
+    def begun(self, run: Run) -> None:
         """Tell that a run has begun."""
-        self._tell(self._on_change, None)
+        self._listeners.tell(lambda listener: listener.began(run))
 
     def end(self, run: Run, report: JobReport, retries: Retries | None = None) -> None:
         """Record how a run ended: now, or as soon as the database can be reached. The first report counts."""
@@ -156,7 +134,7 @@ class Supervisor:
             self._runs.remove(run)
             self._unrecorded.append(Ended(run.run_id, report, retries))
             self._changed.notify_all()
-        self._tell(self._on_change, report)
+        self._tell_ended(run, report)
         try:
             self._record()
         except DatabaseError as error:
@@ -188,10 +166,10 @@ class Supervisor:
             begun = elapsed_seconds()
             try:
                 if self._last_beat == _NEVER:
-                    self._prepare()
+                    self._ledger.prepare()
                 heartbeat = self._ledger.beat()
             except DatabaseUnavailable:
-                self._presence.missed()
+                self._downtime.missed()
                 raise
             self._last_beat = begun
         for run in before:
@@ -199,12 +177,12 @@ class Supervisor:
                 run.control.stop.set(JobAborted(TAKEN_FOR_DEAD))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
-        self._presence.seen(datetime.now(UTC))
+        self._downtime.seen(datetime.now(UTC))
         self._record()
         self._close_strays(set() if claiming else heartbeat.open_runs)
-        self._after_beat()
+        self._listeners.tell(lambda listener: listener.beat(True), pass_on=CatfeederCronError)
         for job, retry_in in heartbeat.retries.items():
-            self._on_retry(job, retry_in)
+            self._tell_retry(job, retry_in)
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
@@ -215,7 +193,10 @@ class Supervisor:
             self._thread.join(timeout=HEARTBEAT_SECONDS)
         with self._changed:
             runs, self._runs = self._runs, []
-            self._unrecorded += [Ended(run.run_id, _aborted(run, abandoned or ANSWER_LOST)) for run in runs]
+            ended = [(run, _aborted(run, abandoned or ANSWER_LOST)) for run in runs]
+            self._unrecorded += [Ended(run.run_id, report) for run, report in ended]
+        for run, report in ended:
+            self._tell_ended(run, report)
         if self._last_beat > _NEVER:
             try:
                 self._record()
@@ -225,29 +206,35 @@ class Supervisor:
                     log.warning("runs_not_recorded", runs=len(self._unrecorded), reason=str(error))
 
     def _watch(self) -> None:
-        next_beat = next_forget = elapsed_seconds()
-        complaint = ""
+        next_beat = elapsed_seconds()
         while not self._closing:
             if elapsed_seconds() >= next_beat:
                 next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
-                try:
-                    self.beat()
-                    complaint = ""
-                    if elapsed_seconds() >= next_forget:
-                        next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
-                        self._forget()
-                except (DatabaseUnavailable, JobInterrupted):
-                    pass  # told by the database itself, once; closed meanwhile
-                except CatfeederCronError as error:
-                    if str(error) != complaint:
-                        complaint = str(error)
-                        log.error("heartbeat_failed", reason=complaint)
-                except Exception:
-                    log.exception("heartbeat_failed")
+                if not self._try_to_beat():
+                    self._listeners.tell(lambda listener: listener.beat(False))
             next_timeout = self._look_at_timeouts()
-            self._tell(self._on_change, None)
             self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
             self._wake.clear()
+
+    def _try_to_beat(self) -> bool:
+        """Beat, and now and then forget what is old; say once why that can't be done."""
+        try:
+            self.beat()
+            if elapsed_seconds() >= self._next_forget:
+                self._next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
+                self._forget()
+        except (DatabaseUnavailable, JobInterrupted):
+            return False  # told by the database itself, once; closed meanwhile
+        except CatfeederCronError as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.error("heartbeat_failed", reason=self._complaint)
+            return False
+        except Exception:
+            log.exception("heartbeat_failed")
+            return False
+        self._complaint = ""
+        return True
 
     def _watch_over(self, run: Run) -> None:
         run.control.confirm = self._confirm
@@ -259,14 +246,11 @@ class Supervisor:
         if run.control.timeout.total_seconds() < HEARTBEAT_SECONDS:
             self._wake.set()
 
-    def _tell(self, callback: Callable[P, None], *arguments: P.args, **keywords: P.kwargs) -> None:
-        """Call what others have handed in: whatever it raises must end neither a run nor the heartbeats."""
-        try:
-            callback(*arguments, **keywords)
-        except BaseException as error:
-            if is_for_the_program(error):
-                raise
-            log.exception("callback_failed")
+    def _tell_ended(self, run: Run, report: JobReport) -> None:
+        self._listeners.tell(lambda listener: listener.ended(run, report))
+
+    def _tell_retry(self, job_id: str, retry_in: timedelta) -> None:
+        self._listeners.tell(lambda listener: listener.retry(job_id, retry_in))
 
     def _forget(self) -> None:
         while not self._closing and self._ledger.forget(self._history_keep):
@@ -293,7 +277,7 @@ class Supervisor:
                     closed = self._ledger.close(run_id, bare, ended.retries)
                 self._unrecorded.pop(0)
                 if closed.retry_in is not None:
-                    self._on_retry(report.job, closed.retry_in)
+                    self._tell_retry(report.job, closed.retry_in)
                 if closed.by_another:
                     log.warning("run_was_closed_by_another", job=report.job, run_id=run_id, outcome=report.outcome)
 
@@ -320,7 +304,7 @@ class Supervisor:
 
     def _tell_stuck(self, run: Run, overdue: timedelta) -> None:
         if run.stuck_told_at is None:
-            self._tell(self._on_stuck)
+            self._listeners.tell(lambda listener: listener.stuck(run))
         if run.stuck_told_at is None or overdue - run.stuck_told_at >= _STUCK_TOLD_EVERY:
             run.stuck_told_at = overdue
             log.error("job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds()))

@@ -36,7 +36,7 @@ _ECHO_SECONDS = 5.0
 class Waker:
     """A thread that calls `run` whenever `due_in` says that something is due, from `start` to `close`.
 
-    `run` is not to wait for the job's end; `ran` tells of it. Either may raise CatfeederCronError. While no
+    `run` is not to wait for the job's end; `run_ended` tells of it. Either may raise CatfeederCronError. While no
     notification arrives, that is tried again every `listen_again_seconds`.
     """
 
@@ -67,7 +67,7 @@ class Waker:
     def start(self) -> None:
         self._thread.start()
 
-    def ran(self, *, fruitful: bool) -> None:
+    def run_ended(self, *, fruitful: bool) -> None:
         """Tell that a run of the job is over: time to look again, and without hesitation if it did something."""
         if fruitful:
             self._pause = _SHORTEST_PAUSE_SECONDS

@@ -9,22 +9,21 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from catfeeder_cron.checks import check
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError
 from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job
 from catfeeder_cron.logs import get_logger, prepare
-from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.crons import Crons
-from catfeeder_cron.service.health import Condition
+from catfeeder_cron.scheduler.listeners import RunListener
+from catfeeder_cron.service.health import Health
 from catfeeder_cron.service.orphans import reap_orphans_as_init
-from catfeeder_cron.service.reload import begin_to_check, reload
+from catfeeder_cron.service.reload import CheckAtFirstBeat, reload
 from catfeeder_cron.service.sd_notify import Notifier
 from catfeeder_cron.service.signals import ReloadSignal, StopSignals
-from catfeeder_cron.service.status import Herald
+from catfeeder_cron.service.status import StatusReporter
 from catfeeder_cron.version import __version__
 
 log = get_logger(__name__)
@@ -53,43 +52,35 @@ def run(
             blocking=True,
             max_workers=settings.scheduler.max_workers,
             timezone=settings.scheduler.timezone,
-            on_turn=lambda: herald.turned(),
             turn_every_seconds=turn_every.total_seconds(),
         )
-        with Crons(
-            config=settings,
-            database=database,
-            background_tasks=tasks,
-            jobs=jobs,
-            on_contact=lambda: begin_to_check(check(crons.settings, database), signals),
-            on_change=lambda report: herald.changed(report),
-        ) as crons:
-            condition = Condition(crons, database, turn_every)
-            count = None
+        with Crons(config=settings, database=database, background_tasks=tasks, jobs=jobs) as crons:
+            health = Health(crons, database, turn_every)
+            reporter = StatusReporter(notifier, health)
+            tasks.on_turn(reporter.turned)
+            crons.listen(reporter)
+            crons.listen(CheckAtFirstBeat(crons, database, signals))
             if settings.metrics.listen:
-                count = closing.enter_context(_serve(settings.metrics.listen, crons, database, condition))
-            herald = Herald(notifier, condition, count)
+                crons.listen(closing.enter_context(_serve(settings.metrics.listen, crons, database, health)))
             if crons.inject_crons() != 0:
                 raise CatfeederCronError("not every job could be put on the schedule; see the log")
             with ExitStack() as serving:
                 if read_again:
                     take_over = partial(reload, crons, settings, read_again, signals)
-                    serving.enter_context(ReloadSignal(lambda: herald.reload(take_over)))
+                    serving.enter_context(ReloadSignal(partial(reporter.reload, take_over)))
                 log.info("daemon_started", version=__version__, config=str(settings.path), jobs=len(tasks.tasks))
-                _keep_the_schedule(tasks, crons, database, herald, signals)
+                _keep_the_schedule(tasks, crons, database, reporter, signals)
             log.info("daemon_stopped")
 
 
 @contextmanager
-def _serve(
-    address: str, crons: Crons, database: Database, condition: Condition
-) -> Iterator[Callable[[JobReport], None]]:
-    """Serve metrics and health; yield what counts a report. An address that can't be had is no reason not to run."""
+def _serve(address: str, crons: Crons, database: Database, health: Health) -> Iterator[RunListener]:
+    """Serve metrics and health; yield what counts the runs. An address that can't be had is no reason not to run."""
     load("catfeeder_cron.service.endpoints", "catfeeder_cron.service.metrics")
     from catfeeder_cron.service.endpoints import Endpoints
     from catfeeder_cron.service.metrics import Metrics
 
-    metrics = Metrics(crons, database, condition)
+    metrics = Metrics(crons, database, health)
     endpoints = Endpoints(address, {"/metrics": metrics.page, "/health": metrics.health, "/ready": metrics.ready})
     try:
         endpoints.open()
@@ -97,13 +88,13 @@ def _serve(
     except OSError as error:
         log.error("metrics_not_served", listen=address, reason=error.strerror or str(error))
     try:
-        yield metrics.count
+        yield metrics
     finally:
         endpoints.close()
 
 
 def _keep_the_schedule(
-    tasks: BackgroundTasks, crons: Crons, database: Database, herald: Herald, signals: StopSignals
+    tasks: BackgroundTasks, crons: Crons, database: Database, reporter: StatusReporter, signals: StopSignals
 ) -> None:
     """Block until a stop was asked for and no job is running any more."""
     over = threading.Event()
@@ -111,7 +102,7 @@ def _keep_the_schedule(
     def stop() -> None:
         grace = crons.settings.scheduler.shutdown_grace
         log.info("daemon_stopping", running=crons.running, shutdown_grace_seconds=grace.total_seconds())
-        herald.stopping()
+        reporter.stopping()
         crons.request_stop()
         # The signal may have come before the scheduler was started: then it is stopped as soon as it is.
         while not tasks.running and not over.wait(0.01):
@@ -119,7 +110,7 @@ def _keep_the_schedule(
         tasks.safe_stop(wait=False)
         until = time.monotonic() + grace.total_seconds()
         while not over.wait(max(0, min(_EXTEND_EVERY_SECONDS, until - time.monotonic()))):
-            herald.still_stopping()
+            reporter.still_stopping()
             if time.monotonic() >= until:
                 log.error("shutdown_grace_is_over", abandoned=crons.running)
                 # In a thread: the database may be what the jobs hang on.

@@ -14,7 +14,7 @@ _MOST_NAMED = 3
 _LONGEST_TROUBLE = 200
 
 
-class Condition:
+class Health:
     """Knows the daemon's parts; costs nothing until it is asked."""
 
     def __init__(self, crons: Crons, database: Database, turn_every: timedelta) -> None:
@@ -32,21 +32,21 @@ class Condition:
         """Take note that nothing new begins."""
         self._stopping = True
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """Say in one line what runs, what comes next, and what is wrong."""
         if self._stopping:
             running = self._crons.running
             return f"stopping; waiting for {_listed(running)}" if running else "stopping"
         return "; ".join([*self._troubles(), self._running(), self._next()])
 
-    def unhealthy(self) -> list[str]:
+    def liveness_problems(self) -> list[str]:
         """Say why the process should be restarted, if it should."""
         age = time.monotonic() - self._last_turn
         if not self._stopping and age > _LATE_TURNS * self._turn_every.total_seconds():
             return [f"the schedule's loop has not turned for {age:.0f} s"]
         return []
 
-    def not_ready(self, snapshot: Snapshot) -> list[str]:
+    def readiness_problems(self, snapshot: Snapshot) -> list[str]:
         """Say why jobs don't run as they should."""
         reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
         if self._stopping:

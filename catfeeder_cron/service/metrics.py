@@ -17,8 +17,9 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.ledger.snapshot import SnapshotReader
 from catfeeder_cron.report import JobReport, Outcome
 from catfeeder_cron.scheduler.crons import Crons
+from catfeeder_cron.scheduler.listeners import Run, RunListener
 from catfeeder_cron.service.endpoints import Page
-from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.health import Health
 from catfeeder_cron.version import __version__
 
 _PREFIX = "catfeeder_cron_"
@@ -26,13 +27,13 @@ _DURATIONS_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600)
 _ACTION_RESULTS = ("done", "retried", "given_up")
 
 
-class Metrics:
+class Metrics(RunListener):
     """All methods may be called from any thread."""
 
-    def __init__(self, crons: Crons, database: Database, condition: Condition) -> None:
+    def __init__(self, crons: Crons, database: Database, health: Health) -> None:
         self._crons = crons
         self._database = database
-        self._condition = condition
+        self._health = health
         self._snapshot = SnapshotReader(database, lambda: list(crons.schedules))
         self._registry = CollectorRegistry()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -53,8 +54,7 @@ class Metrics:
         )
         self._registry.register(_WhenAsked(self._gauges))
 
-    def count(self, report: JobReport) -> None:
-        """Take note of a run that ended."""
+    def ended(self, _run: Run, report: JobReport, /) -> None:
         self._runs.labels(report.job, report.outcome).inc()
         self._durations.labels(report.job).observe(report.duration.total_seconds())
         if "deleted" in report.counts:
@@ -79,11 +79,11 @@ class Metrics:
 
     def health(self) -> Page:
         """/health: whether the process is alive; if not, restart it."""
-        return _verdict(self._condition.unhealthy())
+        return _verdict(self._health.liveness_problems())
 
     def ready(self) -> Page:
         """/ready: whether jobs run as they should."""
-        return _verdict(self._condition.not_ready(self._snapshot.now()))
+        return _verdict(self._health.readiness_problems(self._snapshot.now()))
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, help, labels, registry=self._registry)

@@ -4,12 +4,14 @@ import threading
 from collections.abc import Callable, Iterable
 
 from catfeeder_cron import logs
-from catfeeder_cron.checks import check_callables
+from catfeeder_cron.checks import check, check_callables
 from catfeeder_cron.config import Settings
+from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import Finding
 from catfeeder_cron.scheduler.crons import Crons
+from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.service.signals import StopSignals
 
 log = get_logger(__name__)
@@ -40,6 +42,24 @@ def reload(
         log.warning("restart_needed", key=key)
     begin_to_check(check_callables(settings), signals)
     return None
+
+
+class CheckAtFirstBeat(RunListener):
+    """Checks what the jobs need as soon as the database has been reached: until then it would find nothing else."""
+
+    def __init__(self, crons: Crons, database: Database, signals: StopSignals) -> None:
+        self._crons = crons
+        self._database = database
+        self._signals = signals
+        self._lock = threading.Lock()  # heartbeats may come from several threads
+        self._begun = False
+
+    def beat(self, reached: bool, /) -> None:
+        with self._lock:
+            if not reached or self._begun:
+                return
+            self._begun = True
+        begin_to_check(check(self._crons.settings, self._database), self._signals)
 
 
 def begin_to_check(findings: Iterable[Finding], signals: StopSignals) -> None:

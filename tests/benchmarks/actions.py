@@ -14,7 +14,7 @@ from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 from tests.benchmarks.report import Figure, milliseconds
 from tests.benchmarks.scale import Scale
 from tests.benchmarks.sessions import Sessions

@@ -17,7 +17,7 @@ from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 
 # Expiries lie evenly this far before and behind the moment of building, in random order over the table. So it is
 # `keep_expired_for` that says which share of the rows is to go, and one table serves every share.

@@ -13,7 +13,7 @@ from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import clean_tokens
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def heart(crons: Crons) -> None:
 
 def has_account(crons: Crons, job_id: str = "work") -> bool:
     """Whether it knows how far the job's slots are accounted for."""
-    return crons._open().timetable._dispatches[job_id].accounted_until is not None
+    return crons._open().job_scheduler._slots[job_id].accounted_until is not None
 
 
 def tasks_of(crons: Crons) -> BackgroundTasks:

@@ -453,7 +453,7 @@ def test_a_clock_that_was_put_back_does_not_keep_the_jobs_waiting(office: Office
     wait_for(lambda: work.runs)
     tasks_of(crons)._scheduler.get_job("work").modify(next_run_time=datetime.now(UTC) + timedelta(hours=2))
     runs = work.runs
-    crons._open().timetable._presence.seen(datetime.now(UTC) + timedelta(hours=2))
+    crons._open().job_scheduler._downtime.seen(datetime.now(UTC) + timedelta(hours=2))
     heart(crons)
     wait_for(lambda: work.runs > runs + 1)
 

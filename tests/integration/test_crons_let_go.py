@@ -232,7 +232,7 @@ def test_what_is_handed_in_gets_nothing_from_a_closed_crons(
         with Crons(config=config, background_tasks=tasks) as crons:
             assert crons.inject_crons() == 0
         assert crons.inject_crons() == 84
-        crons._open().supervisor._after_beat()  # a heartbeat that was at work at that moment
+        crons._open().job_scheduler.beat(True)  # a heartbeat that was at work at that moment
         assert tasks.tasks == []
 
 

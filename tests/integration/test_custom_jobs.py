@@ -22,7 +22,7 @@ from catfeeder_cron.config import load
 from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 from tests.support.processes import is_alive
 from tests.support.waiting import eventually
 
@@ -71,7 +71,7 @@ def context(crons_for: Callable[[str], Crons], callables: Any) -> Callable[[str]
     def prepare(lines: str) -> tuple[JobContext, Callable[[], Any]]:
         crons = crons_for(lines)
         job, settings = crons.find("report")
-        given = crons._open().workshop.context("report")
+        given = crons._open().executor.context("report")
         reports: list[JobReport] = []
         thread = threading.Thread(target=lambda: reports.append(run_job(job, given, settings)))
 

@@ -20,15 +20,17 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from catfeeder_cron.config import DatabaseSettings, load
+from catfeeder_cron.config import DatabaseSettings, JobSettings, load
 from catfeeder_cron.database import Database
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.ledger.history import Account
 from catfeeder_cron.ledger.snapshot import SnapshotReader
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.run_control import RunControl
 from catfeeder_cron.scheduler.crons import Crons
+from catfeeder_cron.scheduler.listeners import Run
 from catfeeder_cron.service.endpoints import Endpoints, Page
-from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.health import Health
 from catfeeder_cron.service.metrics import Metrics
 from tests.support.waiting import SOON, eventually
 
@@ -134,12 +136,15 @@ def test_an_address_that_is_taken_costs_the_metrics_and_not_the_daemon(tmp_path:
 
 
 @pytest.fixture
-def parts(tmp_path: Path, database_url: str) -> Iterator[tuple[Crons, Database, Condition]]:
+def parts(tmp_path: Path, database_url: str) -> Iterator[tuple[Crons, Database, Health]]:
     """A daemon's parts whose schedule is never started: its jobs' slots go by."""
     (path := tmp_path / "config.toml").write_text(f'[database]\nurl = "{database_url}"\n')
     settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
     with Database(settings.database) as database, Crons(config=settings, database=database) as crons:
-        yield crons, database, Condition(crons, database, MINUTE)
+        yield crons, database, Health(crons, database, MINUTE)
+
+
+RUN = Run(1, "job", JobSettings(), RunControl(timeout=MINUTE))
 
 
 def report(job: str, counts: dict[str, int], by_provider: dict[str, dict[str, int]] | None = None) -> JobReport:
@@ -149,12 +154,14 @@ def report(job: str, counts: dict[str, int], by_provider: dict[str, dict[str, in
     )  # fmt: skip
 
 
-def test_what_jobs_did_is_added_up(parts: tuple[Crons, Database, Condition]) -> None:
+def test_what_jobs_did_is_added_up(parts: tuple[Crons, Database, Health]) -> None:
     metrics = Metrics(*parts)
     for _ in range(2):
-        metrics.count(report("clean-tokens", {"deleted": 5, "remaining": 1}))
-        metrics.count(report("check-actions", {"due": 3, "done": 2, "retried": 1, "given_up": 0}))
-        metrics.count(report("renew-oauth", {}, {"spotify": {"renewed": 7, "needs_reauth": 1}, "x": {"failed": 1}}))
+        metrics.ended(RUN, report("clean-tokens", {"deleted": 5, "remaining": 1}))
+        metrics.ended(RUN, report("check-actions", {"due": 3, "done": 2, "retried": 1, "given_up": 0}))
+        metrics.ended(
+            RUN, report("renew-oauth", {}, {"spotify": {"renewed": 7, "needs_reauth": 1}, "x": {"failed": 1}})
+        )
 
     found = samples(metrics.page().body.decode())
 
@@ -169,7 +176,7 @@ def test_what_jobs_did_is_added_up(parts: tuple[Crons, Database, Condition]) -> 
 
 
 def test_a_job_is_overdue_when_more_than_two_intervals_went_by_untold(
-    parts: tuple[Crons, Database, Condition], database_url: str
+    parts: tuple[Crons, Database, Health], database_url: str
 ) -> None:
     crons, database, condition = parts
     assert crons.inject_crons() == 0
@@ -191,22 +198,22 @@ def test_a_job_is_overdue_when_more_than_two_intervals_went_by_untold(
                 "UPDATE catfeeder_cron.schedule SET accounted_until = %s WHERE job = 'clean-tokens'",
                 [last.last - slots_untold * timedelta(minutes=30)],
             )
-        assert condition.not_ready(SnapshotReader(database, lambda: ["clean-tokens"]).now()) == reasons
+        assert condition.readiness_problems(SnapshotReader(database, lambda: ["clean-tokens"]).now()) == reasons
 
 
 def test_health_fails_when_the_loop_no_longer_turns_and_not_while_stopping(
-    parts: tuple[Crons, Database, Condition],
+    parts: tuple[Crons, Database, Health],
 ) -> None:
     crons, database, _ = parts
-    condition = Condition(crons, database, turn_every=timedelta(milliseconds=20))
+    condition = Health(crons, database, turn_every=timedelta(milliseconds=20))
     condition.turned()
-    assert condition.unhealthy() == []
-    eventually(condition.unhealthy)
+    assert condition.liveness_problems() == []
+    eventually(condition.liveness_problems)
     condition.turned()
-    assert condition.unhealthy() == []
-    eventually(condition.unhealthy)
+    assert condition.liveness_problems() == []
+    eventually(condition.liveness_problems)
     condition.stopping()
-    assert condition.unhealthy() == []
+    assert condition.liveness_problems() == []
 
 
 def test_a_database_that_hangs_holds_up_one_thread_and_nobody_who_asks() -> None:

@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from pydantic import SecretStr
 
 from catfeeder_cron import Crons
+from catfeeder_cron.config import JobSettings
+from catfeeder_cron.report import JobReport, Outcome
+from catfeeder_cron.run_control import RunControl
+from catfeeder_cron.scheduler.listeners import Run
 from catfeeder_cron.scheduler.pings import Pings
 from tests.support.waiting import eventually
 
@@ -107,6 +112,15 @@ def test_a_failure_is_told_with_its_reason(crons: Callable[[str, str], Crons], c
     assert text == "division by zero (SQLSTATE 22012)"
 
 
+def a_run(job: str, address: str) -> Run:
+    settings = JobSettings.model_construct(ping_url=SecretStr(address))
+    return Run(1, job, settings, RunControl(timeout=timedelta(seconds=60)))
+
+
+def a_report(job: str, outcome: Outcome = "succeeded", reason: str | None = None) -> JobReport:
+    return JobReport(job, outcome, reason, {}, datetime.now(UTC), timedelta(seconds=1), dry_run=False)
+
+
 def test_a_dry_run_is_no_sign_of_life(crons: Callable[[str, str], Crons], checks: Checks) -> None:
     with crons(f"{checks.url}/{SECRET}", "sql = 'SELECT 1'") as running:
         running.run("report", dry_run=True)
@@ -117,9 +131,11 @@ def test_a_dry_run_is_no_sign_of_life(crons: Callable[[str, str], Crons], checks
 def test_a_check_that_hangs_delays_neither_its_job_nor_another_jobs_pings(pings: Pings, checks: Checks) -> None:
     checks.held.clear()
     other = Checks()
-    for signal in ("start", "success"):
-        pings.send("slow", SecretStr(f"{checks.url}/{SECRET}"), signal)
-        pings.send("quick", SecretStr(f"{other.url}/{SECRET}"), signal)
+    runs = [a_run("slow", f"{checks.url}/{SECRET}"), a_run("quick", f"{other.url}/{SECRET}")]
+    for run in runs:
+        pings.began(run)
+    for run in runs:
+        pings.ended(run, a_report(run.job_id))
 
     eventually(lambda: len(other.received) == 2)
     assert other.paths == [f"/{SECRET}/start", f"/{SECRET}"]
@@ -131,7 +147,7 @@ def test_the_end_of_the_process_waits_for_pings_only_so_long(
     pings: Pings, checks: Checks, caplog: pytest.LogCaptureFixture
 ) -> None:
     checks.held.clear()
-    pings.send("report", SecretStr(f"{checks.url}/{SECRET}"), "success")
+    pings.ended(a_run("report", f"{checks.url}/{SECRET}"), a_report("report"))
 
     pings.close(0.2)
 
@@ -168,7 +184,8 @@ def test_no_server_at_all_fails_no_job_and_is_told_without_the_address(
 
 
 def test_an_address_that_is_not_ascii_is_quoted(pings: Pings, checks: Checks) -> None:
-    pings.send("report", SecretStr(f"{checks.url}/caf\u00e9%20cat?q=\u00e9#part"), "fail", "na\u00efve \ud800")
+    run = a_run("report", f"{checks.url}/caf\u00e9%20cat?q=\u00e9#part")
+    pings.ended(run, a_report("report", "failed", "na\u00efve \ud800"))
     pings.close()
 
     assert checks.received == [("POST", "/caf%C3%A9%20cat/fail?q=%C3%A9", "na\u00efve ?")]

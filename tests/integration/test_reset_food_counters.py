@@ -12,7 +12,7 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs.reset_food_counters import JOB
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 
 Reset = Callable[..., JobReport]
 

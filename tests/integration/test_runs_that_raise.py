@@ -14,6 +14,7 @@ from catfeeder_cron import Crons
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.listeners import Run, RunListener
 from tests.integration.daemons import Work, rows
 from tests.support.waiting import eventually
 
@@ -132,9 +133,14 @@ def test_what_is_told_of_a_run_may_raise(
 ) -> None:
     main = threading.current_thread()
 
-    def on_change(report: JobReport | None) -> None:
-        if threading.current_thread() is main and called == ("when it ends" if report else "when it begins"):
-            raise error
+    class Raising(RunListener):
+        def began(self, _run: Run, /) -> None:
+            if threading.current_thread() is main and called == "when it begins":
+                raise error
+
+        def ended(self, _run: Run, _report: JobReport, /) -> None:
+            if threading.current_thread() is main and called == "when it ends":
+                raise error
 
     def progress(_done: int, _total: int) -> None:
         if called == "for its progress":
@@ -143,7 +149,8 @@ def test_what_is_told_of_a_run_may_raise(
     def run(context: JobContext, _settings: JobSettings) -> None:
         context.progress(1, 2)
 
-    crons = open_crons(Job(id="work", summary="work", settings=JobSettings, run=run), on_change=on_change)
+    crons = open_crons(Job(id="work", summary="work", settings=JobSettings, run=run))
+    crons.listen(Raising())
     outcome = "failed" if called == "for its progress" else "succeeded"
     assert crons.run("work", progress=progress).outcome == outcome
     assert rows(admin, "outcome") == [(outcome,)]
@@ -156,12 +163,18 @@ def test_heartbeats_go_on_whatever_the_one_raises_who_is_told_of_them(
 ) -> None:
     told = threading.Semaphore(0)
 
-    def on_change(_report: JobReport | None) -> None:
-        told.release()
-        raise Unheard
+    class Raising(RunListener):
+        def began(self, _run: Run, /) -> None:
+            told.release()
+            raise Unheard
+
+        def beat(self, _reached: bool, /) -> None:
+            told.release()
+            raise Unheard
 
     work = Work()
-    crons = open_crons(work.job, on_change=on_change)
+    crons = open_crons(work.job)
+    crons.listen(Raising())
     crons.inject_crons()
     for _ in range(3):
         assert told.acquire(timeout=60)
@@ -172,10 +185,13 @@ def test_heartbeats_go_on_whatever_the_one_raises_who_is_told_of_them(
 def test_the_one_who_is_told_of_the_first_contact_may_raise(
     open_crons: Callable[..., Crons], admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def on_contact() -> None:
-        raise LookupError
+    class Raising(RunListener):
+        def beat(self, _reached: bool, /) -> None:
+            raise LookupError
 
-    assert open_crons(Work().job, on_contact=on_contact).run("work").outcome == "succeeded"
+    crons = open_crons(Work().job)
+    crons.listen(Raising())
+    assert crons.run("work").outcome == "succeeded"
     assert rows(admin, "outcome") == [("succeeded",)]
     assert "LookupError" in caplog.text
 

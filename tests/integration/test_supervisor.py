@@ -8,43 +8,42 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.config import DatabaseSettings, JobSettings
+from catfeeder_cron.database import Database
 from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import Ledger, Process
-from catfeeder_cron.scheduler.downtime import Presence
-from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Run, Supervisor
+from catfeeder_cron.scheduler.downtime import Downtime
+from catfeeder_cron.scheduler.listeners import Listeners, Run, RunListener
+from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Supervisor
 from tests.integration.daemons import STARTED_LONG_AGO, context, report, rows, wait_for
 from tests.support.waiting import SOON
 
 
-class Office:
+class Office(RunListener):
     """A supervisor on a database, and what it called."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
         self.ledger = Ledger(database, Process("daemon"))
-        self.presence = Presence(datetime.now(UTC))
+        self.downtime = Downtime(datetime.now(UTC))
         self.beats = 0
-        self.stuck = 0
-        self.supervisor = Supervisor(
-            self.ledger, self.presence, timedelta(days=30), lambda: schema.ensure(database), self._beaten, self._stuck
-        )
+        self.stuck_runs = 0
+        self.supervisor = Supervisor(self.ledger, self.downtime, timedelta(days=30), Listeners(self))
 
     def begin(self, job: str = "job", given: JobContext | None = None) -> Run:
         run = self.supervisor.begin(
-            job, given or context(self.database), lambda: self.ledger.claim_manual(job, shared=False)
+            job, JobSettings(), given or context(self.database), lambda: self.ledger.claim_manual(job, shared=False)
         )
         assert run
         return run
 
-    def _beaten(self) -> None:
-        self.beats += 1
+    def beat(self, reached: bool, /) -> None:
+        self.beats += reached
 
-    def _stuck(self) -> None:
-        self.stuck += 1
+    def stuck(self, _run: Run, /) -> None:
+        self.stuck_runs += 1
 
 
 @pytest.fixture
@@ -148,7 +147,7 @@ def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Of
 
     runs: list[Run | None] = []
     begins = threading.Thread(
-        target=lambda: runs.append(office.supervisor.begin("job", context(office.database), claim))
+        target=lambda: runs.append(office.supervisor.begin("job", JobSettings(), context(office.database), claim))
     )
     begins.start()
     claiming.wait(SOON)
@@ -218,7 +217,7 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
         office.supervisor._look_at_timeouts()
         told.append(events(caplog).count("job_stuck"))
     assert told == [0, 1, 1, 1, 2, 3]
-    assert office.stuck == 1, "one more worker, not one for each report"
+    assert office.stuck_runs == 1, "one more worker, not one for each report"
     assert run.control.stop
 
 
@@ -257,7 +256,7 @@ def test_a_run_that_ends_while_the_database_is_away_is_recorded_when_it_is_back(
             "run_not_recorded_yet",
             "database_reachable_again",
         ]
-        assert office.presence.returns == 2
+        assert office.downtime.returns == 2
         office.supervisor.close()
 
 

@@ -667,7 +667,8 @@ def test_what_is_told_of_each_turn_may_raise(caplog: pytest.LogCaptureFixture) -
     def on_turn() -> None:
         raise LookupError
 
-    with BackgroundTasks(on_turn=on_turn) as tasks:
+    with BackgroundTasks() as tasks:
+        tasks.on_turn(on_turn)
         tasks.add_task(ran.set, seconds=0.02)
         tasks.start()
         assert ran.wait(SOON)

@@ -37,7 +37,7 @@ class Limits:
     retry_after: timedelta
 
 
-class Shift:
+class DueActionsRun:
     """What is due when it begins is done when it ends, or waits for a retry, or is somebody else's."""
 
     def __init__(

@@ -30,7 +30,7 @@ def test_a_run_can_be_found_by_its_fields(service: Machine, app: psycopg.Connect
         "_TRANSPORT": "journal",
     }
     assert float(entry["DURATION"]) > 0
-    assert entry["CODE_FILE"].endswith("/catfeeder_cron/runner.py")
+    assert entry["CODE_FILE"].endswith("/catfeeder_cron/scheduler/executor.py")
     assert int(entry["CODE_LINE"]) > 0
     (run_id,), *_ = app.execute(
         "SELECT run_id FROM catfeeder_cron.job_runs WHERE counts ->> 'deleted' = '10'"

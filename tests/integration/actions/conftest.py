@@ -16,7 +16,7 @@ from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 
 HERE = Path(__file__).parent
 KINDS = (

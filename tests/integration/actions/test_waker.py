@@ -144,7 +144,7 @@ def test_a_fruitful_run_is_followed_by_the_next(waker: Callable[..., Waker]) -> 
 
     def run() -> None:
         ran.append(None)
-        threading.Thread(target=lambda: waiting.ran(fruitful=True)).start()
+        threading.Thread(target=lambda: waiting.run_ended(fruitful=True)).start()
 
     waiting: Any = waker(lambda: 0.0 if len(ran) < 8 else None, run)
 
@@ -159,7 +159,7 @@ def test_an_error_is_told_once(waker: Callable[..., Waker], caplog: pytest.LogCa
     failing = waker(fail, lambda: None)
     wait_until(lambda: "no such table" in caplog.text)
     for _ in range(5):
-        failing.ran(fruitful=True)
+        failing.run_ended(fruitful=True)
         time.sleep(0.05)
 
     assert caplog.text.count("no such table") == 1

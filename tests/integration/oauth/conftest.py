@@ -21,7 +21,7 @@ from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import IntervalSchedule
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 from tests.integration.oauth.provider import Provider, running
 
 

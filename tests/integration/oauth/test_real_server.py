@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from catfeeder_cron.jobs import renew_oauth
-from catfeeder_cron.scheduler.runner import run_job
+from catfeeder_cron.scheduler.executor import run_job
 from tests.integration.oauth.conftest import World
 
 USERS = 320

@@ -12,8 +12,8 @@ from catfeeder_cron.database import Database, schema
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, Ledger, Process
 from catfeeder_cron.schedule import IntervalSchedule, Schedule
-from catfeeder_cron.scheduler.downtime import Presence
-from catfeeder_cron.scheduler.slots import Dispatch
+from catfeeder_cron.scheduler.downtime import Downtime
+from catfeeder_cron.scheduler.slots import JobSlots
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 from tests.integration.daemons import SECOND, report, rows
 
@@ -28,10 +28,10 @@ class Daemon:
 
     def __init__(self, database: Database, schedule: Schedule, jitter: timedelta, shared: bool) -> None:
         self.now = START
-        self.presence = Presence(START)
+        self.downtime = Downtime(START)
         self.ledger = Ledger(database, Process("daemon"))
         trigger = ScheduleTrigger(schedule, "job", jitter)
-        self.dispatch = Dispatch("job", schedule, trigger, shared, self.ledger, self.presence, clock=lambda: self.now)
+        self.dispatch = JobSlots("job", schedule, trigger, shared, self.ledger, self.downtime, clock=lambda: self.now)
         self.dispatch.accounted_until = START
 
     def at(self, now: datetime) -> "Daemon":
@@ -55,7 +55,7 @@ def hire(database: Database, admin: psycopg.Connection) -> Callable[..., Daemon]
         shared: bool = False,
     ) -> Daemon:
         daemon = Daemon(database, schedule, jitter, shared)
-        daemon.presence.seen(START)
+        daemon.downtime.seen(START)
         admin.execute(
             "INSERT INTO catfeeder_cron.schedule VALUES ('job', %s, %s) ON CONFLICT DO NOTHING",
             [schedule.describe(), START],
@@ -113,12 +113,12 @@ def test_slots_are_told_apart_by_what_the_daemon_knows_of_their_time(
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
     daemon = hire()
-    presence = daemon.presence
-    presence.seen(START + 3.5 * MINUTE)  # nothing heard of itself for more than 30 s: frozen
-    presence.seen(START + 3.9 * MINUTE)
-    presence.missed()
-    presence.missed()
-    presence.seen(START + 6.5 * MINUTE)
+    downtime = daemon.downtime
+    downtime.seen(START + 3.5 * MINUTE)  # nothing heard of itself for more than 30 s: frozen
+    downtime.seen(START + 3.9 * MINUTE)
+    downtime.missed()
+    downtime.missed()
+    downtime.seen(START + 6.5 * MINUTE)
     assert daemon.at(START + 8 * MINUTE).claim()
 
     assert rows(admin, "slot, missed, reason") == [
@@ -133,19 +133,19 @@ def test_a_claim_that_is_itself_the_end_of_an_outage_knows_of_it(
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
     daemon = hire()
-    daemon.presence.missed()
+    daemon.downtime.missed()
     assert daemon.at(START + 3 * MINUTE).claim()
     assert rows(admin, "missed, reason", "missed IS NOT NULL") == [(2, NO_DATABASE)]
-    assert daemon.presence.returns == 2
+    assert daemon.downtime.returns == 2
 
 
 def test_a_daemon_that_starts_without_a_database_tells_its_absence_from_that_of_the_database(
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
     daemon = hire()
-    daemon.presence = daemon.dispatch.presence = Presence(START + 2.5 * MINUTE)
-    daemon.presence.missed()
-    daemon.presence.seen(START + 4.5 * MINUTE)
+    daemon.downtime = daemon.dispatch.downtime = Downtime(START + 2.5 * MINUTE)
+    daemon.downtime.missed()
+    daemon.downtime.seen(START + 4.5 * MINUTE)
     daemon.at(START + 4.5 * MINUTE).dispatch.pass_over()
     assert rows(admin, "slot, missed, reason") == [
         (START + MINUTE, 2, NO_DAEMON),
@@ -179,24 +179,24 @@ def test_a_clock_far_ahead_is_told_and_takes_nothing(hire: Callable[..., Daemon]
     assert rows(admin, "*") == []
 
 
-def test_without_a_database_a_claim_fails_and_the_presence_knows(hire: Callable[..., Daemon]) -> None:
+def test_without_a_database_a_claim_fails_and_the_downtime_knows(hire: Callable[..., Daemon]) -> None:
     nowhere = {"url": "postgresql://localhost:1/nowhere", "connect_timeout": 2}
     with Database(DatabaseSettings.model_validate(nowhere)) as unreachable:
         daemon = hire(unreachable)
         with pytest.raises(DatabaseUnavailable):
             daemon.at(START + MINUTE).claim()
-    assert daemon.presence.reasons(START + MINUTE)[-2:] == [(START + MINUTE, NO_DATABASE), (START + MINUTE, NOT_FREE)]
+    assert daemon.downtime.reasons(START + MINUTE)[-2:] == [(START + MINUTE, NO_DATABASE), (START + MINUTE, NOT_FREE)]
 
 
-def test_a_presence_counts_its_returns() -> None:
-    presence = Presence(START)
+def test_a_downtime_counts_its_returns() -> None:
+    downtime = Downtime(START)
     returns = []
     for seconds in (0, 30, 61, 60.5, 0, None, 1):  # first; beating; frozen; beating; clock put back; outage; its end
         if seconds is None:
-            presence.missed()
+            downtime.missed()
         else:
-            presence.seen(START + seconds * SECOND)
-        returns.append(presence.returns)
+            downtime.seen(START + seconds * SECOND)
+        returns.append(downtime.returns)
     assert returns == [1, 1, 2, 2, 3, 3, 4]
 
 
@@ -215,7 +215,7 @@ def test_whoever_steps_in_when_every_slot_is_accounted_for_exactly_once(
         number = chance.randrange(len(daemons))
         daemon = daemons[number].at(now + skew[number])
         if chance.random() < 0.2:
-            daemon.presence.missed() if chance.random() < 0.5 else daemon.presence.seen(daemon.now)
+            daemon.downtime.missed() if chance.random() < 0.5 else daemon.downtime.seen(daemon.now)
         if chance.random() < 0.1:
             daemon.dispatch.pass_over()
         elif run_id := daemon.claim():

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from catfeeder_cron.service.health import Condition
+from catfeeder_cron.service.health import Health
 from catfeeder_cron.service.sd_notify import Notifier
-from catfeeder_cron.service.status import Herald
+from catfeeder_cron.service.status import StatusReporter
 
 THREADS = 4
 CHANGES = 25
 
 
-class Changing(Condition):
+class Changing(Health):
     """Another one whenever it is looked at, and slow to be told of: a number that grows."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         words = str(next(self._numbers))
         time.sleep(0.001)
         return words
@@ -38,11 +38,11 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def test_statuses_are_told_in_the_order_in_which_they_came_to_be(manager: socket.socket) -> None:
-    herald = Herald(Notifier({"NOTIFY_SOCKET": manager.getsockname()}), Changing())
+    reporter = StatusReporter(Notifier({"NOTIFY_SOCKET": manager.getsockname()}), Changing())
 
     def change() -> None:
         for _ in range(CHANGES):
-            herald.changed(None)
+            reporter.beat(True)
 
     threads = [threading.Thread(target=change) for _ in range(THREADS)]
     for thread in threads:
