@@ -10,7 +10,7 @@ from catfeeder_cron.errors import CallableRaised, CatfeederCronError, ChildDied,
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.jobs")
 # What callables print, on a logger of its own: a command that logs little beside its results tells it all the same.
 log_of_output = get_logger("catfeeder_cron.output")
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.lifecycle")
 
 FORKED = "it was in use before this process was forked, and lives on in the parent alone; make a new one after the fork"
 

@@ -12,7 +12,7 @@ from catfeeder_cron.ledger.pauses import ALL_JOBS, JobPause
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import timestamp
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.console")
 
 LISTED = ("job", "enabled", "trigger", "next_run", "last_run", "last_outcome", "paused")
 """What `list --json` tells of a job; `status --json` tells the rest too."""

@@ -21,7 +21,7 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.service import daemon
 from catfeeder_cron.service.signals import StopSignals
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.demo")
 
 _CONFIG = """
 [database]

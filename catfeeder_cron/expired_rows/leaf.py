@@ -11,7 +11,7 @@ from catfeeder_cron.database.catalog import ForeignKey, Leaf
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.expired_rows")
 
 # What a batch spends on waiting for somebody else's row lock, while it holds its own.
 LOCK_TIMEOUT = "50ms"

@@ -6,7 +6,7 @@ from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.jobs")
 
 
 class HelloWorld(JobSettings):

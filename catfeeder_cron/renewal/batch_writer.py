@@ -21,7 +21,7 @@ from catfeeder_cron.renewal.journal import Entry, Journal
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.renewal.storing import StoredAnswers, store
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 _BATCH = 500
 _STATEMENTS_AT_ONCE = 4

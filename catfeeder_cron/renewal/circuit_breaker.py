@@ -11,7 +11,7 @@ from catfeeder_cron.renewal.batch_writer import BatchWriter
 from catfeeder_cron.renewal.providers import ProviderPause, ProviderState
 from catfeeder_cron.times import elapsed_seconds
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 _TROUBLES_IN_A_ROW = 3
 # More than half of at least so many answers: then not the users are suspected.

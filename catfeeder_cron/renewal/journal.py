@@ -22,7 +22,7 @@ from catfeeder_cron import lifecycle
 from catfeeder_cron.errors import RenewalError
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 _SUFFIX = ".journal"
 _BLOCK = 512  # a line's length is a multiple of it

@@ -25,7 +25,7 @@ from catfeeder_cron.renewal.journal import Entry
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 _ASK_AGAIN_SECONDS = (1.0, 2.0)
 

@@ -12,7 +12,7 @@ from catfeeder_cron.renewal.journal import left_journals
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.renewal.storing import keep_in_doubt, store
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 _BATCH = 100
 

@@ -33,7 +33,7 @@ from catfeeder_cron.renewal.summary import (
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 # Somebody who had locked a row for a moment is done with it by then.
 _SECOND_LOOK_SECONDS = 0.5

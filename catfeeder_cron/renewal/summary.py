@@ -11,7 +11,7 @@ from catfeeder_cron.renewal.links import Due
 from catfeeder_cron.renewal.provider_worker import ProviderWorker
 from catfeeder_cron.renewal.providers import ProviderState
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.oauth")
 
 COUNTS = ("due", "renewed", "needs_reauth", "failed", "postponed")
 

@@ -38,7 +38,7 @@ from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.scheduler.haltable import ForegroundScheduler, TaskThreads, ThreadScheduler
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.background_tasks")
 
 _DEFAULT_INTERVAL_SECONDS = 5
 _LONGEST_SLEEP_SECONDS = 60

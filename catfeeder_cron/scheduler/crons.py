@@ -25,7 +25,7 @@ from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.scheduler.runtime import Given, Runtime
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.scheduler")
 
 _TRY_AGAIN_SECONDS = 0.5
 _STOPPING = "the process was asked to stop"

@@ -12,7 +12,7 @@ from apscheduler.schedulers.blocking import BlockingScheduler
 
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.background_tasks")
 
 _AFTER_FAILURE_SECONDS = 10.0
 

@@ -33,7 +33,7 @@ from catfeeder_cron.scheduler.slots import JobSlots
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 from catfeeder_cron.scheduler.waker import Waker
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.scheduler")
 
 _COMING_UP = timedelta(seconds=5)
 

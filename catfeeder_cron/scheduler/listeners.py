@@ -10,7 +10,7 @@ from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl, is_for_the_program
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.scheduler")
 
 
 @dataclass(eq=False)

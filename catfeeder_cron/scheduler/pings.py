@@ -18,7 +18,7 @@ from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.listeners import Run, RunListener
 from catfeeder_cron.version import __version__
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.pings")
 
 Signal = Literal["start", "success", "fail"]
 

@@ -15,7 +15,7 @@ from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.listeners import Listeners, Run
 from catfeeder_cron.times import elapsed_seconds
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.scheduler")
 
 # A run that does not end this long after its timeout is stuck, and told of again this often. A callable that does not
 # end has been killed by then.

@@ -18,7 +18,7 @@ from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.waker")
 
 # The most that passes unseen where no notification tells of it: an UPDATE; or anything, with a pooler in between.
 _LISTENING_SECONDS = 60.0

@@ -26,7 +26,7 @@ from catfeeder_cron.service.signals import ReloadSignal, StopSignals
 from catfeeder_cron.service.status import StatusReporter
 from catfeeder_cron.version import __version__
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.service")
 
 _LEAVE_SECONDS = 5
 _TURN_EVERY = timedelta(seconds=60)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.service")
 
 _CLIENT_TIMEOUT_SECONDS = 10
 _ACCEPT_AGAIN_SECONDS = 1

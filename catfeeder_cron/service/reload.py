@@ -14,7 +14,7 @@ from catfeeder_cron.scheduler.crons import Crons
 from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.service.signals import StopSignals
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.service")
 
 
 def reload(

@@ -10,7 +10,7 @@ from typing import Self
 from catfeeder_cron import lifecycle
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.service")
 
 _HANDLER_SECONDS = 1
 _LONGEST_RELOAD_SECONDS = 5

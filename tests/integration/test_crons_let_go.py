@@ -274,7 +274,7 @@ def test_a_handler_of_a_signal_may_close_it_in_the_midst_of_a_start(
             if "job_has_no_slot_ahead" in record.getMessage():
                 signal.raise_signal(signal.SIGUSR1)
 
-    interrupter, logger = Interrupter(), logging.getLogger("catfeeder_cron.scheduler.job_scheduler")
+    interrupter, logger = Interrupter(), logging.getLogger("catfeeder_cron.scheduler")
     before = signal.signal(signal.SIGUSR1, lambda _number, _frame: crons.close())
     level = logger.level
     try:

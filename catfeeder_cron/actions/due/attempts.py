@@ -18,7 +18,7 @@ from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import CallableRaised, ChildDied, ConfigurationError, HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.actions")
 log_of_output = get_logger("catfeeder_cron.output")
 
 # Outcomes that come this close together are stored together.

@@ -18,7 +18,7 @@ from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUna
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 
-log = get_logger(__name__)
+log = get_logger("catfeeder_cron.actions")
 
 # How often a run looks whether it was asked to stop, and how soon it sees what became due meanwhile.
 _LOOK_SECONDS = 1.0
