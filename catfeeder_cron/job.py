@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from catfeeder_cron.children.pool import Children
-from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, state_directory
+from catfeeder_cron.config import ActionsSettings, DatabaseTables, JobSettings, OAuthSettings, Settings, state_directory
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.database.catalog import WantedIndex
 from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.errors import StatementTimeout
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.report import Progress, no_progress
+from catfeeder_cron.report import Finding, Progress, no_progress
 from catfeeder_cron.run_control import RunControl
 from catfeeder_cron.schedule import Schedule
 
@@ -47,6 +47,11 @@ class Job(Generic[S]):
     wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
     """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
+    check: Callable[[Database, Settings, bool], Iterator[Finding]] | None = None
+    """Finds what else stands in its way; it is told whether its tables are as it needs them.
+
+    It may raise DatabaseUnavailable.
+    """
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ from catfeeder_cron.database import Connection, Database, schema, single
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, DatabaseError, DatabaseUnavailable
 from catfeeder_cron.jobs import built_in
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.renewal.checks import check_providers, check_state_directory
 from catfeeder_cron.report import Finding, Level
 
 __all__ = ["check", "check_callables"]
@@ -56,11 +55,8 @@ def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
         if job_settings.enabled and job_id in jobs:
             found = list(check_job(database, settings, jobs[job_id]))
             yield from found
-            if job_id == "renew-oauth":
-                yield check_state_directory()
-                # Where the tables are not as they should be, that is all there is to say.
-                if all(finding.level != "error" for finding in found):
-                    yield from check_providers(database, settings, job_settings)
+            if further := jobs[job_id].check:
+                yield from further(database, settings, all(finding.level != "error" for finding in found))
     yield from check_statements(database, settings)
 
 

@@ -1,7 +1,7 @@
 """config.toml and the environment, turned into settings that are valid and final."""
 
 from catfeeder_cron.config.durations import Duration, within
-from catfeeder_cron.config.job_settings import AlwaysOnJobSettings, CustomJobSettings, JobSettings
+from catfeeder_cron.config.job_settings import CustomJobSettings, JobSettings
 from catfeeder_cron.config.loading import load
 from catfeeder_cron.config.settings import (
     ActionsSettings,
@@ -20,7 +20,6 @@ from catfeeder_cron.config.state import state_directory
 
 __all__ = [
     "ActionsSettings",
-    "AlwaysOnJobSettings",
     "CustomJobSettings",
     "DatabaseSettings",
     "DatabaseTables",

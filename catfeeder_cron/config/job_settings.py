@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -24,6 +24,9 @@ class JobSettings(Table):
     At most one of `interval`, `cron` and `date` is not None; `date` is in UTC. A `timezone` of None is the
     scheduler's. The validation context may hold that one, as "timezone", for a `date` without an offset.
     """
+
+    web_server_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Which key of [Crons], the web server's section, sets which option of the job."""
 
     enabled: bool = True
     interval: Duration | None = None
@@ -112,28 +115,3 @@ class CustomJobSettings(JobSettings):
         if sql is not None and not sql.strip():
             raise ValueError("an SQL statement")
         return sql
-
-
-class AlwaysOnJobSettings(JobSettings):
-    """A job that can't be disabled."""
-
-    @field_validator("enabled")
-    @classmethod
-    def _never_off(cls, enabled: bool) -> bool:
-        if not enabled:
-            raise ValueError("true: this job is always enabled, `catfeeder-cron pause` holds it")
-        return enabled
-
-
-RESERVED: Mapping[str, type[JobSettings]] = MappingProxyType(
-    {
-        "check-actions": AlwaysOnJobSettings,
-        "clean-tokens": JobSettings,
-        "clean-verification": JobSettings,
-        "renew-oauth": JobSettings,
-        "reset-food-counters": JobSettings,
-        "test-hello-world": JobSettings,
-        "test-current-date": JobSettings,
-    }
-)
-"""The ids that no custom job may have, each with the settings that hold where no job brings its own."""

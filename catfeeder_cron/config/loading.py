@@ -30,7 +30,7 @@ def load(
     file = sources.find(path, environ)
     document = sources.parse(file)
     faults = Faults(file)
-    document = web_server.translate(document, {*SECTIONS, "jobs"}, faults)
+    document = web_server.translate(document, {*SECTIONS, "jobs"}, jobs, faults)
     for key in document:
         if key not in {*SECTIONS, "jobs"}:
             faults.unknown((key,), {*SECTIONS, "jobs", "Crons"})

@@ -3,71 +3,68 @@
 The section is the web server's: a key that its next release adds is passed over with a warning.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from pydantic import create_model
 
 from catfeeder_cron.config.durations import Interval
 from catfeeder_cron.config.faults import Faults
-from catfeeder_cron.config.job_settings import TRIGGERS
+from catfeeder_cron.config.job_settings import TRIGGERS, JobSettings
 from catfeeder_cron.config.values import Table
 
-_TEST_JOBS = ("test-hello-world", "test-current-date")
-_SETS = {
-    "clean_tokens": ("enabled", ("clean-tokens",)),
-    "clean_tokens_interval": ("interval", ("clean-tokens",)),
-    "clean_verification": ("enabled", ("clean-verification",)),
-    "clean_verification_interval": ("interval", ("clean-verification",)),
-    "renew_oath_tokens": ("enabled", ("renew-oauth",)),
-    "renew_oath_tokens_interval": ("interval", ("renew-oauth",)),
-    "enable_test_crons": ("enabled", _TEST_JOBS),
-    "test_cron_interval": ("interval", _TEST_JOBS),
-    "test_crons_interval": ("interval", _TEST_JOBS),
-    "check_actions_interval": ("interval", ("check-actions",)),
-    "reset_food_counters_interval": ("interval", ("reset-food-counters",)),
-}
-# The web server has no switch for this job: it always runs there, and whoever sets its interval expects it to run.
-_ALSO_ENABLES = "reset_food_counters_interval"
 _TYPES: dict[str, Any] = {"enabled": (bool, False), "interval": (Interval | None, None)}
-_Crons = create_model("_Crons", __base__=Table, **{key: _TYPES[option] for key, (option, _) in _SETS.items()})
+_TWO_SPELLINGS = ("test_cron_interval", "test_crons_interval")
 
 
-def translate(document: dict[str, Any], ours: Container[str], faults: Faults) -> dict[str, Any]:
+def translate(
+    document: dict[str, Any], ours: Container[str], jobs: Mapping[str, type[JobSettings]], faults: Faults
+) -> dict[str, Any]:
     """Return the document with its [Crons] written as [jobs.ID], and without what is not `ours`.
 
-    A document without [Crons] is returned as it is. What is set both ways is a fault, an unknown key a warning.
+    `jobs` say which key sets what. A document without [Crons] is returned as it is. What is set both ways is a fault,
+    an unknown key a warning.
     """
     if "Crons" not in document:
         return document
     translated = {key: value for key, value in document.items() if key in ours}
-    crons = _known(document["Crons"], faults)
-    valid = faults.check(_Crons, crons, ("Crons",))
-    jobs = translated.setdefault("jobs", {})
-    if not isinstance(crons, dict) or not isinstance(jobs, dict):
+    options = {key: option for job in jobs.values() for key, option in job.web_server_keys.items()}
+    crons = _known(document["Crons"], options, faults)
+    section = create_model("_Crons", __base__=Table, **{key: _TYPES[option] for key, option in options.items()})
+    valid = faults.check(section, crons, ("Crons",))
+    tables = translated.setdefault("jobs", {})
+    if not isinstance(crons, dict) or not isinstance(tables, dict):
         return translated
-    if {"test_cron_interval", "test_crons_interval"} <= crons.keys():
-        faults.add(("Crons", "test_crons_interval"), "got it beside test_cron_interval, expected one of the two")
-        crons = {key: value for key, value in crons.items() if key != "test_crons_interval"}
-    for key, (option, ids) in _SETS.items():
-        for job in ids if key in crons else ():
-            table = jobs.setdefault(job, {})
-            if not isinstance(table, dict):
-                continue
-            rivals = TRIGGERS if option == "interval" else (option,)
-            if rival := next((rival for rival in rivals if rival in table), None):
-                faults.add(("jobs", job, rival), f"got it beside Crons.{key}, expected one of the two")
-            elif valid is not None:
-                table[option] = getattr(valid, key)
-            if key == _ALSO_ENABLES:
+    if crons.keys() >= {*_TWO_SPELLINGS}:
+        first, second = _TWO_SPELLINGS
+        faults.add(("Crons", second), f"got it beside {first}, expected one of the two")
+        del crons[second]
+    for job_id, job in jobs.items():
+        given = {key: option for key, option in job.web_server_keys.items() if key in crons}
+        table = tables.setdefault(job_id, {}) if given else None
+        if isinstance(table, dict):
+            _translate_job(job_id, table, given, valid, faults)
+            # Where the web server has no switch for a job it always runs there: whoever sets its interval wants it.
+            if "enabled" not in job.web_server_keys.values():
                 table.setdefault("enabled", True)
     return translated
 
 
-def _known(crons: object, faults: Faults) -> object:
+def _translate_job(
+    job_id: str, table: dict[str, Any], given: Mapping[str, str], valid: Table | None, faults: Faults
+) -> None:
+    for key, option in given.items():
+        rivals = TRIGGERS if option == "interval" else (option,)
+        if rival := next((rival for rival in rivals if rival in table), None):
+            faults.add(("jobs", job_id, rival), f"got it beside Crons.{key}, expected one of the two")
+        elif valid is not None:
+            table[option] = getattr(valid, key)
+
+
+def _known(crons: object, options: Mapping[str, str], faults: Faults) -> object:
     """Return the section without the keys that are not known, each of which is a warning."""
     if not isinstance(crons, dict):
         return crons
-    for key in [key for key in crons if key not in _SETS]:
-        faults.ignore(("Crons", key), _SETS)
-    return {key: value for key, value in crons.items() if key in _SETS}
+    for key in [key for key in crons if key not in options]:
+        faults.ignore(("Crons", key), options)
+    return {key: value for key, value in crons.items() if key in options}

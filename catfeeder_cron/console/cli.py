@@ -416,11 +416,9 @@ def _load(context: typer.Context) -> "Settings":
 
 
 def _read(path: Path | None, *, needs_address: bool = True) -> "Settings":
-    from catfeeder_cron.config import load
-    from catfeeder_cron.jobs import built_in
+    from catfeeder_cron.jobs import load_settings
 
-    jobs = {job.id: job.settings for job in built_in().values()}
-    return load(path, jobs=jobs, needs_address=needs_address)
+    return load_settings(path, needs_address=needs_address)
 
 
 @contextmanager

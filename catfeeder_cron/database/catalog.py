@@ -166,6 +166,11 @@ def foreign_keys(connection: Connection, leaf: Leaf) -> list[ForeignKey]:
     ]
 
 
+def may_hide_rows(connection: Connection, leaf: Leaf) -> bool:
+    """Whether row-level security may keep rows from this role."""
+    return bool(single(connection, "SELECT row_security_active(%s::oid)", [leaf.oid])[0])
+
+
 def require_privileges(connection: Connection, leaf: Leaf, *privileges: str) -> None:
     """Raise SchemaProblem, with the GRANT that would help, unless the role has all these privileges."""
     usable, user = single(connection, "SELECT has_schema_privilege(%s, 'USAGE'), current_user", [leaf.schema])

@@ -1,22 +1,14 @@
-"""Whether Cat Feeder's tables have what a job needs of them, in words that say what helps.
-
-A run does not look: that would cost it statements, and is in vain nearly always. When one of its statements has failed
-because something is not there, the reason is looked for here, so that a run says what `check` says.
-"""
+"""Whether Cat Feeder's tables are as a job needs them, in words that say what helps: for `check` and every run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, Database, catalog, single
+from catfeeder_cron.database import Connection, catalog
 from catfeeder_cron.database.catalog import Leaf
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, PermissionDenied, SchemaProblem, UndefinedObject
+from catfeeder_cron.errors import JobSkipped, SchemaProblem
 
 _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
-
-_ACCESS = """
-    SELECT current_user, n.nspname, has_schema_privilege(n.oid, 'USAGE'), row_security_active(c.oid)
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +20,8 @@ class TableUse:
     columns: tuple[str, ...]
     times: tuple[str, ...] = ()
     """Columns that must hold times, beside those."""
+    instants: tuple[str, ...] = ()
+    """Columns that must hold times of day too, which a date does not."""
     numbers: tuple[str, ...] = ()
     """Columns that must hold numbers, beside those."""
     by_leaf: bool = False
@@ -39,7 +33,7 @@ class TableUse:
 def require_table(connection: Connection, tables: DatabaseTables, job_id: str, use: TableUse) -> list[str]:
     """Raise SchemaProblem unless the table is as the job needs it; return the tables whose rows may be hidden."""
     name = getattr(tables, use.table)
-    columns = (*use.columns, *use.numbers, *use.times)
+    columns = (*use.columns, *use.numbers, *use.times, *use.instants)
     oid, _ = catalog.find_table(connection, tables.schema_, name, columns[0])
     types = catalog.column_types(connection, oid)
     if missing := [column for column in columns if column not in types]:
@@ -47,7 +41,11 @@ def require_table(connection: Connection, tables: DatabaseTables, job_id: str, u
             f'table "{tables.schema_}"."{name}" has no column {", ".join(missing)}; '
             + _remedy(use, job_id, "add what is missing")
         )
-    for wanted, kinds, what in ((use.times, catalog.TIMES, "a time"), (use.numbers, _NUMBERS, "a number")):
+    for wanted, kinds, what in (
+        (use.times, catalog.TIMES, "a time"),
+        (use.instants, catalog.INSTANTS, "a timestamp"),
+        (use.numbers, _NUMBERS, "a number"),
+    ):
         for column in wanted:
             if types[column] not in kinds:
                 raise SchemaProblem(
@@ -56,18 +54,9 @@ def require_table(connection: Connection, tables: DatabaseTables, job_id: str, u
                 )
     whole = Leaf(oid, tables.schema_, name, 0, 0, indexed=False)
     places = catalog.leaves(connection, oid, columns[0]) if use.by_leaf else [whole]
-    hidden = []
     for place in places:
-        role, owner_schema, usable, filtered = single(connection, _ACCESS, [place.oid])
-        if not usable:
-            raise SchemaProblem(
-                f'role "{role}" lacks USAGE on schema "{owner_schema}"; its owner can say: '
-                f'GRANT USAGE ON SCHEMA "{owner_schema}" TO "{role}"'
-            )
         catalog.require_privileges(connection, place, *use.privileges)
-        if filtered:
-            hidden.append(place.identifier.as_string())
-    return hidden
+    return [place.identifier.as_string() for place in places if catalog.may_hide_rows(connection, place)]
 
 
 def _remedy(use: TableUse, job_id: str, otherwise: str) -> str:
@@ -80,17 +69,21 @@ def _remedy(use: TableUse, job_id: str, otherwise: str) -> str:
     )
 
 
-def explain(
-    problem: CatfeederCronError, job_id: str, uses: Iterable[TableUse], database: Database, tables: DatabaseTables
-) -> str:
-    """Say why a job has failed: in the words of `check` where its tables are not as the job needs them."""
+def require_tables(connection: Connection, tables: DatabaseTables, job_id: str, uses: Iterable[TableUse]) -> None:
+    """Raise SchemaProblem with all that keeps a job from its work, and JobSkipped where there is nothing to work on."""
     found: dict[str, None] = {}
-    for use in uses if isinstance(problem, UndefinedObject | PermissionDenied) else ():
+    is_there = False
+    for use in uses:
         try:
-            with database.transaction() as connection:
-                require_table(connection, tables, job_id, use)
+            require_table(connection, tables, job_id, use)
         except SchemaProblem as fault:
+            name = getattr(tables, use.table)
+            if use.optional and not is_there and not catalog.has_table(connection, tables.schema_, name):
+                raise JobSkipped(
+                    f'there is no table "{tables.schema_}"."{name}"; '
+                    "create it with `catfeeder-cron init-db --with-app-tables`"
+                ) from None
             found[str(fault)] = None
-        except DatabaseError:
-            break  # what is known by now is all that there is to say
-    return "; ".join(found) or str(problem)
+        is_there = True
+    if found:
+        raise SchemaProblem("; ".join(found))

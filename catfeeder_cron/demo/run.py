@@ -11,12 +11,12 @@ from threading import Thread
 from typing import Any
 
 from catfeeder_cron import logs
-from catfeeder_cron.config import Settings, load
+from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database, embedded, schema
 from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.database.schema.indexes import create_indexes
 from catfeeder_cron.demo.provider import TOKEN_LIFESPAN, LocalProvider, local_provider
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import built_in, load_settings
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.service import daemon
 from catfeeder_cron.service.signals import StopSignals
@@ -119,7 +119,7 @@ def _set_up(opened: ExitStack) -> Settings:
     config = Path(folder, "config.toml")
     config.write_text(_CONFIG.format(conninfo=server.conninfo, webhooks=feeder))
     jobs = built_in()
-    settings = load(config, jobs={job.id: job.settings for job in jobs.values()}, environ={})
+    settings = load_settings(config, environ={})
     with Database(settings.database) as database:
         for _ in schema.upgrade(database):
             pass

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import catalog, single
-from catfeeder_cron.errors import LockTimeout, SchemaProblem
+from catfeeder_cron.errors import LockTimeout
 from catfeeder_cron.expired_rows import by_blocks, by_index
 from catfeeder_cron.expired_rows.leaf import LeafDeletion
 from catfeeder_cron.job import JobContext
@@ -62,12 +62,8 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
 
 def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[LeafDeletion]:
     with context.transaction() as connection:
-        oid, column_type = catalog.find_table(connection, context.tables.schema_, name, expiry)
-        if column_type not in catalog.TIMES:
-            raise SchemaProblem(f'column "{expiry}" of table "{name}" is {column_type}, not a time')
+        oid, _ = catalog.find_table(connection, context.tables.schema_, name, expiry)
         leaves = catalog.leaves(connection, oid, expiry)
-        for leaf in leaves:
-            catalog.require_privileges(connection, leaf, "SELECT", "UPDATE", "DELETE")
         foreign_keys = [catalog.foreign_keys(connection, leaf) for leaf in leaves]
         (cutoff,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
     return [

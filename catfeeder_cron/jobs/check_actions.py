@@ -1,23 +1,24 @@
 """Do what is due: run the rows of "Actions", each by the handler of its kind."""
 
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from catfeeder_cron.actions import built_in
 from catfeeder_cron.actions.due.leases import count_due, due_in_seconds
 from catfeeder_cron.actions.due.run import DueActionsRun, Limits
-from catfeeder_cron.config import AlwaysOnJobSettings, Duration, within
+from catfeeder_cron.config import Duration, JobSettings, within
 from catfeeder_cron.database.catalog import WantedIndex, has_table
 from catfeeder_cron.database.requirements import TableUse
-from catfeeder_cron.errors import JobSkipped
 from catfeeder_cron.job import Job, JobContext, Wake
 
 _SECOND = timedelta(seconds=1)
 
 
-class CheckActions(AlwaysOnJobSettings):
+class CheckActions(JobSettings):
+    web_server_keys = MappingProxyType({"check_actions_interval": "interval"})
     interval: Duration | None = timedelta(seconds=300)
     concurrency: int = Field(default=8, ge=1, le=100)
     """Actions that one process performs at the same time."""
@@ -28,6 +29,13 @@ class CheckActions(AlwaysOnJobSettings):
     lease: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)
     """How long an action is out of reach of other daemons; extended while its handler runs."""
 
+    @field_validator("enabled")
+    @classmethod
+    def _never_off(cls, enabled: bool) -> bool:
+        if not enabled:
+            raise ValueError("true: this job is always enabled, `catfeeder-cron pause` holds it")
+        return enabled
+
 
 def run(context: JobContext, settings: CheckActions) -> None:
     """Do what is due, beside any number of other daemons.
@@ -35,13 +43,10 @@ def run(context: JobContext, settings: CheckActions) -> None:
     Counts `due` (claimed by this run), `done`, `retried` (to be tried again later) and `given_up`; a dry run counts
     `would_run`.
     """
-    with context.transaction() as connection:
-        if not has_table(connection, context.tables.schema_, context.tables.actions):
-            name = f'"{context.tables.schema_}"."{context.tables.actions}"'
-            raise JobSkipped(f"there is no table {name}; create it with `catfeeder-cron init-db --with-app-tables`")
-        if context.dry_run:
+    if context.dry_run:
+        with context.transaction() as connection:
             context.counts["would_run"] = count_due(connection, context.tables)
-            return
+        return
     context.counts.update(due=0, done=0, retried=0, given_up=0)
     limits = Limits(settings.concurrency, settings.lease, settings.action_timeout, settings.retry_after)
     DueActionsRun(context, context.actions, built_in(), limits).work()

@@ -1,6 +1,7 @@
 """Log users out whose session has expired: delete the expired rows of "Connections"."""
 
 from datetime import timedelta
+from types import MappingProxyType
 
 from catfeeder_cron.config import Duration
 from catfeeder_cron.database.catalog import WantedIndex
@@ -10,6 +11,7 @@ from catfeeder_cron.job import Job, JobContext
 
 
 class CleanTokens(ExpiredRowsSettings):
+    web_server_keys = MappingProxyType({"clean_tokens": "enabled", "clean_tokens_interval": "interval"})
     interval: Duration | None = timedelta(seconds=1800)
 
 

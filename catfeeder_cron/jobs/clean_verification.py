@@ -1,6 +1,7 @@
 """Forget verification codes that were never used: delete the expired rows of "Verification"."""
 
 from datetime import timedelta
+from types import MappingProxyType
 
 from catfeeder_cron.config import Duration
 from catfeeder_cron.database.catalog import WantedIndex
@@ -10,6 +11,7 @@ from catfeeder_cron.job import Job, JobContext
 
 
 class CleanVerification(ExpiredRowsSettings):
+    web_server_keys = MappingProxyType({"clean_verification": "enabled", "clean_verification_interval": "interval"})
     interval: Duration | None = timedelta(seconds=900)
 
 

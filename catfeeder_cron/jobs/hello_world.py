@@ -1,6 +1,7 @@
 """A sign of life for trying out a set-up: log a greeting."""
 
 from datetime import timedelta
+from types import MappingProxyType
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.job import Job, JobContext
@@ -10,6 +11,9 @@ log = get_logger("catfeeder_cron.jobs")
 
 
 class HelloWorld(JobSettings):
+    web_server_keys = MappingProxyType(
+        {"enable_test_crons": "enabled", "test_cron_interval": "interval", "test_crons_interval": "interval"}
+    )
     enabled: bool = False
     interval: Duration | None = timedelta(seconds=200)
 

@@ -1,15 +1,20 @@
 """Keep OAuth links alive: renew the access tokens of "ActiveOauths" that would end before the next run."""
 
+from collections.abc import Iterator
 from datetime import timedelta
+from types import MappingProxyType
 
-from catfeeder_cron.config import Duration, JobSettings
+from catfeeder_cron.config import Duration, JobSettings, Settings
+from catfeeder_cron.database import Database
 from catfeeder_cron.database.catalog import WantedIndex
 from catfeeder_cron.database.requirements import TableUse
 from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.report import Finding
 
 
 class RenewOAuth(JobSettings):
+    web_server_keys = MappingProxyType({"renew_oath_tokens": "enabled", "renew_oath_tokens_interval": "interval"})
     interval: Duration | None = timedelta(seconds=1800)
 
 
@@ -29,6 +34,13 @@ def recover(context: JobContext) -> None:
     recovery.forget_deleted(context)
 
 
+def check(database: Database, settings: Settings, tables_are_right: bool) -> Iterator[Finding]:
+    load("catfeeder_cron.renewal.checks")
+    from catfeeder_cron.renewal.checks import check_links
+
+    return check_links(JOB.id, database, settings, tables_are_right)
+
+
 JOB = Job(
     id="renew-oauth",
     summary="renew OAuth tokens before they end",
@@ -40,7 +52,7 @@ JOB = Job(
             "active_oauths",
             ("SELECT", "UPDATE"),
             ("id", "token", "refresh_link", "service_id", "user_id"),
-            times=("token_expiration",),
+            instants=("token_expiration",),
             numbers=("token_lifespan",),
         ),
         TableUse("services", ("SELECT",), ("id", "name")),
@@ -52,4 +64,5 @@ JOB = Job(
     ),
     wanted_indexes=(WantedIndex("active_oauths", "token_expiration"),),
     recover=recover,
+    check=check,
 )

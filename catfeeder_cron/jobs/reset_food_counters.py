@@ -1,6 +1,7 @@
 """Start a new feeding period: set "Pet".food_eaten to 0 once food_reset has passed."""
 
 from datetime import timedelta
+from types import MappingProxyType
 from typing import LiteralString
 
 from psycopg import sql
@@ -8,13 +9,12 @@ from pydantic import Field
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import single
-from catfeeder_cron.database.catalog import INSTANTS, find_table
 from catfeeder_cron.database.requirements import TableUse
-from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.job import Job, JobContext
 
 
 class ResetFoodCounters(JobSettings):
+    web_server_keys = MappingProxyType({"reset_food_counters_interval": "interval"})
     enabled: bool = False
     interval: Duration | None = timedelta(seconds=3600)
     batch_size: int = Field(default=1000, ge=1)
@@ -40,9 +40,6 @@ _COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
 def run(context: JobContext, settings: ResetFoodCounters) -> None:
     """Reset the due rows in batches. Rows that somebody has locked wait for the next run; a period of 0 is none."""
     with context.transaction() as connection:
-        _, column_type = find_table(connection, context.tables.schema_, context.tables.pet, "food_reset")
-        if column_type not in INSTANTS:
-            raise SchemaProblem(f'column "food_reset" of table "{context.tables.pet}" is {column_type}, not an instant')
         (cutoff,) = single(connection, "SELECT now()::text")
         if context.dry_run:
             (context.counts["would_reset"],) = single(connection, _statement(_COUNT, context), {"cutoff": cutoff})
@@ -72,7 +69,7 @@ JOB = Job(
             "pet",
             ("SELECT", "UPDATE"),
             ("id",),
-            times=("food_reset",),
+            instants=("food_reset",),
             numbers=("food_eaten", "time_reset_hours", "time_reset_minutes"),
         ),
     ),

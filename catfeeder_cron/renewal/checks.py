@@ -36,22 +36,28 @@ class Lifespans:
     shortest_seconds: float | None
 
 
-def check_state_directory() -> Finding:
+def check_links(job_id: str, database: Database, settings: Settings, tables_are_right: bool) -> Iterator[Finding]:
+    """Yield what stands in the way of the job that renews tokens, beside its tables. Raises DatabaseUnavailable."""
+    yield _place_for_answers(job_id)
+    # Where the tables are not as they should be, that is all there is to say.
+    if tables_are_right:
+        yield from _providers(job_id, database, settings)
+
+
+def _place_for_answers(job_id: str) -> Finding:
     """Return whether the answers of providers could be kept, without which none is asked."""
     folder = state_directory()
     try:
         require_writable(folder)
     except RenewalError as error:
-        return Finding("error", "renew-oauth", str(error))
-    return Finding("ok", "renew-oauth", f"answers can be kept in {folder}")
+        return Finding("error", job_id, str(error))
+    return Finding("ok", job_id, f"answers can be kept in {folder}")
 
 
-def check_providers(database: Database, settings: Settings, job: JobSettings) -> Iterator[Finding]:
-    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is told.
-
-    Raises DatabaseUnavailable.
-    """
-    links, apart = Links(settings.database.tables), _time_between_runs(settings, job)
+def _providers(job_id: str, database: Database, settings: Settings) -> Iterator[Finding]:
+    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is told."""
+    job = settings.require_job(job_id)
+    links, apart = Links(settings.database.tables), _time_between_runs(settings, job_id)
     try:
         with database.transaction() as connection:
             names = [name for (name,) in connection.execute(links.statement(_NAMES))]
@@ -73,7 +79,7 @@ def check_providers(database: Database, settings: Settings, job: JobSettings) ->
     if nowhere := lifespans.pop(None, None):
         yield Finding(
             "warning",
-            "renew-oauth",
+            job_id,
             f"{nowhere.links} links can't be renewed: their service_id is none of "
             f'"{settings.database.tables.services}"; correct it',
         )
@@ -106,11 +112,10 @@ def _asked(subject: str, provider: Provider, state: providers.ProviderState, tab
     return Finding("ok", subject, "its URL and client_id are filled in")
 
 
-def _time_between_runs(settings: Settings, job: JobSettings) -> timedelta | None:
+def _time_between_runs(settings: Settings, job_id: str) -> timedelta | None:
     """Return how long a token may have to last from one run to the next."""
-    schedule = settings.schedule("renew-oauth")
-    gap = longest_gap(schedule, datetime.now(UTC))
-    return gap + job.jitter if gap else None
+    gap = longest_gap(settings.schedule(job_id), datetime.now(UTC))
+    return gap + settings.require_job(job_id).jitter if gap else None
 
 
 def _too_short(

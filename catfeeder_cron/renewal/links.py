@@ -7,8 +7,7 @@ from typing import Any, LiteralString
 from psycopg import sql
 
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, catalog, single
-from catfeeder_cron.errors import SchemaProblem, UndefinedObject
+from catfeeder_cron.database import Connection, single
 from catfeeder_cron.job import JobContext
 
 # How long others keep away from a row whose request may have been acted on, without an answer to tell of it. That is
@@ -16,8 +15,6 @@ from catfeeder_cron.job import JobContext
 IN_DOUBT = timedelta(minutes=10)
 
 # What is written, or read, when an answer has come in.
-_COLUMNS = ("id", "token", "token_lifespan", "refresh_link", "service_id")
-_EXPIRY_TYPES = ("timestamp with time zone", "timestamp without time zone")
 
 HASH: LiteralString = "sha256(convert_to(a.refresh_link, 'UTF8'))"
 
@@ -113,27 +110,6 @@ class Links:
             "issued": sql.SQL(ISSUED),
         }
         return sql.SQL(text).format(**names, **parts)
-
-    def require(self, context: JobContext) -> None:
-        """Raise SchemaProblem unless the tables are there, with their columns, and may be written to.
-
-        Before a token is sent: its answer may come once only, and has to have its place.
-        """
-        with context.transaction() as connection:
-            schema = self.tables.schema_
-            catalog.find_table(connection, schema, self.tables.services, "name")
-            catalog.find_table(connection, schema, self.tables.user_oauth_connection, "provider_name")
-            oid, kind = catalog.find_table(connection, schema, self.tables.active_oauths, "token_expiration")
-            if kind not in _EXPIRY_TYPES:
-                raise SchemaProblem(
-                    f'column "token_expiration" of table "{self.tables.active_oauths}" is {kind}, not a time'
-                )
-            types = catalog.column_types(connection, oid)
-            missing = [name for name in _COLUMNS if name not in types]
-            if missing:
-                raise UndefinedObject(f'table "{self.tables.active_oauths}" has no column {", ".join(missing)}')
-            for leaf in catalog.leaves(connection, oid, "token_expiration"):
-                catalog.require_privileges(connection, leaf, "SELECT", "UPDATE")
 
     def count(self, connection: Connection, window: "Window") -> list[Due]:
         """Count what is due, by provider, and has not been renewed in this round."""

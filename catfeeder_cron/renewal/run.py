@@ -46,7 +46,6 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
     what is in flight then is awaited and stored.
     """
     client, links = context.oauth, Links(context.tables)
-    links.require(context)
     if not context.dry_run:
         context.counts.update(dict.fromkeys(COUNTS, 0))
         recover(context)

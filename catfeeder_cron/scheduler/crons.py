@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any, Self, final
 
 from catfeeder_cron import lifecycle
-from catfeeder_cron.config import JobSettings, Settings, load
+from catfeeder_cron.config import JobSettings, Settings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
 from catfeeder_cron.job import Job
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import built_in, load_settings
 from catfeeder_cron.ledger import Ledger
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
@@ -325,9 +325,7 @@ class Crons:
             self._stop_requested.set()
 
     def _load(self, path: Path | str | None) -> Settings:
-        return load(
-            None if path is None else Path(path), jobs={job.id: job.settings for job in self._given.jobs.values()}
-        )
+        return load_settings(None if path is None else Path(path), jobs=self._given.jobs)
 
     def _run_now(self, job_id: str) -> int:
         try:

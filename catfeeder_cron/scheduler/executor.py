@@ -13,8 +13,16 @@ from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
-from catfeeder_cron.database.requirements import explain
-from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobSkipped, JobTimedOut, UnknownJob
+from catfeeder_cron.database.requirements import require_tables
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    DatabaseError,
+    JobAborted,
+    JobSkipped,
+    JobTimedOut,
+    SchemaProblem,
+    UnknownJob,
+)
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
@@ -119,8 +127,18 @@ class Executor:
         return run_job(job, context, settings)
 
     def explain(self, job_id: str, problem: CatfeederCronError) -> str:
-        """Say why a job could not do something. Raises UnknownJob."""
-        return explain(problem, job_id, self.find(job_id)[0].tables, self._database, self._settings.database.tables)
+        """Say why a job could not do something: in the words of `check` where its tables are not as it needs them.
+
+        Raises UnknownJob.
+        """
+        try:
+            with self._database.transaction() as connection:
+                require_tables(connection, self._settings.database.tables, job_id, self.find(job_id)[0].tables)
+        except SchemaProblem as found:
+            return str(found)
+        except (DatabaseError, JobSkipped):
+            pass
+        return str(problem)
 
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""
@@ -203,6 +221,9 @@ def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> Job
 def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
     try:
         context.checkpoint()
+        if job.tables:
+            with context.transaction() as connection:
+                require_tables(connection, context.tables, job.id, job.tables)
         job.run(context, settings)
         context.require_in_time()
     except JobSkipped as skipped:
@@ -212,7 +233,7 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
     except JobTimedOut as timed_out:
         return "timed_out", str(timed_out)
     except CatfeederCronError as error:
-        return "failed", explain(error, job.id, job.tables, context.database, context.tables)
+        return "failed", str(error)
     except BaseException as error:
         if is_for_the_program(error):
             raise

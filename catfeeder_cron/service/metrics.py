@@ -59,7 +59,7 @@ class Metrics(RunListener):
         self._durations.labels(report.job).observe(report.duration.total_seconds())
         if "deleted" in report.counts:
             self._removed.labels(report.job).inc(report.counts["deleted"])
-        if report.job == "check-actions":
+        if "given_up" in report.counts:  # a job that tries actions
             for result in _ACTION_RESULTS:
                 self._actions.labels(result).inc(report.counts.get(result, 0))
         for provider, counts in report.by_provider.items():

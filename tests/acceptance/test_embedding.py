@@ -197,9 +197,9 @@ import os, sys, time
 from catfeeder_cron import BackgroundTasks, Crons
 from catfeeder_cron.config import load
 from catfeeder_cron.database import Database
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import built_in, load_settings
 
-settings = load(jobs={job.id: job.settings for job in built_in().values()})
+settings = load_settings()
 database = Database(settings.database)
 used, handed, fresh = Crons(), Crons(config=settings, database=database), Crons()
 assert used.inject_crons() == 0 and used.clean_expired_tokens() == 0 and handed.clean_expired_tokens() == 0

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -10,14 +9,14 @@ import psycopg
 import pytest
 
 from catfeeder_cron.checks import check
-from catfeeder_cron.config import DatabaseTables, JobSettings, OAuthSettings, load
+from catfeeder_cron.config import DatabaseTables, OAuthSettings, load
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.database.schema.indexes import create_indexes
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import built_in, load_settings
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.checks import check_providers
+from catfeeder_cron.renewal.checks import check_links
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import Finding
 
@@ -34,7 +33,7 @@ def findings(database_url: str, tmp_path: Path) -> Findings:
         path = tmp_path / "config.toml"
         path.write_text(f"[database]\nurl = '{url}'\n{jobs}\n")
         path.chmod(mode)
-        settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ=environ or {})
+        settings = load_settings(path, environ=environ or {})
         with Database(settings.database) as database:
             return list(check(settings, database))
 
@@ -259,7 +258,7 @@ def test_a_database_that_goes_away_meanwhile_is_one_error(
 ) -> None:
     path = tmp_path / "config.toml"
     path.write_text(f"[database]\nurl = '{mortal_server.conninfo}'\nconnect_timeout = 1\n")
-    settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+    settings = load_settings(path, environ={})
     with Database(settings.database) as database:
         to_come = check(settings, database)
         while next(to_come).subject != "schema":
@@ -452,7 +451,7 @@ def test_providers_must_have_a_token_endpoint_that_keeps_secrets(
             [name, client, endpoint],
         )
 
-    found = list(check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30))))
+    _, *found = check_links("renew-oauth", database, load_settings(path, environ={}), True)
 
     assert {finding.subject: finding.level for finding in found} == {
         "provider safe": "ok",
@@ -472,7 +471,7 @@ def test_providers_that_can_not_be_read_are_an_error(database: Database, databas
     path = tmp_path / "config.toml"
     path.write_text(f'[database]\nurl = "{database_url}"\n')
 
-    (found,) = check_providers(database, load(path, environ={}), JobSettings(interval=timedelta(minutes=30)))
+    _, found = check_links("renew-oauth", database, load_settings(path, environ={}), True)
 
     assert found.level == "error"
 

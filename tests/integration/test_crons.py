@@ -17,11 +17,11 @@ import psycopg
 import pytest
 
 from catfeeder_cron import BackgroundTasks, Crons
-from catfeeder_cron.config import JobSettings, load
+from catfeeder_cron.config import JobSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobIsRunning
 from catfeeder_cron.job import Job, JobContext
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import load_settings
 from tests.integration.daemons import (
     SECOND,
     STARTED_LONG_AGO,
@@ -395,7 +395,7 @@ def test_everything_is_opened_from_the_configuration_started_and_closed_again(co
 
 
 def test_what_is_handed_in_is_used_and_stays_its_owners(config: Path, admin: psycopg.Connection) -> None:
-    settings = load(config, jobs={job.id: job.settings for job in built_in().values()})
+    settings = load_settings(config)
     with BackgroundTasks() as tasks, Database(settings.database) as database:
         mine = tasks.add_task(print, trigger="interval", hours=1)
         with Crons(config=settings, database=database, background_tasks=tasks) as crons:
@@ -465,8 +465,7 @@ import dataclasses, sys, time
 from pathlib import Path
 from catfeeder_cron import logs
 from catfeeder_cron.service import daemon
-from catfeeder_cron.config import load
-from catfeeder_cron.jobs import built_in, hello_world
+from catfeeder_cron.jobs import built_in, hello_world, load_settings
 
 def run(context, settings):
     print("running", flush=True)
@@ -475,7 +474,7 @@ def run(context, settings):
         if sys.argv[2] == "obeys":
             context.checkpoint()
 
-settings = load(Path(sys.argv[1]), jobs={job.id: job.settings for job in built_in().values()})
+settings = load_settings(Path(sys.argv[1]))
 logs.configure("info", "json")
 daemon.run(settings, jobs=built_in() | {"test-hello-world": dataclasses.replace(hello_world.JOB, run=run)})
 """

@@ -56,7 +56,7 @@ def test_a_column_that_is_no_time_is_refused_before_anything_is_deleted(
         f'CREATE TABLE "Connections" (expiration_date {kind}); INSERT INTO "Connections" DEFAULT VALUES'.encode()
     )
 
-    assert 'column "expiration_date" of table "Connections" is' in the_reason(clean())
+    assert 'column "expiration_date" of table "public"."Connections" is' in the_reason(clean())
     assert admin.execute('SELECT count(*) FROM "Connections"').fetchone() == (1,)
 
 

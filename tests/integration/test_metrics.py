@@ -20,9 +20,9 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from catfeeder_cron.config import DatabaseSettings, JobSettings, load
+from catfeeder_cron.config import DatabaseSettings, JobSettings
 from catfeeder_cron.database import Database
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.ledger.history import Account
 from catfeeder_cron.ledger.snapshot import SnapshotReader
 from catfeeder_cron.report import JobReport
@@ -139,7 +139,7 @@ def test_an_address_that_is_taken_costs_the_metrics_and_not_the_daemon(tmp_path:
 def parts(tmp_path: Path, database_url: str) -> Iterator[tuple[Crons, Database, Health]]:
     """A daemon's parts whose schedule is never started: its jobs' slots go by."""
     (path := tmp_path / "config.toml").write_text(f'[database]\nurl = "{database_url}"\n')
-    settings = load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+    settings = load_settings(path, environ={})
     with Database(settings.database) as database, Crons(config=settings, database=database) as crons:
         yield crons, database, Health(crons, database, MINUTE)
 

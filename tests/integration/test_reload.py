@@ -9,9 +9,9 @@ import psycopg
 import pytest
 
 from catfeeder_cron import Crons
-from catfeeder_cron.config import Settings, load
+from catfeeder_cron.config import Settings
 from catfeeder_cron.errors import DatabaseError
-from catfeeder_cron.jobs import built_in
+from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.oauth.client import OAuthClient
 from tests.integration.daemons import STARTED_LONG_AGO, heart, rows, tasks_of, wait_for
 
@@ -29,7 +29,7 @@ def configure(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> C
         path = tmp_path / "config.toml"
         built_ins_off = "".join(f"[jobs.{job}]\nenabled = false\n" for job in CAN_BE_OFF if job not in jobs)
         path.write_text(f'[database]\nurl = "{database_url}"\n{built_ins_off}{jobs}\n')
-        return load(path, jobs={job.id: job.settings for job in built_in().values()}, environ={})
+        return load_settings(path, environ={})
 
     return read
 

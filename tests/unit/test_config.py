@@ -10,6 +10,7 @@ from pydantic import Field
 
 from catfeeder_cron.config import CustomJobSettings, Duration, JobSettings, Settings, load
 from catfeeder_cron.errors import ConfigurationError
+from catfeeder_cron.jobs import built_in
 
 Load = Callable[[str], Settings]
 
@@ -19,11 +20,17 @@ class CleanTokens(JobSettings):
     batch_size: int = Field(default=5000, ge=1)
 
 
+JOBS: dict[str, type[JobSettings]] = {
+    "clean-tokens": CleanTokens,
+    "check-actions": built_in()["check-actions"].settings,
+}
+
+
 @pytest.fixture
 def load_text(tmp_path: Path) -> Load:
     def load_text(text: str) -> Settings:
         (path := tmp_path / "config.toml").write_text(text + "\n", "utf-8")
-        return load(path, jobs={"clean-tokens": CleanTokens}, environ={})
+        return load(path, jobs=JOBS, environ={})
 
     return load_text
 
@@ -298,10 +305,10 @@ def test_known_jobs_come_first_then_custom_ones_in_the_order_of_the_file(load_te
     settings = load_text("""
         [jobs]
         zebra = { sql = "SELECT 1", interval = 5 }
-        renew-oauth = { interval = 300 }
+        check-actions = { interval = 300 }
         ant = { call = "a:b", args = [1, "x"], kwargs = { days = 1 }, cron = "0 6 * * *" }
     """)
-    assert list(settings.jobs) == ["clean-tokens", "zebra", "ant"], "a reserved job without a class is left out"
+    assert list(settings.jobs) == ["clean-tokens", "check-actions", "zebra", "ant"]
     ant = settings.jobs["ant"]
     assert isinstance(ant, CustomJobSettings)
     assert (ant.call, ant.args, ant.kwargs, ant.sql) == ("a:b", (1, "x"), {"days": 1}, None)

@@ -13,22 +13,17 @@ from catfeeder_cron.jobs import built_in
 Load = Callable[[str], Settings]
 
 
-class HalfHourly(JobSettings):
-    interval: Duration | None = timedelta(seconds=1800)
+def half_hourly(job: type[JobSettings]) -> type[JobSettings]:
+    """Return the settings of a job that only has the job's keys in the web server's section."""
+
+    class HalfHourly(JobSettings):
+        web_server_keys = job.web_server_keys
+        interval: Duration | None = timedelta(seconds=1800)
+
+    return HalfHourly
 
 
-JOBS = dict.fromkeys(
-    (
-        "check-actions",
-        "clean-tokens",
-        "clean-verification",
-        "renew-oauth",
-        "test-hello-world",
-        "test-current-date",
-        "reset-food-counters",
-    ),
-    HalfHourly,
-)
+JOBS = {job_id: half_hourly(job.settings) for job_id, job in built_in().items()}
 
 
 @pytest.fixture

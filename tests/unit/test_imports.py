@@ -37,9 +37,9 @@ ARROWS = {
     "actions": "children times config database job",
     "expired_rows": "config database job",
     "renewal": "coroutines times schedule config lifecycle database oauth report job",
-    "jobs": "config database job actions expired_rows renewal",
+    "jobs": "config database report job actions expired_rows renewal",
     "custom_jobs": "children config database job",
-    "checks": "children config database report job renewal jobs",
+    "checks": "children config database report job jobs",
     "ledger": "times schedule database report",
     "scheduler": "run_control children times schedule config lifecycle database oauth report job jobs custom_jobs "
     "ledger",
