@@ -63,8 +63,11 @@ FORKS = """
 import os, signal, sys, time
 from catfeeder_cron.service.signals import ReloadSignal, StopSignals
 
+def tell(*found):
+    print(*found, flush=True)  # what is left in the buffer, a forked process tells again
+
 ready, told = os.pipe()
-with StopSignals(), StopSignals() as signals, ReloadSignal(lambda: print("reloads", flush=True)):
+with StopSignals(), StopSignals() as signals, ReloadSignal(lambda: tell("reloads")):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         child = os.fork()
         if child == 0:
@@ -73,13 +76,13 @@ with StopSignals(), StopSignals() as signals, ReloadSignal(lambda: print("reload
             os._exit(0)
         os.read(ready, 1)
         os.kill(child, number)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number)
+        tell(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number)
     child = os.fork()
     if child == 0:
         sys.exit()  # leaves the blocks
-    print(os.waitpid(child, 0)[1], signals.requested.wait(0.5))
+    tell(os.waitpid(child, 0)[1], signals.requested.wait(0.5))
     os.kill(os.getpid(), signal.SIGTERM)
-    print(signals.requested.wait(60))
+    tell(signals.requested.wait(60))
 """
 
 
