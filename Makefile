@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help run test coverage proof test-systemd test-fresh check format bench man install uninstall purge lock clean
+.PHONY: FORCE help run test coverage proof test-systemd test-fresh check format bench man release install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -61,6 +61,9 @@ bench: $(VENV)/program ## measure speed and memory, as ratios within one run
 man: $(VENV)/program ## write the manual page, build/catfeeder-cron.1
 	@mkdir -p build
 	$(BIN)/python -m catfeeder_cron.console.manual > build/catfeeder-cron.1
+
+release: build/tools/packages ## make release VERSION=1.2.0: changelog, sdist and wheel, commit and tag; nothing is uploaded
+	tools/release.sh "$(VERSION)" build/tools
 
 install: build/wheel ## install the program as a systemd service; DESTDIR is respected
 	systemd/install.sh install requirements.runtime.lock build/wheel/*.whl
