@@ -32,11 +32,11 @@ coverage: $(VENV)/program ## run the tests and say which lines and branches they
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
-	$(BIN)/python -m pytest tests -m proof --timeout 1800 -o faulthandler_timeout=1830
+	$(BIN)/pytest tests -m proof --timeout 1800 -o faulthandler_timeout=1830
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: $(VENV)/program build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh
-	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/python -m pytest -m systemd tests/acceptance/systemd
+	CATFEEDER_CRON_BOOT=$(BOOT) $(BIN)/pytest -m systemd tests/acceptance/systemd
 
 test-fresh: $(VENV)/packages ## as root, with debootstrap: do `make run` and `make test` on fresh Debian roots (half an hour)
 	@$(BIN)/python tests/fresh/roots.py

@@ -1,8 +1,11 @@
 """A real PostgreSQL for the tests: one server and one database for the session, emptied after each test."""
 
+import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import LiteralString
 
 import psycopg
@@ -10,6 +13,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+
+# What is tested is the installed program, in the processes that tests start as well, and not the tree: the tests find
+# each other behind it.
+sys.path.append(str(Path(__file__).parents[1]))
+os.environ["PYTHONSAFEPATH"] = "1"
 
 from catfeeder_cron.database import embedded
 from catfeeder_cron.database.embedded import EmbeddedServer
@@ -39,6 +47,21 @@ def pytest_configure() -> None:
     # Ignored in what a script starts in the background, and then in whatever that starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     servers.another()  # which says why it can't serve, before any test fails for that reason
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have every worker of pytest-xdist begin with its share of the slow tests.
+
+    Each is given a stretch of the list, and takes over from the ends of the others' when it is done.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        slow = [item for item in items if not item.nodeid.startswith(("tests/unit", "tests/integration/test_"))]
+        quick = [item for item in items if item not in set(slow)]
+        bounds = [len(quick) * worker // workers for worker in range(workers + 1)]
+        shares = [slow[worker::workers] + quick[bounds[worker] : bounds[worker + 1]] for worker in range(workers)]
+        # Stretches of one length: what one has too many moves to the next.
+        items[:] = [item for share in shares for item in share]
 
 
 def pytest_report_header() -> str:

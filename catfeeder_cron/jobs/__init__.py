@@ -39,7 +39,8 @@ def load_settings(
 
 def built_in() -> dict[str, Job[Any]]:
     """Return the job of every file in this folder by its id, in the order of the ids."""
-    names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
+    files = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    names = [f"{__name__}.{file}" for file in files]
     load(*names)
     jobs = (module.JOB for module in map(import_module, names))
     return {job.id: job for job in sorted(jobs, key=lambda job: job.id)}

@@ -142,6 +142,7 @@ def audit(admin: psycopg.Connection, notes: Path) -> None:
     assert admin.execute(unlogged).fetchone() == (0,), "every attempt has its line"
 
 
+@pytest.mark.proof
 def test_killed_daemons_lose_and_double_nothing(database_url: str, daemons: Daemons, tmp_path: Path) -> None:
     prove(database_url, daemons, tmp_path / "notes", number=2, actions=1500, kills=2, every=1.5)
 
