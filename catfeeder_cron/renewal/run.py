@@ -1,4 +1,4 @@
-"""One run of the job: it asks all providers at once, stores answers as they come in, and loses none if it ends early."""
+"""One run of the job: it asks all providers at once, stores each answer as it comes in, and never loses one."""
 
 import asyncio
 from collections.abc import Sequence
