@@ -11,15 +11,15 @@ structlog is imported on first use: it costs more than all of `--help`. `import 
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from catfeeder_cron.imports import load
+from catfeeder_cron.logs.redaction import redact
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -40,18 +40,6 @@ _QUIET = {"apscheduler": logging.WARNING, "httpx": logging.WARNING, "psycopg.poo
 
 # httpcore's debug records hold the headers of every answer, cookies included.
 _ALWAYS_QUIET = {"httpcore": logging.WARNING}
-
-_REDACTED = "[redacted]"
-_SECRET_KEY = re.compile(r"token|secret|passw|authorization|refresh_link|cookie|api_?key", re.IGNORECASE)
-_SECRET_TEXTS = (
-    # scheme://user:PASSWORD@host; libpq ends the password at the first @ and allows no slash in it.
-    (re.compile(r"(://[^\s/?#:@]*:)[^\s/]*@"), rf"\1{_REDACTED}@"),
-    # "password=..." in a conninfo string, "access_token=..." in a query string.
-    (re.compile(r"((?:token|secret|password)=)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)"), rf"\1{_REDACTED}"),
-    (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]+"), rf"\1 {_REDACTED}"),
-    # PostgreSQL's DETAIL quotes the values of the row, over several lines where a value has several.
-    (re.compile(r"\bDETAIL: .*?(?=\n\n(?:The above|During handling)|\Z)", re.DOTALL), f"DETAIL: {_REDACTED}"),
-)
 
 
 def get_logger(name: str) -> "BoundLogger":
@@ -80,7 +68,7 @@ class _LazyLogger:
         # nor changed.
         return BoundLogger(
             logging.getLogger(self._name),
-            processors=[filter_by_level, merge_contextvars, _redact, _to_standard_logging],
+            processors=[filter_by_level, merge_contextvars, redact, _to_standard_logging],
             context={},
         )
 
@@ -88,15 +76,6 @@ class _LazyLogger:
 def prepare() -> None:
     """Import what the first entry needs; called by a program that will log from several threads, before they begin."""
     load("structlog")
-
-
-def one_line(text: str) -> str:
-    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows.
-
-    All of it is printable, so it moves no terminal's cursor, and PostgreSQL can store it (no NUL, no lone surrogate).
-    """
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return _without_secrets(" ".join(printable.split()))[:500]
 
 
 def context(**fields: object) -> AbstractContextManager[None]:
@@ -204,7 +183,7 @@ def _fields(record: logging.LogRecord) -> "EventDict":
     from structlog.processors import ExceptionRenderer
 
     fields: EventDict = {"event": record.getMessage(), "_record": record, "exc_info": record.exc_info}
-    for process in (_entry, ExceptionRenderer(), _redact):
+    for process in (_entry, ExceptionRenderer(), redact):
         fields = process(None, "", fields)
     return fields
 
@@ -221,7 +200,7 @@ def _formatter(format: Format, *, terminal: bool) -> logging.Formatter:
         colors = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         renderer = ConsoleRenderer(colors=colors, exception_formatter=plain_traceback, sort_keys=False)
     # ExceptionRenderer's tracebacks show no local variables: those may hold tokens.
-    return ProcessorFormatter(processors=[_entry, ExceptionRenderer(), _redact, renderer])
+    return ProcessorFormatter(processors=[_entry, ExceptionRenderer(), redact, renderer])
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -261,40 +240,3 @@ def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
     if hasattr(record, TRACEBACK):
         added["exception"] = getattr(record, TRACEBACK)
     return entry | {key: value for key, value in added.items() if key not in entry}
-
-
-def _redact(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
-    """Take secrets out of an entry: the last line of defence, for what should never have been logged.
-
-    Replaces texts under a key that names a secret, and secrets that texts can be seen to hold. Numbers
-    stay: `tokens=12` is a count. Values become what JSON can say.
-    """
-    return {
-        key: value if key == "exc_info" else _plain(value, secret=bool(_SECRET_KEY.search(key)))
-        for key, value in event_dict.items()
-    }
-
-
-def _plain(value: object, *, secret: bool = False) -> object:
-    match value:
-        case None | bool() | int() | float():
-            return value
-        case Mapping():
-            return {
-                str(key): _plain(item, secret=secret or bool(_SECRET_KEY.search(str(key))))
-                for key, item in value.items()
-            }
-        case list() | tuple() | set() | frozenset():
-            return [_plain(item, secret=secret) for item in value]
-        case _ if secret:
-            return _REDACTED
-        case datetime():
-            return value.isoformat(timespec="milliseconds")
-        case _:
-            return _without_secrets(str(value))
-
-
-def _without_secrets(text: str) -> str:
-    for pattern, replacement in _SECRET_TEXTS:
-        text = pattern.sub(replacement, text)
-    return text
