@@ -2,7 +2,7 @@
 
 import re
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator, SecretStr, Strict
@@ -45,14 +45,23 @@ def _reference(value: str) -> str:
     return value
 
 
-def _is_url(value: str) -> bool:
+def split_http_url(value: str) -> SplitResult | None:
+    """Return the parts of an http or https URL that every client reads in one way, or None if it is no such URL.
+
+    Its port can be read without an error; it may be 0.
+    """
     try:
         parts = urlsplit(value)
-        port = parts.port
+        _ = parts.port
     except ValueError:
-        return False
-    usable = value.isprintable() and " " not in value and "\\" not in value
-    return usable and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+        return None
+    is_usable = value.isprintable() and " " not in value and "\\" not in value
+    return parts if is_usable and parts.scheme in ("http", "https") and parts.hostname else None
+
+
+def _is_url(value: str) -> bool:
+    parts = split_http_url(value)
+    return parts is not None and parts.port != 0
 
 
 def _ping_url(value: SecretStr) -> SecretStr:
