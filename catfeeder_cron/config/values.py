@@ -1,4 +1,4 @@
-"""The kinds of values that keys have beside durations. A ValueError of theirs says what is expected."""
+"""The types of the configuration's values other than durations. The text of their ValueError is the expected value."""
 
 import re
 from typing import Annotated
@@ -16,7 +16,7 @@ _CONNINFO = re.compile(r"postgres(ql)?://.*|embedded:\s*\S.*|\s*[a-z_]+\s*=.*")
 
 
 class Table(BaseModel):
-    """A TOML table: its keys are known, its types exact, its values final."""
+    """A TOML table. Unknown keys and values of another type are faults; its values can't be changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
@@ -87,7 +87,7 @@ def _address(value: str) -> str:
 
 
 def check_conninfo(value: str) -> str:
-    """Return what may stand in database.url: something for libpq, "embedded:PATH", or nothing at all."""
+    """Return a value that is valid as database.url: libpq's conninfo, "embedded:PATH", or empty. Raises ValueError."""
     if value and not (value.isprintable() and _CONNINFO.fullmatch(value)):
         only = "; no other database than PostgreSQL is supported" if _OTHER_DATABASE.match(value) else ""
         raise ValueError(
