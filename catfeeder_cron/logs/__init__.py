@@ -1,4 +1,9 @@
-"""What the program says: structlog over standard logging, for a console, as JSON, and for systemd's journal."""
+"""Logging: structlog on top of standard logging, for a console, as JSON, and for systemd's journal.
+
+structured  loggers, and one handler for all entries
+journald    the handler for systemd's journal
+redaction   takes secrets out of entries, and makes foreign text fit to be logged
+"""
 
 from catfeeder_cron.logs.redaction import one_line, printable_line
 from catfeeder_cron.logs.structured import TRACEBACK, configure, context, get_logger, prepare, show_debug_records

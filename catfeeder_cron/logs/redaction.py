@@ -35,10 +35,10 @@ def one_line(text: str) -> str:
 
 
 def redact(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
-    """Take secrets out of an entry: the last line of defence, for what should never have been logged.
+    """Return the entry without secrets. This is the last defence, for secrets that should never have been logged.
 
-    Replaces texts under a key that names a secret, and secrets that texts can be seen to hold. Numbers
-    stay: `tokens=12` is a count. Values become what JSON can say.
+    It replaces texts under a key that names a secret, and secrets that can be recognised inside a text. Numbers stay:
+    `tokens=12` is a count. All values become ones that JSON can hold.
     """
     return {
         key: value if key == "exc_info" else _plain(value, secret=bool(_SECRET_KEY.search(key)))
