@@ -1,4 +1,4 @@
-"""Define what a handler gets, an action, and what a built-in handler has to offer.
+"""Define an action, which every handler gets, and the interface of a built-in handler.
 
 A handler returns when the action is done, with a text for "ActionLog" or with None. It raises HopelessAction when
 another attempt would not help, PostponedAction when it knows the time of the next one, and any other exception when

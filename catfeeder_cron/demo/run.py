@@ -93,6 +93,7 @@ class _Feeder(BaseHTTPRequestHandler):
 @contextmanager
 def _feeder() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Feeder) as server:
+        # The main thread runs the daemon, so the feeder answers in a thread of its own.
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/feeders/"
         server.shutdown()

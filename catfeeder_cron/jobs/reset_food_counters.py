@@ -24,7 +24,7 @@ class ResetFoodCounters(JobSettings):
 
 
 # A period is a number of seconds, so daylight saving time does not change it. One cutoff holds for the whole run, so a
-# row with a short period is not reset twice. MATERIALIZED: the rows are chosen and locked once, whatever the plan is.
+# row with a short period is not reset twice. MATERIALIZED: the rows are chosen and locked once, with every plan.
 _DUE = """food_reset <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
 _PERIOD = "(coalesce(time_reset_hours, 0) * interval '1 hour' + coalesce(time_reset_minutes, 0) * interval '1 minute')"
 

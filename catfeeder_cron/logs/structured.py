@@ -119,9 +119,9 @@ def _load_structlog(_record: logging.LogRecord) -> bool:
 
 
 def show_debug_records() -> None:
-    """Let this package's debug records reach the handlers that a program has; standard error, as long as it has none.
+    """Send this package's debug records to the handlers of a program that embeds us, or to standard error without any.
 
-    For programs that embed us. Their own loggers, levels and handlers stay as they are.
+    The program's own loggers, levels and handlers are not changed.
     """
     ours = logging.getLogger(_PACKAGE)
     ours.setLevel(logging.DEBUG)
@@ -130,8 +130,10 @@ def show_debug_records() -> None:
 
 
 class _LastResort(logging.Handler):
-    """Writes the records to standard error that no other handler gets. It looks for one at every record, because a
-    program may configure its logging at any time."""
+    """Writes the records to standard error that no other handler gets.
+
+    It looks for another handler at every record, because a program may configure its logging at any time.
+    """
 
     def __init__(self) -> None:
         super().__init__()

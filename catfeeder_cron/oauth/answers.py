@@ -46,8 +46,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Transient:
-    """The request failed for now. `retry_after` is in seconds. `unknown`: the error is in no list of ours, and may
-    concern this user only."""
+    """The request failed for now.
+
+    `retry_after` is in seconds. `unknown`: the error is in no list of ours, so it may concern this user only.
+    """
 
     reason: str
     throttled: bool = False

@@ -36,7 +36,7 @@ _SAYS_MISSING = re.compile(r"missing|required|must", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
-    """The body is no object with keys. The text says what it is instead."""
+    """The body is no object with keys. The text gives the reason."""
 
 
 def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable[str], now: datetime) -> Answer:

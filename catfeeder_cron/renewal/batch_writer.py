@@ -74,6 +74,8 @@ class BatchWriter:
         self._journal = journal
         self._stored = stored
         # Not asyncio's default threads: they look up host names, and a silent name server must not delay statements.
+        # Only functions given to `in_thread` run in them; all fields are used by the event loop's thread, except for
+        # those that `_store_batch` uses.
         self._threads = ThreadPoolExecutor(_STATEMENTS_AT_ONCE, thread_name_prefix="renew-oauth")
         self._queue: asyncio.Queue[Settlement | None] = asyncio.Queue(maxsize=2 * settings.concurrency)
 

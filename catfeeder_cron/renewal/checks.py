@@ -99,7 +99,7 @@ def _providers(job_id: str, database: Database, settings: Settings) -> Iterator[
 
 
 def _asked(subject: str, provider: Provider, state: providers.ProviderState, table: str) -> Finding:
-    """Return whether a provider will be asked for tokens, as far as the database tells."""
+    """Return whether a run would ask a provider for tokens, by the provider's settings and its pause."""
     if not provider.client_id:
         return Finding("warning", subject, f"it has no client_id; fill it in in {table}")
     if provider.fault:

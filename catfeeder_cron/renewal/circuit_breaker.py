@@ -41,6 +41,7 @@ class CircuitBreaker:
         self._state = state
         self._troubles = 0
         self._fruitful = False
+        # Cleared while the provider rests; requesters wait for it before they send.
         self._awake = asyncio.Event()
         self._awake.set()
 

@@ -14,7 +14,7 @@ BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 +
 
 # A refresh token that the provider called dead counts as dead only if the row still holds it; else another process has
 # renewed it. Its lease keeps other processes away until this run has confirmed or dismissed it. `sent_at` stays, as it
-# does for stored answers: it tells that the row has had its turn.
+# does for stored answers: it shows that the row has had its turn.
 _SETTLE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = CASE WHEN is_dead THEN t.owner END,

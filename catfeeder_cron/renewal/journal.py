@@ -175,6 +175,7 @@ def left_journals(folder: Path) -> Iterator[LeftJournal]:
                 log.warning("oauth_journal_unreadable", journal=str(path), reason=str(error))
                 continue
             try:
+                # Held until the caller asks for the next journal, so that no other process recovers this one meanwhile.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Another process may have taken it over and removed it before this one got the lock.
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:

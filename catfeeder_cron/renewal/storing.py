@@ -42,7 +42,7 @@ _STORE = """
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
 
 # For an answer that was not stored, because the row is gone or holds a newer login, only the lease ends. An answer
-# without a token (a partial one) counts as a failure. `sent_at` stays: it tells when the row had its turn.
+# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = NULL, lease_until = NULL, sent = NULL,

@@ -71,6 +71,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, family: int, name: Any, pages: Mapping[str, Callable[[], Page]]) -> None:
         self.address_family = family
         self.pages = pages
+        # Set by the thread that calls `end`; the thread of `run` reads it after each connection, and so leaves.
         self._ending = threading.Event()
         self._refused = False
         super().__init__(name, _Handler)

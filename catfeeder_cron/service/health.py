@@ -21,6 +21,7 @@ class Health:
         self._crons = crons
         self._database = database
         self._turn_every = turn_every
+        # Written by the scheduler's and the stop's thread, read by any; each is one value, so there is no lock.
         self._last_turn = time.monotonic()
         self._stopping = False
 

@@ -91,6 +91,8 @@ class ReloadSignal:
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
+        # Set by the handler in the main thread; the reload's thread waits for it, and clears it before it reloads, so
+        # that a signal during a reload causes one more.
         self._hung_up = threading.Event()
         self._leaving = False
         self._entered = False

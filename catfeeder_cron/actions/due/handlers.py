@@ -55,7 +55,7 @@ class Handlers:
     async def perform(self, claimed: Claimed) -> str | None:
         """Perform an action and return its handler's text.
 
-        Raises TimeoutError after its time, HopelessAction or PostponedAction, and whatever a built-in handler raises.
+        Raises TimeoutError after its time, HopelessAction, PostponedAction, or any exception of a built-in handler.
         """
         if claimed.unreadable is not None:
             raise HopelessAction(claimed.unreadable)
