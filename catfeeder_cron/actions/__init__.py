@@ -1,11 +1,11 @@
-"""What "Actions" may ask for, and the run that does it: `due` carries out, `webhook` is the kind that is built in."""
+"""Carry out the rows of "Actions": `due` runs the actions that are due, `webhook` is the built-in kind of action."""
 
 from catfeeder_cron.actions.action import Handler
 from catfeeder_cron.imports import load
 
 
 def built_in() -> dict[str, Handler]:
-    """Return the handlers that no configuration has to name, by their kind."""
+    """Return the built-in handlers by their kind; the configuration names all others."""
     load("catfeeder_cron.actions.webhook")
     from catfeeder_cron.actions import webhook
 

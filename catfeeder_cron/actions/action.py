@@ -1,7 +1,8 @@
-"""What an action is to its handler, and what a handler is to us.
+"""Define an action, which every handler gets, and the interface of a built-in handler.
 
-A handler returns (a text, if it has something to tell) when the action is done. It raises HopelessAction when trying
-again would not help, PostponedAction when it knows when to try again, and anything else when trying again might help.
+A handler returns when the action is done, with a text for "ActionLog" or with None. It raises HopelessAction when
+another attempt would not help, PostponedAction when it knows the time of the next one, and any other exception when
+another attempt might help.
 """
 
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Action:
-    """A row of "Actions" that is due, as its handler sees it."""
+    """A due row of "Actions", as its handler sees it."""
 
     id: Any
     user_id: Any
@@ -25,11 +26,12 @@ class Action:
     payload: Any
     due_at: datetime
     attempt: int
-    """1 for the first."""
+    """Counts from 1."""
     key: str
-    """The same at every attempt, another one for every repetition, unique over all databases."""
+    """An idempotency key: equal at every attempt, different for every repetition, unique over all databases."""
 
     def as_json(self) -> dict[str, Any]:
+        """Return an object that JSON can hold, for a handler in a child process."""
         return asdict(self) | {"due_at": self.due_at.isoformat()}
 
 
@@ -38,9 +40,9 @@ Perform = Callable[[Action], Awaitable[str | None]]
 
 @dataclass(frozen=True)
 class Handler:
-    """A kind of action that is built in. `open` is entered once for a run and gives what performs each action.
+    """A built-in kind of action. A run enters `open` once, and calls the function that it yields for each action.
 
-    What performs may be cancelled at any await, and must not block the event loop that it shares with others.
+    The function may be cancelled at any await. It must not block the event loop, which it shares with other actions.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""What stands in the way of the configured jobs: each finding with its remedy."""
+"""Check all that the configured jobs need; every problem comes as a finding with its remedy."""
 
 import stat
 import time
@@ -24,7 +24,7 @@ log_of_output = get_logger("catfeeder_cron.output")
 _IMPORT_SECONDS = 30
 _MOST_CLOCK_DIFFERENCE_SECONDS = 2
 
-# What the daemon writes; the versions are written by whoever upgrades.
+# The daemon writes to all tables of its schema except schema_version, which `init-db` writes as their owner.
 _LEDGER_PRIVILEGES = """
     SELECT current_user, array(
         SELECT DISTINCT privilege FROM pg_tables, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) privilege
@@ -35,7 +35,7 @@ _LEDGER_PRIVILEGES = """
 
 
 def check(settings: Settings, database: Database) -> Iterator[Finding]:
-    """Yield a finding for everything that the enabled jobs rely on. Raises nothing that an operator can cause."""
+    """Yield a finding for everything that the enabled jobs need. An operator's mistake is a finding, never an error."""
     yield from _files(settings)
     yield from check_callables(settings)
     try:
@@ -45,7 +45,7 @@ def check(settings: Settings, database: Database) -> Iterator[Finding]:
 
 
 def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
-    """Raises DatabaseUnavailable as soon as the server can't be reached: not a finding for each job."""
+    """Yield the findings that need the database. Raises DatabaseUnavailable, instead of a finding for each job."""
     with database.transaction() as connection:
         server = list(_server(connection))
     yield from server
@@ -61,11 +61,11 @@ def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
 
 
 def check_callables(settings: Settings) -> Iterator[Finding]:
-    """Yield a finding for every Python callable that the configuration names. This imports them, in another process."""
+    """Yield a finding for every Python callable that the configuration names. A child process imports them."""
     with Children() as children:
         for job_id, job in settings.jobs.items():
             if isinstance(job, CustomJobSettings) and job.call is not None:
-                # A disabled job can be run by hand still.
+                # A disabled job can still be run by hand.
                 yield _callable(children, job_id, job.call, "error" if job.enabled else "warning")
         for kind, reference in settings.actions.handlers.items():
             yield _callable(children, f"actions.{kind}", reference, "error")
@@ -87,7 +87,7 @@ def _callable(children: Children, subject: str, reference: str, level: Level) ->
 
 
 def _files(settings: Settings) -> Iterator[Finding]:
-    """What reading the file gave no fault for. Who else can write it was looked at before it was read."""
+    """Yield findings about the files that others can read. Loading has already refused those that others can write."""
     try:
         secret = holds_secret(settings.path)
     except ConfigurationError as error:
@@ -105,7 +105,7 @@ def _private(subject: str, path: Path, what: str) -> Finding:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
-        # Under systemd the service gets a credential instead.
+        # No error: under systemd the service gets a credential instead.
         return Finding("ok", subject, f"{path} can't be read by this user ({(error.strerror or '').lower()})")
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         return Finding(

@@ -1,7 +1,7 @@
-"""Whether the server can make sense of the statements of custom jobs.
+"""Check that the server understands the SQL statements of custom jobs.
 
-They are parsed and planned, not run. Planning may call functions that are declared IMMUTABLE or STABLE; that happens in
-a read-only transaction which is rolled back.
+It parses and plans them, and does not run them. Planning may call functions that are declared IMMUTABLE or STABLE; so
+it happens in a read-only transaction which is rolled back.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from catfeeder_cron.logs import one_line
 from catfeeder_cron.report import Finding, Level
 
 _PERMISSION_DENIED = b"42501"
-# What the server says of syntax and of names begins with this.
+# The SQLSTATEs of wrong syntax and wrong names begin with this.
 _STATEMENT_AT_FAULT = b"42"
 
 
 def check_statements(database: Database, settings: Settings) -> Iterator[Finding]:
-    """Yield a finding for every statement of SQL that the configuration names. Raises DatabaseUnavailable."""
+    """Yield a finding for every SQL statement in the configuration. Raises DatabaseUnavailable."""
     for job_id, job in settings.jobs.items():
         if isinstance(job, CustomJobSettings) and job.sql is not None:
-            # A disabled job can be run by hand still.
+            # A disabled job can still be run by hand.
             yield _finding(database, job_id, job.sql.encode(), "error" if job.enabled else "warning")
 
 
@@ -34,25 +34,25 @@ def _finding(database: Database, job_id: str, statement: bytes, level: Level) ->
         with database.transaction(transaction_read_only="on") as connection:
             role = connection.info.user
             _parse(connection, statement)
-            # Only what is planned has its privileges looked at; CREATE, CALL and their like have no plan. What may not
-            # write here may in a run.
+            # Only planning checks the privileges; CREATE, CALL and the like have no plan (a syntax error). A statement
+            # that may not write in this transaction may write in a run.
             with suppress(pg.SyntaxError, pg.ReadOnlySqlTransaction):
                 connection.execute(b"EXPLAIN (COSTS OFF) " + statement, binary=True)
             raise RollBack
         return Finding("ok", job_id, "the server understands its statement")
     except PermissionDenied as error:
-        told = f'{error.found}; its owner can say: GRANT ... ON ... TO "{role}"'
+        problem = f'{error.found}; its owner can say: GRANT ... ON ... TO "{role}"'
     except DatabaseUnavailable:
         raise
     except DatabaseError as error:
-        told = str(error)
-    return Finding(level, job_id, f"sql: {told}")
+        problem = str(error)
+    return Finding(level, job_id, f"sql: {problem}")
 
 
 def _parse(connection: Connection, statement: bytes) -> None:
-    """Have the server parse the statement just as the job sends it. Raises DatabaseError with its primary message.
+    """Make the server parse the statement, exactly as the job sends it. Raises DatabaseError with its primary message.
 
-    The unnamed statement is replaced by the next one: nothing stays on the server.
+    It becomes the unnamed statement, which the next statement replaces, so nothing stays on the server.
     """
     parsed = connection.pgconn.prepare(b"", statement)
     if parsed.status != pq.ExecStatus.COMMAND_OK:

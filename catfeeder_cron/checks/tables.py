@@ -1,4 +1,4 @@
-"""Whether the tables of Cat Feeder are as a job needs them."""
+"""Check that the tables of Cat Feeder have all that a job needs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,13 +12,13 @@ from catfeeder_cron.report import Finding
 
 
 def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:
-    """Yield what is missing for a job: tables, columns and their types, privileges, indexes.
+    """Yield findings about the tables, columns, types, privileges and indexes that a job declares.
 
     Raises DatabaseUnavailable.
     """
     try:
         missing = [finding for use in job.tables for finding in _table(database, settings, job.id, use)]
-        yield from dict.fromkeys(missing)  # a schema that may not be used is met with each table
+        yield from dict.fromkeys(missing)  # a schema without USAGE gives the same finding for each table
         if not missing:
             if job.tables:
                 yield Finding("ok", job.id, "tables, columns and privileges are there")
@@ -30,7 +30,7 @@ def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator
 
 
 def _table(database: Database, settings: Settings, job_id: str, use: TableUse) -> Iterator[Finding]:
-    """Yield a finding unless the table is as the job needs it."""
+    """Yield a finding if the table lacks something that the job needs."""
     tables = settings.database.tables
     try:
         with database.transaction() as connection:

@@ -1,4 +1,4 @@
-"""config.toml and the environment, turned into settings that are valid and final."""
+"""Read config.toml and the environment into settings that are valid and don't change."""
 
 from catfeeder_cron.config.durations import Duration, within
 from catfeeder_cron.config.job_settings import CustomJobSettings, JobSettings

@@ -1,4 +1,4 @@
-"""Which database is meant: the environment's, else the credential's, else the one of url_file or url."""
+"""Find the database's address: in the environment, else in the credential, else in url_file or url."""
 
 import os
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ CREDENTIAL = "database-url"
 def resolve(
     database: DatabaseSettings, file: Path, environ: Mapping[str, str], faults: Faults, *, needs_address: bool
 ) -> DatabaseSettings:
-    """Return the settings with the conninfo that holds, and with paths relative to `file` made absolute.
+    """Return the settings with the conninfo that is in force, and with paths relative to `file` made absolute.
 
-    An empty conninfo leaves everything to libpq's own variables, unless there is a url_file: then that could not be
-    read, because the service was started before it was there (Database says so), or because nothing `needs_address`.
-    A url_file that is overridden is not opened: the service may not read it.
+    An empty conninfo means libpq's own variables, unless there is a url_file: then the file could not be read, because
+    the service was started before it existed (Database reports that), or because the caller needs no address.
+    A url_file that is overridden is not opened, because the service may not be allowed to read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
     try:
@@ -51,7 +51,7 @@ def _from_variable(environ: Mapping[str, str]) -> str:
 
 
 def _from_credential(environ: Mapping[str, str]) -> str:
-    """Return what systemd put there for this process. Whom that file belongs to is systemd's business."""
+    """Return the text of the credential that systemd gives this process; its owner and mode are not checked."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return ""
@@ -65,7 +65,7 @@ def _from_credential(environ: Mapping[str, str]) -> str:
 
 
 def _has_empty_credential(environ: Mapping[str, str]) -> bool:
-    """Whether this is the service, and its unit put an empty credential in the place of a file that was not there."""
+    """Return whether systemd gave this process the credential; it is then an empty one, for a file that was missing."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     return bool(directory) and Path(directory or "", CREDENTIAL).exists()
 

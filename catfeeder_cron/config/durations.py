@@ -9,7 +9,7 @@ from catfeeder_cron.times import LONGEST, format_duration, parse_duration
 
 
 def within(shortest: timedelta = timedelta(0), longest: timedelta = LONGEST) -> AfterValidator:
-    """Return the check that a duration lies between the two: `Annotated[Duration, within(...)]`."""
+    """Return a validator that a duration lies between the two: `Annotated[Duration, within(...)]`."""
 
     def check(duration: timedelta) -> timedelta:
         if duration < shortest:
@@ -24,4 +24,4 @@ def within(shortest: timedelta = timedelta(0), longest: timedelta = LONGEST) -> 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Interval = Annotated[Duration, within(timedelta(seconds=1))]
 StatementTimeout = Annotated[Duration, within(timedelta(milliseconds=1), timedelta(days=24))]
-"""What PostgreSQL takes: whole milliseconds in 31 bits, of which 0 would mean "without end"."""
+"""The range that PostgreSQL accepts: whole milliseconds in 31 bits; 0 is excluded, as it means no timeout."""

@@ -1,9 +1,9 @@
-"""Say all that is wrong with a file at once, a line for each fault: `FILE: KEY: got X, expected Y`.
+"""Collect all faults of a file, so that they are reported at once, a line for each: `FILE: KEY: got X, expected Y`.
 
-What looks wrong in a part of the file that belongs to another program is a warning, and the file is used.
+A fault in a part of the file that belongs to another program is only a warning, and the file is used.
 
-A value that is or may hold a secret is never shown: one under a key that sounds like it, one with a URL or a
-password in it, one under a key that nobody knows.
+A value that may be a secret is never shown: one under a key such as `password`, one that holds a URL or a password,
+one under an unknown key.
 """
 
 import json
@@ -55,24 +55,24 @@ class Faults:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was found and is no fault, a line for each."""
+        """The warnings, a line for each."""
         return tuple(self._warnings)
 
     def add(self, where: Where, text: str) -> None:
-        """Add what is wrong with the key at `where`."""
+        """Add a fault of the key at `where`."""
         self._lines.append(f"{self._file}: {spell(where)}: {text}")
 
     def extend(self, error: ConfigurationError) -> None:
-        """Add what is wrong elsewhere."""
+        """Add the faults of an error."""
         self._lines.extend(error.faults)
 
     def unknown(self, where: Where, known: Iterable[str]) -> None:
-        """Add that nobody knows the key at `where`, and which one was probably meant."""
+        """Add that the key at `where` is unknown, with a suggestion."""
         keys = sorted(known)
         self.add(where, "unknown key" + (did_you_mean(str(where[-1]), keys) or f", expected one of {', '.join(keys)}"))
 
     def ignore(self, where: Where, known: Iterable[str]) -> None:
-        """Add a warning that the key at `where` is not known and has no effect, and which one was probably meant."""
+        """Add a warning that the key at `where` is unknown and has no effect, with a suggestion."""
         meant = did_you_mean(str(where[-1]), known)
         self._warnings.append(f"{self._file}: {spell(where)}: unknown key, which has no effect{meant}")
 
@@ -81,7 +81,7 @@ class Faults:
         self.add(where, f"got {_kind(value)}, expected {expected}")
 
     def check(self, model: type[M], value: object, where: Where, context: Mapping[str, Any] | None = None) -> M | None:
-        """Return the valid model, or None after adding all that pydantic found wrong with `value`."""
+        """Return the valid model, or None after adding all faults that pydantic found in `value`."""
         try:
             return model.model_validate(value, context=context)
         except ValidationError as error:
@@ -96,13 +96,13 @@ class Faults:
             return None
 
     def raise_if_any(self) -> None:
-        """Raise the ConfigurationError of all that was added."""
+        """Raise ConfigurationError with all faults, if there is any."""
         if self._lines:
             raise ConfigurationError(self._lines)
 
 
 def spell(where: Where) -> str:
-    """Return the key as TOML spells it: `jobs.clean-tokens.interval`, `jobs."my job".interval`."""
+    """Return the key in TOML's spelling: `jobs.clean-tokens.interval`, `jobs."my job".interval`."""
     text = ""
     for part in where:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""What is set for a job: the keys that every job has, and those of a job that only exists in config.toml."""
+"""The settings of a job: the keys that every job has, and those of a custom job, which only exists in config.toml."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -19,14 +19,14 @@ TRIGGERS = ("interval", "cron", "date")
 
 
 class JobSettings(Table):
-    """[jobs.ID]. A built-in job derives from it, to add its options and to set its interval.
+    """[jobs.ID]. A built-in job has a subclass with its own options and its default interval.
 
-    At most one of `interval`, `cron` and `date` is not None; `date` is in UTC. A `timezone` of None is the
-    scheduler's. The validation context may hold that one, as "timezone", for a `date` without an offset.
+    At most one of `interval`, `cron` and `date` is not None; `date` is in UTC. A `timezone` of None means the
+    scheduler's. The validation context may hold the scheduler's timezone, for a `date` without an offset.
     """
 
     web_server_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Which key of [Crons], the web server's section, sets which option of the job."""
+    """The option that each key of [Crons], the web server's section, sets for the job."""
 
     enabled: bool = True
     interval: Duration | None = None
@@ -39,9 +39,9 @@ class JobSettings(Table):
     ping_url: PingURL | None = None
 
     def schedule(self, job_id: str, default_zone: ZoneInfo) -> Schedule:
-        """Return the job's slots, on the clock of `default_zone` where it has no zone of its own.
+        """Return the job's slots, in `default_zone` if the job has no timezone.
 
-        Raises ConfigurationError when it has no trigger.
+        Raises ConfigurationError when the job has no trigger.
         """
         if self.interval is not None:
             return IntervalSchedule(self.interval, job_id)
@@ -98,16 +98,16 @@ class JobSettings(Table):
 
 
 class CustomJobSettings(JobSettings):
-    """A job that is only in config.toml: a Python function (`call`) or one SQL statement (`sql`), not both."""
+    """A custom job, which only exists in config.toml: a Python function (`call`) or one SQL statement (`sql`)."""
 
     call: CallableName | None = None
     args: tuple[Any, ...] = Field(default=(), strict=False)
     kwargs: dict[str, Any] = Field(default_factory=dict)
     sql: str | None = None
     retries: int = Field(default=0, ge=0, le=100)
-    """How often a run that failed or timed out is made again before the next slot."""
+    """How often a run that failed or timed out is repeated before the next slot."""
     retry_after: Annotated[Duration, within(timedelta(seconds=1))] = timedelta(minutes=1)
-    """The pause before the first; before each further one it is twice as long, an hour at most."""
+    """The pause before the first retry; it doubles before each further one, up to an hour."""
 
     @field_validator("sql")
     @classmethod

@@ -1,4 +1,4 @@
-"""Turn the tables under [jobs] into the settings of every job, built in or custom."""
+"""Turn the tables under [jobs] into the settings of every job, built-in or custom."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +15,9 @@ _ID = re.compile("[a-z0-9][a-z0-9-]*")
 def read_jobs(
     tables: object, known: Mapping[str, type[JobSettings]], timezone: ZoneInfo, faults: Faults
 ) -> dict[str, JobSettings]:
-    """Return the settings of every known job, in their order, then of every custom job, in the file's.
+    """Return the settings of every known job, in the order of `known`, then of every custom job, in the file's order.
 
-    `tables` is the value of the key `jobs`, `timezone` the scheduler's. What is wrong goes into `faults`.
+    `tables` is the value of the key `jobs`, `timezone` is the scheduler's. Mistakes are added to `faults`.
     """
     if not isinstance(tables, dict):
         faults.mistyped(("jobs",), tables, "a table for each job")

@@ -1,4 +1,4 @@
-"""Read a configuration as a whole, or say all that is wrong with it."""
+"""Read a whole configuration, or report all its faults."""
 
 import os
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ def load(
     environ: Mapping[str, str] = os.environ,
     needs_address: bool = True,
 ) -> Settings:
-    """Return the configuration in `path`, or where it is usually looked for (sources.find).
+    """Return the configuration in `path`, or in the place where sources.find finds one.
 
-    `jobs` are the built-in jobs by id, each with the class of its settings; every other id is a custom job's.
-    Raises ConfigurationError with a line for every fault of the file. That the database's url_file is absent or out of
-    reach is one only for a caller who `needs_address`.
+    `jobs` are the built-in jobs by id, each with the class of its settings; every other id belongs to a custom job.
+    Raises ConfigurationError with a line for every fault of the file. A url_file that can't be read is a fault only if
+    `needs_address`.
     """
     file = sources.find(path, environ)
     document = sources.parse(file)

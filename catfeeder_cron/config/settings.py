@@ -1,4 +1,4 @@
-"""The tables of config.toml with their keys, types and defaults. What they mean is said in config.toml."""
+"""The tables of config.toml with their keys, types and defaults. The example config.toml explains them."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ _ONE_SECOND = timedelta(seconds=1)
 
 
 class DatabaseTables(Table):
-    """Where Cat Feeder's tables are: their schema and their names, unquoted."""
+    """[database.tables]: the schema and the names of Cat Feeder's tables, unquoted."""
 
     schema_: PostgreSQLName = Field(default="public", alias="schema")
     connections: PostgreSQLName = "Connections"
@@ -41,7 +41,7 @@ class DatabaseTables(Table):
 
 
 class DatabaseSettings(Table):
-    """[database]. `conninfo` is the key `url`; once loaded, it is what database_url.resolve found instead."""
+    """[database]. `conninfo` is the key `url`; after loading, it is the address that database_url.resolve found."""
 
     conninfo: Conninfo = Field(default=SecretStr(""), alias="url")
     url_file: FileName | None = None
@@ -52,11 +52,13 @@ class DatabaseSettings(Table):
 
     @property
     def url_file_was_absent(self) -> bool:
-        """Whether the address is unknown, because its file could not be read."""
+        """Whether the address is unknown because its file could not be read."""
         return self.url_file is not None and not self.conninfo.get_secret_value()
 
 
 class SchedulerSettings(Table):
+    """[scheduler]."""
+
     timezone: Zone = ZoneInfo("UTC")
     max_workers: int = Field(default=4, ge=1)
     shutdown_grace: Duration = timedelta(seconds=60)
@@ -64,12 +66,14 @@ class SchedulerSettings(Table):
 
 
 class LoggingSettings(Table):
+    """[logging]."""
+
     level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     format: Literal["auto", "journald", "console", "json"] = "auto"
 
 
 class ProviderSettings(Table):
-    """[oauth.providers.NAME]: what differs from the provider's preset. None is what the preset says."""
+    """[oauth.providers.NAME]: the differences from the provider's preset. None means the preset's value."""
 
     client_auth: Literal["basic", "body"] | None = None
     concurrency: int | None = Field(default=None, ge=1)
@@ -78,6 +82,8 @@ class ProviderSettings(Table):
 
 
 class OAuthSettings(Table):
+    """[oauth]."""
+
     renew_before: Duration = timedelta(minutes=5)
     concurrency: int = Field(default=32, ge=1)
     request_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=20)
@@ -95,15 +101,19 @@ class OAuthSettings(Table):
 
 
 class WebhookSettings(Table):
+    """[actions.webhook]."""
+
     allowed: URLPrefixes = ()
 
 
 class ActionHandlerSettings(Table):
+    """[actions.KIND]."""
+
     call: CallableName
 
 
 class ActionsSettings(Table):
-    """[actions.webhook], and [actions.KIND] with the handler of every kind that is not built in."""
+    """[actions]: the table `webhook`, and a table with the handler of every kind that is not built in."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, ActionHandlerSettings] = Field(init=False)
@@ -112,16 +122,18 @@ class ActionsSettings(Table):
 
     @property
     def handlers(self) -> dict[str, str]:
-        """ "package.module:function" by kind."""
+        """The handlers as "package.module:function", by kind."""
         return {kind: handler.call for kind, handler in (self.__pydantic_extra__ or {}).items()}
 
 
 class MetricsSettings(Table):
+    """[metrics]."""
+
     listen: Address | None = None
 
 
 class Settings(Table):
-    """A whole configuration, valid and final. `path` is the file that it was read from."""
+    """A whole configuration, valid and unchangeable. `path` is the file that it was read from."""
 
     path: Path
     database: DatabaseSettings
@@ -132,7 +144,7 @@ class Settings(Table):
     metrics: MetricsSettings
     jobs: dict[str, JobSettings]
     warnings: tuple[str, ...] = ()
-    """What was found in the file that is no fault, a line for each."""
+    """Remarks on the file that are no faults, a line for each."""
 
     def require_job(self, job_id: str) -> JobSettings:
         """Return the settings of a job. Raises UnknownJob, which names the nearest id."""

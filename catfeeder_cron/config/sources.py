@@ -1,4 +1,4 @@
-"""Find the configuration and read it, unless others can write it: it decides what code this program runs."""
+"""Find the configuration and read it. Refuse a file that others can write, because it can make us run their code."""
 
 import grp
 import os
@@ -16,14 +16,14 @@ from catfeeder_cron.errors import ConfigurationError
 VARIABLE = "CATFEEDER_CRON_CONFIG"
 PLACES = (Path("config.toml"), Path("/etc/catfeeder-cron/config.toml"))
 
-# A password in a URL or in libpq's pairs, or the address of a check, on a line that is no comment.
+# A password in a URL or in libpq's pairs, or a ping_url, on a line that is no comment.
 _SECRET = re.compile(r"^[^#\n]*(://[^\s/?#:@]*:[^\s/]+@|password\s*=|ping_url\s*=)", re.MULTILINE)
 
 
 def find(path: Path | None, environ: Mapping[str, str], places: Iterable[Path] = PLACES) -> Path:
-    """Return where the configuration is: `path`, else what the variable names, else the first place with one.
+    """Return the configuration's path: `path`, else the variable's, else the first of `places` that exists.
 
-    The result is absolute. What was named need not exist. Raises ConfigurationError where no place has one.
+    The result is absolute. A path that was named need not exist. Raises ConfigurationError if no place has a file.
     """
     if path is not None:
         return path.absolute()
@@ -35,7 +35,7 @@ def find(path: Path | None, environ: Mapping[str, str], places: Iterable[Path] =
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
-            pass  # It is there; reading it will tell what is wrong with it.
+            pass  # It exists; reading it will report the problem.
         return place.absolute()
     looked_at = ", ".join(str(place) for place in places)
     raise ConfigurationError(
@@ -45,7 +45,7 @@ def find(path: Path | None, environ: Mapping[str, str], places: Iterable[Path] =
 
 
 def _example() -> Path:
-    """Return where the complete, commented configuration is: in an installed package, or a clone's own."""
+    """Return the path of the complete, commented configuration: in the installed package, else in the clone."""
     packaged = Path(__file__).parents[1] / "example.toml"
     return packaged if packaged.exists() else Path(__file__).parents[2] / "config.toml"
 
@@ -63,20 +63,19 @@ def parse(path: Path) -> dict[str, Any]:
         fault = "not TOML that can be read: nested too deeply"
     except ValueError:
         fault = "not TOML that can be read: a number with too many digits"
-    # Without its cause, which holds the whole text of the file.
+    # `from None`, because the cause holds the whole text of the file.
     raise ConfigurationError(f"{path}: {fault}") from None
 
 
 def holds_secret(path: Path) -> bool:
-    """Whether a password or the like stands in the file itself. Raises ConfigurationError where it can't be read."""
+    """Return whether the file itself holds a password or the like. Raises ConfigurationError if it can't be read."""
     return _SECRET.search(read_guarded(path)) is not None
 
 
 def read_guarded(path: Path) -> str:
-    """Return the text of a file that nobody but root and the caller can have written.
+    """Return the text of a file that only root and this user can have written. Raises ConfigurationError otherwise.
 
-    The checks are made on the file that was opened, so it can't be another one by then. Raises
-    ConfigurationError.
+    The checks look at the opened file, so it can't be exchanged between check and reading.
     """
     try:
         # A FIFO would block in open() without O_NONBLOCK.
@@ -118,9 +117,9 @@ def _check(path: Path, descriptor: int) -> None:
 
 
 def _is_private_group(status: os.stat_result) -> bool:
-    """Whether the file's owner has its group to himself, as where every user has one and a umask of 002.
+    """Return whether the file's owner is the only member of its group, as on systems with a group for every user.
 
-    The rule is that of Debian's OpenSSH (user-group-modes.patch), and that the two have the same name.
+    The rule is that of Debian's OpenSSH (user-group-modes.patch), and user and group must have the same name.
     """
     try:
         owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
@@ -135,7 +134,7 @@ def _is_private_group(status: os.stat_result) -> bool:
 
 
 def _has_acl(descriptor: int) -> bool:
-    """Whether an ACL may name further users; the group's bits then say what any of them can do at most."""
+    """Return whether the file has an ACL, which may name further users; the group's bits then limit all of them."""
     try:
         return "system.posix_acl_access" in os.listxattr(descriptor)
     except OSError:

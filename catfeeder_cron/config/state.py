@@ -1,4 +1,4 @@
-"""Where the daemon keeps what it has on disk."""
+"""Find the directory for the daemon's files."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ INSTALLED = Path("/var/lib/catfeeder-cron")
 
 
 def state_directory(environ: Mapping[str, str] = os.environ, installed: Path = INSTALLED) -> Path:
-    """Return $STATE_DIRECTORY (the first of several), else `installed` where it can be written, else one in the home.
+    """Return $STATE_DIRECTORY (the first of several), else `installed` if it can be written, else one in the home.
 
     The directory need not exist.
     """

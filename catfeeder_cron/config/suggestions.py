@@ -1,13 +1,13 @@
-"""What somebody probably meant who wrote a word that is not known."""
+"""Suggest the known word that was probably meant by an unknown one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 def nearest(word: str, candidates: Iterable[str], least: float = 0.6) -> str | None:
-    """Return the candidate that is nearest to `word`, whatever its case, or None where none is near.
+    """Return the candidate that is most similar to `word`, ignoring case, or None if none is similar enough.
 
-    `least` is how alike they have to be: 0 takes any, 1 the same word.
+    `least` is the similarity that is needed: 0 accepts any candidate, 1 only an equal one.
     """
     by_folded = {candidate.casefold(): candidate for candidate in sorted(candidates)}
     matches = get_close_matches(word[:100].casefold(), by_folded, n=1, cutoff=least)
@@ -15,6 +15,6 @@ def nearest(word: str, candidates: Iterable[str], least: float = 0.6) -> str | N
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return "; did you mean `candidate`?", or nothing where no candidate is near."""
+    """Return "; did you mean `candidate`?", or an empty text if no candidate is similar enough."""
     match = nearest(word, candidates)
     return f"; did you mean `{match}`?" if match else ""

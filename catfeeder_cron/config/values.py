@@ -1,8 +1,8 @@
-"""The kinds of values that keys have beside durations. A ValueError of theirs says what is expected."""
+"""The types of the configuration's values other than durations. The text of their ValueError is the expected value."""
 
 import re
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator, SecretStr, Strict
@@ -16,7 +16,7 @@ _CONNINFO = re.compile(r"postgres(ql)?://.*|embedded:\s*\S.*|\s*[a-z_]+\s*=.*")
 
 
 class Table(BaseModel):
-    """A TOML table: its keys are known, its types exact, its values final."""
+    """A TOML table. Unknown keys and values of another type are faults; its values can't be changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
@@ -45,14 +45,23 @@ def _reference(value: str) -> str:
     return value
 
 
-def _is_url(value: str) -> bool:
+def split_http_url(value: str) -> SplitResult | None:
+    """Return the parts of an http or https URL that every client reads in one way, or None if it is no such URL.
+
+    Its port can be read without an error; it may be 0.
+    """
     try:
         parts = urlsplit(value)
-        port = parts.port
+        _ = parts.port
     except ValueError:
-        return False
-    usable = value.isprintable() and " " not in value and "\\" not in value
-    return usable and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+        return None
+    is_usable = value.isprintable() and " " not in value and "\\" not in value
+    return parts if is_usable and parts.scheme in ("http", "https") and parts.hostname else None
+
+
+def _is_url(value: str) -> bool:
+    parts = split_http_url(value)
+    return parts is not None and parts.port != 0
 
 
 def _ping_url(value: SecretStr) -> SecretStr:
@@ -78,7 +87,7 @@ def _address(value: str) -> str:
 
 
 def check_conninfo(value: str) -> str:
-    """Return what may stand in database.url: something for libpq, "embedded:PATH", or nothing at all."""
+    """Return a value that is valid as database.url: libpq's conninfo, "embedded:PATH", or empty. Raises ValueError."""
     if value and not (value.isprintable() and _CONNINFO.fullmatch(value)):
         only = "; no other database than PostgreSQL is supported" if _OTHER_DATABASE.match(value) else ""
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The web server's own config.toml: its [Crons] section sets `enabled` and `interval` of the same jobs.
+"""Read the web server's config.toml, whose [Crons] section sets `enabled` and `interval` of the built-in jobs.
 
-The section is the web server's: a key that its next release adds is passed over with a warning.
+The section belongs to the web server, so an unknown key, which its next release may add, is only a warning.
 """
 
 from collections.abc import Container, Mapping
@@ -20,10 +20,10 @@ _TWO_SPELLINGS = ("test_cron_interval", "test_crons_interval")
 def translate(
     document: dict[str, Any], ours: Container[str], jobs: Mapping[str, type[JobSettings]], faults: Faults
 ) -> dict[str, Any]:
-    """Return the document with its [Crons] written as [jobs.ID], and without what is not `ours`.
+    """Return the document with its [Crons] translated to [jobs.ID], and without the keys that are not in `ours`.
 
-    `jobs` say which key sets what. A document without [Crons] is returned as it is. What is set both ways is a fault,
-    an unknown key a warning.
+    The settings classes in `jobs` name their keys of [Crons]. A document without [Crons] is returned unchanged. An
+    option that is set in both ways is a fault, an unknown key is a warning.
     """
     if "Crons" not in document:
         return document
@@ -44,7 +44,7 @@ def translate(
         table = tables.setdefault(job_id, {}) if given else None
         if isinstance(table, dict):
             _translate_job(job_id, table, given, valid, faults)
-            # Where the web server has no switch for a job it always runs there: whoever sets its interval wants it.
+            # The web server always runs a job for which it has no switch, so setting the interval enables the job.
             if "enabled" not in job.web_server_keys.values():
                 table.setdefault("enabled", True)
     return translated
@@ -62,7 +62,7 @@ def _translate_job(
 
 
 def _known(crons: object, options: Mapping[str, str], faults: Faults) -> object:
-    """Return the section without the keys that are not known, each of which is a warning."""
+    """Return the section without its unknown keys, and add a warning for each."""
     if not isinstance(crons, dict):
         return crons
     for key in [key for key in crons if key not in options]:

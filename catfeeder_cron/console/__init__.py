@@ -1,1 +1,1 @@
-"""The command line: what operators call, and what it prints."""
+"""The command line: the commands for operators, and their output."""

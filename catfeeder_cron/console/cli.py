@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs, so that `--help` stays quick."""
+"""The command line. A command imports what it needs when it runs, so that `--help` stays quick."""
 
 import logging
 import os
@@ -48,9 +48,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done 
 
 
 def main() -> NoReturn:
-    """Run the command line; errors become one line each on standard error and an exit status."""
+    """Run the command line and exit; an error becomes a line on standard error and an exit status."""
     if isinstance(sys.stdout, TextIOWrapper):
-        # What a console can't show is shown as an escape, as standard error does anyway.
+        # Characters that a console can't show become escapes, as they do on standard error by default.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
@@ -64,10 +64,10 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         status = _complain(error.format_message(), WRONG_USAGE)
     except SystemExit:
-        status = 0  # typer's answer to a broken pipe: whoever read our output has seen enough
+        status = 0  # typer exits on a broken pipe: the reader of our output has closed it, which is no failure
     except OSError as error:
         status = 0 if isinstance(error, BrokenPipeError) else _complain(error, FAILED)
-        # Python would try to write what is left once more at exit, and complain once more.
+        # At exit, Python would write the rest of the output again, and report the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
@@ -88,7 +88,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _duration(text: str | timedelta) -> timedelta:
-    """Read an option's text; its default is one already."""
+    """Return the duration in an option's text; a default is a timedelta already."""
     from catfeeder_cron.times import parse_duration
 
     try:
@@ -117,6 +117,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    """Read the options that stand before the command, and keep the configuration's path for it."""
     context.obj = config
 
 
@@ -128,9 +129,8 @@ def start(context: typer.Context) -> None:
     """
     import signal
 
-    signal.signal(
-        signal.SIGHUP, signal.SIG_IGN
-    )  # until the daemon takes it over: a start reads the configuration anyway
+    # Ignored until the daemon handles it: a start reads the configuration anyway.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from catfeeder_cron import logs
     from catfeeder_cron.service import daemon
 
@@ -222,7 +222,7 @@ def _run_one(crons: "Crons", job: str, dry_run: bool, wait: timedelta) -> tuple[
 
 
 def _one_terminal() -> bool:
-    """Whether results and errors are read in one place, where a failure's reason need not be said twice."""
+    """Return whether results and errors go to one terminal, where a failure's reason need not be printed twice."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
@@ -385,7 +385,7 @@ def init_db(
     enabled = [job for job in jobs if settings.jobs[job.id].enabled]
     needed = [use.table for job in enabled for use in job.tables if not use.optional]
     if with_app_tables and dry_run:
-        needed = []  # they would be there by then
+        needed = []  # without --dry-run they would have been created by then
     done = False
     with Database(settings.database) as database:
         steps = [schema.upgrade(database, dry_run=dry_run)]
@@ -423,7 +423,7 @@ def _read(path: Path | None, *, needs_address: bool = True) -> "Settings":
 
 @contextmanager
 def _opened(context: typer.Context, jobs: Iterable[str] = ()) -> Iterator[tuple["Settings", "Database"]]:
-    """Yield the configuration, which must have these jobs, and its database, of which the daemon's schema is there."""
+    """Yield the configuration and its database. Raises UnknownJob for a job that is not in it, and SchemaProblem."""
     from catfeeder_cron.database import Database, schema
 
     settings = _load(context)
@@ -436,19 +436,19 @@ def _opened(context: typer.Context, jobs: Iterable[str] = ()) -> Iterator[tuple[
 
 
 def _log_nothing() -> None:
-    """A command that tells its own failure in one line logs nothing beside it."""
+    """Switch logging off, for a command that prints its failure itself, in one line."""
     from catfeeder_cron import logs
 
     logs.configure("critical", "console")
 
 
 def _log_warnings(settings: "Settings") -> None:
-    """A command that prints its own results logs what went wrong and nothing else, unless debugging."""
+    """Log only warnings and errors, unless debugging, for a command that prints its own results."""
     from catfeeder_cron import logs
 
     logs.configure("debug" if settings.logging.level == "debug" else "warning", "console")
-    # The command tells of an outage itself, in the line of the job that met it.
+    # The command prints an outage itself, in the line of the job that met it.
     logging.getLogger("catfeeder_cron.database").setLevel(logging.CRITICAL)
-    # What a job has to say by itself is told, too.
+    # The output of jobs is shown, too.
     for name in ("catfeeder_cron.output", "catfeeder_cron.jobs"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The manual page, written from the texts of `--help`: `python -m catfeeder_cron.console.manual > catfeeder-cron.1`."""
+"""Write the manual page from the texts of `--help`: `python -m catfeeder_cron.console.manual > catfeeder-cron.1`."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ _FILES = {
 
 
 def page() -> str:
-    """Return the page in the man macros of roff (man(7))."""
+    """Return the page in roff's man macros (man(7))."""
     program: Any = typer.main.get_command(app)
     lines = [
         f'.TH CATFEEDER-CRON 1 "" "catfeeder-cron {__version__}" "User Commands"',
@@ -75,7 +75,7 @@ def _list(explained: dict[str, str]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Keep roff from reading anything into the text."""
+    """Return the text with all characters escaped that have a meaning in roff."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("~", "\\(ti")
     lines = (line.strip() for line in escaped.strip().splitlines())
     return "\n".join(f"\\&{line}" if line.startswith((".", "'")) else line or ".PP" for line in lines)

@@ -1,4 +1,4 @@
-"""What `list` and `status` show: the configured jobs, and the daemons that run them."""
+"""Collect what `list` and `status` show: the configured jobs, and the daemons that run them."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,9 +15,9 @@ from catfeeder_cron.times import timestamp
 log = get_logger("catfeeder_cron.console")
 
 LISTED = ("job", "enabled", "trigger", "next_run", "last_run", "last_outcome", "paused")
-"""What `list --json` tells of a job; `status --json` tells the rest too."""
+"""The keys of a job in `list --json`; `status --json` has further ones."""
 
-# A slot that nobody has taken this long after it came up is overdue.
+# A slot that no daemon has claimed this long after its time is overdue.
 _OVERDUE_AFTER = timedelta(seconds=60)
 
 _DAEMONS = """
@@ -34,7 +34,7 @@ _ACCOUNTS = "SELECT job, trigger, accounted_until FROM catfeeder_cron.schedule"
 
 
 def jobs(settings: Settings) -> list[dict[str, Any]]:
-    """Return a JSON object for every configured job. Without a database or a ledger, what it knows is left out."""
+    """Return a JSON object for every configured job. Without a database or a ledger, past runs and pauses are empty."""
     runs, paused = _past(settings)
     return [_described(job_id, settings, runs, paused) for job_id in settings.jobs]
 
@@ -110,6 +110,6 @@ def _described(
 
 
 def _pause_of(job_id: str, paused: list[JobPause]) -> JobPause | None:
-    """The job's own pause, else that of all jobs."""
+    """Return the job's own pause, else the pause of all jobs, if there is one."""
     by_job = {pause.job: pause for pause in paused}
     return by_job.get(job_id) or by_job.get(ALL_JOBS)

@@ -1,4 +1,4 @@
-"""What the commands have found, laid out for people: tables and sentences. Scripts get the same as JSON."""
+"""Print the results of commands for people, as tables and sentences; `--json` prints the same results for scripts."""
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from catfeeder_cron.report import JobReport
 
 
 def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:
-    """Print what overview.jobs found. Notes have a column where there are any: a terminal has little room."""
+    """Print the result of overview.jobs. The column for notes appears only if there are any, to save room."""
     columns = ("JOB", "ENABLED", "TRIGGER", "NEXT RUN (UTC)", "LAST RUN (UTC)", "OUTCOME", "NOTES")
     rows = [
         (
@@ -30,7 +30,7 @@ def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:
 
 
 def print_status(found: dict[str, Any]) -> None:
-    """Print what overview.status found."""
+    """Print the result of overview.status."""
     print_table(
         ("DAEMON", "HOST", "PID", "VERSION", "SINCE (UTC)", "LAST HEARTBEAT (UTC)", "RUNNING"),
         [
@@ -79,13 +79,13 @@ def print_history(runs: Sequence[PastRun], durations: Iterable[Durations]) -> No
 
 
 def in_words(report: JobReport) -> str:
-    """Say in one line what a run did, and in one more for each provider that it worked with."""
-    told = [
+    """Return a line with the run's outcome and counts, and one more line for each provider."""
+    parts = [
         report.outcome.replace("_", " "),
         *([report.reason] if report.reason else []),
         *_counts(report.counts),
     ]
-    line = f"{report.job}: {', '.join(told)} ({report.duration.total_seconds():.2f} s)"
+    line = f"{report.job}: {', '.join(parts)} ({report.duration.total_seconds():.2f} s)"
     return "\n".join([line, *(_of_provider(name, report) for name in report.by_provider)])
 
 
@@ -95,7 +95,7 @@ def _of_provider(name: str, report: JobReport) -> str:
 
 
 def print_forecast(links: Sequence[LoginNeeded]) -> None:
-    """Print which links need a new login."""
+    """Print the links that need a new login."""
     print_table(
         ("OAUTH", "USER", "PROVIDER", "NEEDED (UTC)", "REASON"),
         [
@@ -145,7 +145,7 @@ def _counts(counts: dict[str, int]) -> list[str]:
 
 
 def _second(timestamp: str | None) -> str:
-    """Shorten an ISO timestamp for people."""
+    """Return an ISO timestamp as date and time, to the second."""
     return (timestamp or "-")[:19].replace("T", " ")
 
 

@@ -1,4 +1,4 @@
-"""Results for people: tables on a terminal, plain columns in a pipe, a progress bar for what takes long."""
+"""Print results: tables on a terminal, plain columns in a pipe, JSON, and a progress bar for a run that takes long."""
 
 import codecs
 import json
@@ -12,13 +12,13 @@ from catfeeder_cron.report import Progress, no_progress
 
 
 def print_json(document: Any) -> None:
-    """Print it such that it is JSON whatever the encoding: an escape of Python's, as `\\xfc`, would be none."""
+    """Print a document as valid JSON in any encoding of standard output; Python's escapes (`\\xfc`) are not JSON."""
     is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
     print(json.dumps(document, indent=2, ensure_ascii=not is_utf8))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under their headings: drawn on a terminal that is wide enough, elsewhere aligned with spaces."""
+    """Print rows under their headings: with lines on a terminal that is wide enough, elsewhere aligned with spaces."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if sys.stdout.isatty():
         load("rich.console", "rich.table", "rich.text")
@@ -39,10 +39,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _narrowed(widths: Sequence[int], rows: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """Narrow the widest columns until all fit, but none so far that a word must be broken; None if that can't be.
-
-    Words of more than 20 characters may be.
-    """
+    """Narrow the widest columns until all fit, without breaking words of up to 20 characters; None if that fails."""
     words = [[word for cell in column for word in cell.split()] for column in zip(*rows, strict=True)]
     least = [min(20, max(map(len, column))) for column in words]
     narrowed = list(widths)
@@ -56,7 +53,7 @@ def _narrowed(widths: Sequence[int], rows: Sequence[Sequence[str]], room: int) -
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Yield what a job reports its progress to: where standard error is a terminal, a bar from the first report on."""
+    """Yield the function to which a job reports its progress; on a terminal it shows a bar after the first report."""
     if not sys.stderr.isatty():
         yield no_progress
         return

@@ -1,1 +1,1 @@
-"""The daemon at work on a throw-away PostgreSQL with sample data: `make run`."""
+"""Show the daemon at work on a temporary PostgreSQL with sample data: `make run`."""

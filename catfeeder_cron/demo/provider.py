@@ -1,4 +1,4 @@
-"""A local OAuth provider for the demo: it rotates refresh tokens and knows some of them no more."""
+"""A local OAuth provider for the demo. It rotates refresh tokens, and refuses some of them as invalid."""
 
 import json
 import secrets
@@ -9,32 +9,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 TOKEN_LIFESPAN = 60
-"""Seconds: short, so that something is to be seen."""
+"""In seconds; short, so that the demo shows renewals soon."""
 
 
 class LocalProvider(ThreadingHTTPServer):
-    """Listens on a free port of 127.0.0.1. `good` are the refresh tokens that are good for something."""
+    """Listens on a free port of 127.0.0.1. `good` are the valid refresh tokens."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _TokenEndpoint)
         self.good: set[str] = set()
+        # Held by a request's thread while it changes `good`: every request has a thread of its own.
         self._lock = threading.Lock()
 
     @property
     def token_url(self) -> str:
+        """The URL of the token endpoint."""
         return f"http://127.0.0.1:{self.server_port}/token"
 
     def hand_out(self) -> str:
-        """Return a refresh token, as a login would."""
+        """Return a new refresh token, as a login does."""
         token = secrets.token_urlsafe()
         with self._lock:
             self.good.add(token)
         return token
 
     def spend(self, token: str) -> bool:
-        """Tell whether a refresh token was good, which it is only once."""
+        """Return whether a refresh token was valid; after this it is not valid any more."""
         with self._lock:
             was_good = token in self.good
             self.good.discard(token)
@@ -54,7 +56,7 @@ class _TokenEndpoint(BaseHTTPRequestHandler):
         self._answer(200, {**token, "token_type": "Bearer", "expires_in": TOKEN_LIFESPAN})
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep silent: the daemon's log is what is to be seen."""
+        """Log nothing, because the demo shows the daemon's log."""
 
     def _answer(self, status: int, document: dict[str, object]) -> None:
         body = json.dumps(document).encode()
@@ -67,7 +69,7 @@ class _TokenEndpoint(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_provider() -> Iterator[LocalProvider]:
-    """Run a provider in a thread of its own."""
+    """Yield a provider that runs in a thread, and stop it at the end."""
     with LocalProvider() as provider:
         threading.Thread(target=provider.serve_forever, name="demo-provider", daemon=True).start()
         try:

@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL with sample data, and the real daemon on top: what `make run` shows."""
+"""Run the real daemon on a temporary PostgreSQL with sample data, for `make run`."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ _PROVIDER = """
     INSERT INTO "UserOauthConnection" (provider_name, client_id, client_secret, token_grabber_base_url)
     VALUES ('local', 'catfeeder', 'demo', %s)"""
 
-# Some tokens are not the provider's: their users have to log in again.
+# The provider does not know some of the tokens: their users have to log in again.
 _LINKS = """
     INSERT INTO "ActiveOauths" (token, token_expiration, token_lifespan, refresh_link, service_id, user_id)
     SELECT 'old', now() + n * interval '1 second', %s, refresh_link, (SELECT id FROM "Services"), n
@@ -78,7 +78,7 @@ _ACTION = """
 
 
 class _Feeder(BaseHTTPRequestHandler):
-    """A cat feeder that is told to serve."""
+    """A cat feeder, which logs the webhooks that it receives."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -93,17 +93,18 @@ class _Feeder(BaseHTTPRequestHandler):
 @contextmanager
 def _feeder() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Feeder) as server:
+        # The main thread runs the daemon, so the feeder answers in a thread of its own.
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/feeders/"
         server.shutdown()
 
 
 def run() -> None:
-    """Run until Ctrl-C or SIGTERM, and leave nothing behind."""
+    """Run until Ctrl-C or SIGTERM, then stop the server and delete its data."""
     logs.configure("info", "console")
     signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
     with ExitStack() as opened:
-        # A stop waits for the end of the set-up: what initdb has started would outlive it, and write on.
+        # A stop waits for the end of the set-up: processes of initdb would outlive us and go on writing.
         with StopSignals() as signals:
             settings = _set_up(opened)
         if not signals.requested.is_set():

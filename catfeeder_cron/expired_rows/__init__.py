@@ -1,13 +1,13 @@
-"""Delete the rows of a table whose time has passed, in short transactions that nobody notices.
+"""Delete the expired rows of a table, in transactions so short that they do not disturb the web server.
 
-A row's identity is never carried from one transaction to the next: every DELETE repeats the condition, so a row that
-the web server prolongs meanwhile survives. Three ways, chosen for each leaf of the table:
+Every DELETE repeats the condition and none relies on rows that an earlier transaction found, so a row that the web
+server prolongs meanwhile is kept. There are three ways, chosen for each leaf of the table:
 
-by_index     little has expired and an index begins with the expiry: in the index's order. The cost follows the
-             expired rows, not the table.
-by_blocks    otherwise: over the table's blocks, a range of them at a time. This reaches the speed of one big DELETE,
-             with or without an index, because every block is read once and in order.
-row_by_row   where a batch meets a row that is locked or that a constraint keeps: for that batch alone.
+by_index     if few rows have expired and an index begins with the expiry: in the index's order. Its cost depends on
+             the number of expired rows, not on the size of the table.
+by_blocks    otherwise: over the table's blocks, a range of them at a time. It is as fast as one big DELETE, with or
+             without an index, because it reads every block once and in order.
+row_by_row   for one batch, in which a row is locked or kept by a constraint.
 """
 
 from datetime import timedelta
@@ -23,22 +23,23 @@ from catfeeder_cron.job import JobContext
 
 
 class ExpiredRowsSettings(JobSettings):
-    """What the clean-up jobs have in common."""
+    """The options of every clean-up job."""
 
     batch_size: int = Field(default=10_000, ge=1)
-    """Rows that one transaction deletes at most."""
+    """The most rows that one transaction deletes."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Rows that one run deletes at most; the rest waits for the next run."""
+    """The most rows that one run deletes; the rest waits for the next run."""
     keep_expired_for: Duration = timedelta(0)
-    """How long a row outlives its expiry."""
+    """How long a row is kept after its expiry."""
 
 
 def delete_expired(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> None:
-    """Delete the rows of table `name` whose column `expiry` has passed by the database's clock; NULL never has.
+    """Delete the rows of table `name` whose column `expiry` has passed by the database's clock; NULL never passes.
 
-    Counts `deleted`, and `remaining`: the expired rows that were met and left, because somebody has them locked or a
-    constraint keeps them. A dry run counts `would_delete`. A row that expires during the run waits for the next.
-    Any number of these may run at once, on any number of machines.
+    Counts `deleted`, and `remaining`: expired rows that were left because another session has locked them or a
+    constraint keeps them. A dry run counts `would_delete`. A row that expires during the run waits for the next run.
+    Any number of these runs may work at the same time, on any number of machines. Raises LockTimeout when the whole
+    table is locked.
     """
     deletions = _inspect(context, name, expiry, settings)
     if context.dry_run:

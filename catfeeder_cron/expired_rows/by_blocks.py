@@ -1,4 +1,4 @@
-"""Delete a leaf's expired rows range by range of its blocks."""
+"""Delete a leaf's expired rows, one range of its blocks after the other."""
 
 import time
 
@@ -7,15 +7,15 @@ from catfeeder_cron.expired_rows import row_by_row
 from catfeeder_cron.expired_rows.leaf import LeafDeletion
 from catfeeder_cron.expired_rows.row_by_row import Position
 
-# A range aims at this long: long enough that its overhead is small, short enough that whoever writes one of its rows
-# does not notice (`make bench` shows both).
+# The time that a range should take: long enough that its overhead is small, short enough that a session that writes one
+# of its rows hardly waits (`make bench` shows both).
 _AIM_SECONDS = 0.020
 _FIRST_BLOCKS = 32
-# Bounds how many rows a range can hit right after a long stretch without any.
+# Limits how many rows a range can meet right after many blocks without any.
 _MOST_BLOCKS = 512
 
-# IS TRUE hides the comparison from the planner: with stale statistics it would read all expired rows through an index
-# for every range.
+# IS TRUE keeps the planner from using an index on the expiry: with stale statistics it would read all expired rows
+# through it for every range.
 _DELETE = """
     DELETE FROM ONLY {leaf} AS leaf
     WHERE ctid >= %(first)s::tid AND ctid < %(last)s::tid AND ({expiry} < %(cutoff)s::timestamptz) IS TRUE
@@ -30,8 +30,8 @@ class _TooManyRows(Exception):
 
 
 def delete(deletion: LeafDeletion) -> None:
-    """Walk the whole leaf, as large as it is now: what is added later had not expired at the start."""
-    # Composed once: thousands of ranges may follow, of two milliseconds each.
+    """Delete the expired rows of the whole leaf, in its size at the start: rows added later can't have expired then."""
+    # Composed once, because thousands of ranges may follow that take two milliseconds each.
     statement = deletion.statement(_DELETE).as_bytes()
     first, blocks, wary = 0, _FIRST_BLOCKS, False
     while first < deletion.leaf.blocks and (room := deletion.room()):
@@ -47,16 +47,16 @@ def delete(deletion: LeafDeletion) -> None:
             except (LockTimeout, ConstraintViolation):
                 wary = True
         if wary:
-            # Where one row can't be deleted, the next ranges are likely to hold more: each would cost a wait.
-            wary = _delete_carefully(deletion, first, last)
+            # After one row that can't be deleted, the next ranges are likely to hold more, and each would cost a wait.
+            wary = _delete_row_by_row(deletion, first, last)
         deletion.progress(last)
         first = last
-    deletion.tell_what_is_kept()
+    deletion.report_kept_rows()
 
 
 def _delete_range(deletion: LeafDeletion, statement: bytes, first: int, last: int) -> int:
-    """Delete a range's expired rows, all or none; return how wide the next may be."""
-    # A join by hash would read a referring table once for every range; without an index nothing is cheaper.
+    """Delete a range's expired rows, all or none; return the width of the next range, in blocks."""
+    # A hash join would read the whole referring table for every range; it is only the cheapest way without an index.
     indexed = bool(deletion.foreign_keys) and all(foreign_key.indexed for foreign_key in deletion.foreign_keys)
     planner = {"enable_hashjoin": "off", "enable_mergejoin": "off"} if indexed else {}
     room, begun = deletion.room(), time.perf_counter()
@@ -70,15 +70,16 @@ def _delete_range(deletion: LeafDeletion, statement: bytes, first: int, last: in
 
 
 def _adapted(blocks: int, seconds: float, fullness: float) -> int:
-    """The next range's width: what would have met the aim in time and used 95 % of the room, with steps of
-    at most two.
+    """Return the width that would have met the aimed time and used at most 95 % of the room.
+
+    It is at most twice and at least a quarter of the last width.
     """
     factor = min(_AIM_SECONDS / seconds, 0.95 / fullness if fullness else 2.0)
     return max(1, min(_MOST_BLOCKS, round(blocks * max(0.25, min(2.0, factor)))))
 
 
-def _delete_carefully(deletion: LeafDeletion, first: int, last: int) -> bool:
-    """Delete what can be deleted of a range; return whether anything was left."""
+def _delete_row_by_row(deletion: LeafDeletion, first: int, last: int) -> bool:
+    """Delete those rows of a range that can be deleted; return whether any was left."""
     start, end = f"({first},0)", f"({last},0)"
     position: Position | None = Position(place=start)
     while position is not None and deletion.room():

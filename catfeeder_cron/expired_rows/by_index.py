@@ -6,20 +6,22 @@ from catfeeder_cron.expired_rows import row_by_row
 from catfeeder_cron.expired_rows.leaf import EXPIRED, LeafDeletion
 from catfeeder_cron.expired_rows.row_by_row import Position
 
-# Share of expired rows up to which picking beats the walk, and the most that are counted to find out.
+# The share of expired rows up to which this is faster than by_blocks, and the most rows that are counted to decide it.
 _FEW = 0.015
 _MOST_COUNTED = 100_000
-# Rows of a batch. Most lie on a page of their own, which makes a row twenty times as dear as it is in the walk.
+# The most rows of a batch. Most lie on different pages, so a row costs twenty times as much as it does in by_blocks.
 _MOST_ROWS = 2000
 
 _COUNT_SOME = "SELECT count(*) FROM (SELECT FROM ONLY {leaf} AS leaf WHERE {scope} LIMIT %(limit)s) AS first_ones"
 
-# Rows that were passed over, because they are locked or kept, are behind the position and don't come again.
+# Rows that were left, because they are locked or kept, lie before the position and are not read again.
 _AFTER = """{expiry} < %(cutoff)s::timestamptz AND {expiry} >= %(expiry)s::timestamptz
     AND ({expiry} > %(expiry)s::timestamptz OR ctid > %(place)s::tid)"""
 _UP_TO = """{expiry} <= %(expiry)s::timestamptz AND ({expiry} < %(expiry)s::timestamptz OR ctid <= %(place)s::tid)"""
 _ORDER = "leaf.{expiry}, leaf.ctid"
 
+# `picked` locks the next rows in the index's order, `deleted` deletes those of them that are still expired. The result
+# has the position of the last row picked, from which the next batch goes on.
 _DELETE = """
     WITH picked AS MATERIALIZED (
         SELECT ctid AS place, {expiry} AS expiry FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
@@ -35,7 +37,7 @@ _THROUGH_THE_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
 
 
 def delete_if_few(deletion: LeafDeletion) -> bool:
-    """Delete what has expired if an index leads there and it is little; return whether it was so."""
+    """Delete the leaf's expired rows if there is an index for it and they are few; return whether that was so."""
     if not deletion.leaf.indexed:
         return False
     few = round(min(_MOST_COUNTED, max(deletion.batch_size, _FEW * deletion.leaf.estimated_rows)))
@@ -45,7 +47,7 @@ def delete_if_few(deletion: LeafDeletion) -> bool:
         return False
     if found:
         _delete(deletion, found)
-        deletion.tell_what_is_kept()
+        deletion.report_kept_rows()
     return True
 
 
@@ -55,7 +57,7 @@ def _delete(deletion: LeafDeletion, found: int) -> None:
     while position is not None and deletion.room():
         position = _delete_next(deletion, position)
     if deletion.context.counts["deleted"] - before >= found:
-        return  # nothing was passed over, and to count it would cost a tenth of the run
+        return  # no row was left, and a count would cost a tenth of the run
     if position is None:
         deletion.count_remaining(EXPIRED)
     else:
@@ -63,7 +65,7 @@ def _delete(deletion: LeafDeletion, found: int) -> None:
 
 
 def _delete_next(deletion: LeafDeletion, after: Position) -> Position | None:
-    """Delete a batch behind `after`; return how far it went, None at the end."""
+    """Delete the batch after the position `after`; return the batch's last position, None at the end."""
     try:
         return _delete_batch(deletion, after)
     except (LockTimeout, ConstraintViolation):

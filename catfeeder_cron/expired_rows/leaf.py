@@ -1,4 +1,4 @@
-"""One run's deletion over one leaf: what its statements have in common, and what it found that can't be deleted."""
+"""The deletion of one leaf's rows in one run: its statements' common parts, its counts, and the rows it has to keep."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from catfeeder_cron.logs import get_logger
 
 log = get_logger("catfeeder_cron.expired_rows")
 
-# What a batch spends on waiting for somebody else's row lock, while it holds its own.
+# How long a batch waits for another session's row lock; meanwhile it holds its own.
 LOCK_TIMEOUT = "50ms"
 MOST_NAMED = 5
 
@@ -22,7 +22,7 @@ EXPIRED = "{expiry} < %(cutoff)s::timestamptz"
 _COUNT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}"
 
 _COUNT_KEPT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} AND EXISTS ({referring}) {unreferenced}"
-# to_jsonb, because a table without a column "id" is no reason to fail.
+# to_jsonb, so that the statement works for a table without a column "id", too.
 _NAME_KEPT = """
     SELECT to_jsonb(leaf) ->> 'id' FROM ONLY {leaf} AS leaf WHERE {scope} AND EXISTS ({referring}) {unreferenced}
     LIMIT %(most)s"""
@@ -30,7 +30,7 @@ _NAME_KEPT = """
 
 @dataclass
 class Kept:
-    """Rows that one constraint keeps: how many, and the ids of the first."""
+    """The rows that one constraint keeps: their number, and the ids of the first few."""
 
     rows: int = 0
     ids: list[str | None] = field(default_factory=list)
@@ -38,6 +38,8 @@ class Kept:
 
 @dataclass
 class LeafDeletion:
+    """The deletion of one leaf's expired rows. `blocks_before` and `blocks_in_all` are for the progress of the run."""
+
     context: JobContext
     leaf: Leaf
     expiry: str
@@ -48,23 +50,24 @@ class LeafDeletion:
     blocks_before: int = 0
     blocks_in_all: int = 0
     kept: dict[str, Kept] = field(default_factory=dict)
-    """Rows that turned out to be kept by a constraint that `foreign_keys` does not show, by its name."""
+    """Rows that are kept by a constraint that is not in `foreign_keys`, by the constraint's name."""
 
     def room(self) -> int:
-        """Rows that the next batch may delete."""
+        """Return how many rows the next batch may delete."""
         if self.max_rows is None:
             return self.batch_size
         return min(self.batch_size, self.max_rows - self.context.counts["deleted"])
 
     def batch(self, **local: str) -> AbstractContextManager[Connection]:
-        """Open a batch's transaction. A batch that a crashing server loses is deleted again by the next run, so nobody
-        waits for the disk.
+        """Open a batch's transaction.
+
+        It does not wait for the disk: if a crash of the server loses a batch, the next run deletes its rows again.
         """
         settings: dict[str, str | int] = {"lock_timeout": LOCK_TIMEOUT, "synchronous_commit": "off", **local}
         return self.context.transaction(**settings)
 
     def statement(self, text: LiteralString, scope: LiteralString = EXPIRED, **parts: sql.Composable) -> sql.Composed:
-        """Fill in the names of this leaf. Rows that a foreign key keeps are left out by {unreferenced}."""
+        """Return the statement with this leaf's names; its {unreferenced} excludes rows that a foreign key keeps."""
         names = {"leaf": identifier(self.leaf.schema, self.leaf.name), "expiry": identifier(self.expiry)}
         unreferenced = sql.SQL("").join(
             sql.SQL(" AND NOT EXISTS ({})").format(self._referring(foreign_key)) for foreign_key in self.foreign_keys
@@ -74,27 +77,31 @@ class LeafDeletion:
         )
 
     def parameters(self, **more: Any) -> dict[str, Any]:
+        """Return the parameters that every statement needs, and these."""
         return {"cutoff": self.cutoff, **more}
 
     def deleted(self, rows: int) -> None:
+        """Count rows that were deleted."""
         self.context.counts["deleted"] += rows
 
     def progress(self, blocks: int) -> None:
+        """Report how many of the leaf's blocks are done."""
         self.context.progress(self.blocks_before + blocks, self.blocks_in_all)
 
     def count_deletable(self) -> int:
+        """Count the expired rows that no foreign key keeps."""
         with self.context.transaction() as connection:
             return self._count(connection, EXPIRED, {})
 
     def count_remaining(self, scope: LiteralString = EXPIRED, **parameters: Any) -> int:
-        """Count what is still there of a scope that was gone through: what others hold or a constraint keeps."""
+        """Count and return the rows that are left in a scope after the deletion: locked ones and kept ones."""
         with self.context.transaction() as connection:
             rows = self._count(connection, scope, parameters)
         self.context.counts["remaining"] += rows
         return rows
 
-    def tell_what_is_kept(self) -> None:
-        """Count and name the expired rows that foreign keys keep."""
+    def report_kept_rows(self) -> None:
+        """Count and log the expired rows that constraints keep."""
         foreign_keys, self.foreign_keys = self.foreign_keys, []
         for foreign_key in foreign_keys:
             referring = self._referring(foreign_key)
@@ -123,7 +130,7 @@ class LeafDeletion:
             sql.SQL("{} = {}").format(identifier("referring", own), identifier("leaf", referenced))
             for own, referenced in foreign_key.columns
         ]
-        if foreign_key.of_itself:  # a row that refers to itself keeps nobody
+        if foreign_key.of_itself:  # a row that refers to itself does not keep itself
             conditions.append(sql.SQL("(referring.tableoid, referring.ctid) <> (leaf.tableoid, leaf.ctid)"))
         return sql.SQL("SELECT FROM {} {} AS referring WHERE {}").format(
             sql.SQL("" if foreign_key.partitioned else "ONLY"),

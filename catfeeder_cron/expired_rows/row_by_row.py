@@ -1,4 +1,4 @@
-"""Delete expired rows of which some can't be: what is locked is passed over, what a constraint keeps is found."""
+"""Delete a batch of expired rows of which some can't be deleted: skip locked rows, find those a constraint keeps."""
 
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -9,13 +9,13 @@ from psycopg import sql
 from catfeeder_cron.database import Connection, identifier, single
 from catfeeder_cron.expired_rows.leaf import MOST_NAMED, Kept, LeafDeletion
 
-# Rows that are locked together while they are tried, and the wait for the rows that hang on one of them.
+# How many rows are locked together while they are tried, and how long a DELETE waits for the rows that refer to them.
 _ROWS = 200
 _LOCK_TIMEOUT = "1ms"
 
-# Told apart from a locked row, because it would have to be met for each of them: the table is locked as a whole.
+# Fails at once when the whole table is locked; otherwise that would look like one locked row after the other.
 _LOCK_TABLE = "LOCK TABLE ONLY {leaf} IN ROW EXCLUSIVE MODE"
-# The order is that of the columns: bare names would mean the texts that are selected.
+# The order names the table's columns as leaf.X: bare names would mean the texts that are selected.
 _LOCK = """
     SELECT ctid::text, {expiry}::timestamptz::text FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
     ORDER BY {order} LIMIT %(limit)s FOR UPDATE SKIP LOCKED"""
@@ -26,7 +26,7 @@ _NAME = "SELECT to_jsonb(leaf) ->> 'id' FROM ONLY {leaf} AS leaf WHERE ctid = %(
 
 @dataclass(frozen=True)
 class Position:
-    """How far a leaf was gone through: an expiry and a row's place, in the order of the one or the other."""
+    """The last row that was tried: its expiry, which counts in by_index, and its place, which counts in both ways."""
 
     expiry: str = "-infinity"
     place: str = "(0,0)"
@@ -40,7 +40,7 @@ def delete_next(
     parameters: dict[str, Any],
     planner: dict[str, str],
 ) -> Position | None:
-    """Delete what can be deleted of the next few rows of a scope; return how far that went, None at its end."""
+    """Delete those of a scope's next few rows that can be deleted; return the last row's position, None at the end."""
     limit = min(deletion.room(), _ROWS)
     lock = deletion.statement(_LOCK, scope, order=sql.SQL(order).format(expiry=identifier(deletion.expiry)))
     values = deletion.parameters(limit=limit, expiry=after.expiry, place=after.place, **parameters)
@@ -55,7 +55,7 @@ def delete_next(
 
 
 def _delete_or_halve(deletion: LeafDeletion, connection: Connection, places: list[str]) -> int:
-    """Delete these locked rows; where one can't be deleted, find it by halves."""
+    """Delete these rows, which are locked by us; if one can't be deleted, find it by halving the batch."""
     try:
         with connection.transaction():
             return connection.execute(deletion.statement(_DELETE), deletion.parameters(places=places)).rowcount

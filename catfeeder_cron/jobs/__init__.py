@@ -20,9 +20,9 @@ def load_settings(
     environ: Mapping[str, str] = os.environ,
     needs_address: bool = True,
 ) -> Settings:
-    """Return the configuration with the settings of these jobs, by default of all that are built in.
+    """Return the configuration with the settings of these jobs, by default of all built-in ones.
 
-    See config.load for the rest.
+    Raises ConfigurationError; the other parameters are those of config.load.
     """
     known = built_in()
     settings = config.load(
@@ -38,7 +38,7 @@ def load_settings(
 
 
 def built_in() -> dict[str, Job[Any]]:
-    """Return the job of every file in this folder by its id, in the order of the ids."""
+    """Return the job of every file in this folder, by its id, in the order of the ids."""
     files = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     names = [f"{__name__}.{file}" for file in files]
     load(*names)

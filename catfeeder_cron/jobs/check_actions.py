@@ -1,4 +1,4 @@
-"""Do what is due: run the rows of "Actions", each by the handler of its kind."""
+"""Run the due rows of "Actions", each by the handler of its kind."""
 
 from datetime import timedelta
 from types import MappingProxyType
@@ -18,16 +18,18 @@ _SECOND = timedelta(seconds=1)
 
 
 class CheckActions(JobSettings):
+    """[jobs.check-actions]."""
+
     web_server_keys = MappingProxyType({"check_actions_interval": "interval"})
     interval: Duration | None = timedelta(seconds=300)
     concurrency: int = Field(default=8, ge=1, le=100)
-    """Actions that one process performs at the same time."""
+    """How many actions one process performs at the same time."""
     action_timeout: Annotated[Duration, within(_SECOND)] = timedelta(seconds=30)
     """How long one attempt may take. A stop waits for it, within `shutdown_grace`."""
     retry_after: Duration = timedelta(seconds=10)
-    """The pause before the second attempt; before each further one it is twice as long."""
+    """The pause before the second attempt; before each further attempt it doubles."""
     lease: Annotated[Duration, within(_SECOND)] = timedelta(seconds=60)
-    """How long an action is out of reach of other daemons; extended while its handler runs."""
+    """How long other daemons may not claim an action; extended while its handler runs."""
 
     @field_validator("enabled")
     @classmethod
@@ -38,10 +40,10 @@ class CheckActions(JobSettings):
 
 
 def run(context: JobContext, settings: CheckActions) -> None:
-    """Do what is due, beside any number of other daemons.
+    """Run the due actions; any number of daemons may do this at the same time.
 
-    Counts `due` (claimed by this run), `done`, `retried` (to be tried again later) and `given_up`; a dry run counts
-    `would_run`.
+    Counts `due` (claimed by this run), `done`, `retried` (another attempt will follow) and `given_up`; a dry run
+    counts `would_run`.
     """
     if context.dry_run:
         with context.transaction() as connection:
@@ -53,7 +55,7 @@ def run(context: JobContext, settings: CheckActions) -> None:
 
 
 def due_in(context: JobContext) -> float | None:
-    """Return in how many seconds there is something to do; None while nothing is in sight."""
+    """Return in how many seconds the next action is due or a lease ends; None if there is neither."""
     with context.transaction() as connection:
         if not has_table(connection, context.tables.schema_, context.tables.actions):
             return None

@@ -11,11 +11,14 @@ from catfeeder_cron.job import Job, JobContext
 
 
 class CleanTokens(ExpiredRowsSettings):
+    """[jobs.clean-tokens]."""
+
     web_server_keys = MappingProxyType({"clean_tokens": "enabled", "clean_tokens_interval": "interval"})
     interval: Duration | None = timedelta(seconds=1800)
 
 
 def run(context: JobContext, settings: CleanTokens) -> None:
+    """Delete the sessions whose `expiration_date` has passed."""
     delete_expired(context, context.tables.connections, "expiration_date", settings)
 
 

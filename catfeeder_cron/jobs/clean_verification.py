@@ -1,4 +1,4 @@
-"""Forget verification codes that were never used: delete the expired rows of "Verification"."""
+"""Delete verification codes that were never used: the expired rows of "Verification"."""
 
 from datetime import timedelta
 from types import MappingProxyType
@@ -11,11 +11,14 @@ from catfeeder_cron.job import Job, JobContext
 
 
 class CleanVerification(ExpiredRowsSettings):
+    """[jobs.clean-verification]."""
+
     web_server_keys = MappingProxyType({"clean_verification": "enabled", "clean_verification_interval": "interval"})
     interval: Duration | None = timedelta(seconds=900)
 
 
 def run(context: JobContext, settings: CleanVerification) -> None:
+    """Delete the codes whose `expiration` has passed."""
     delete_expired(context, context.tables.verification, "expiration", settings)
 
 

@@ -1,4 +1,4 @@
-"""A sign of life for trying out a set-up: log the date and time."""
+"""A job for testing an installation: log the date and time."""
 
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -11,6 +11,8 @@ log = get_logger("catfeeder_cron.jobs")
 
 
 class CurrentDate(JobSettings):
+    """[jobs.test-current-date]."""
+
     web_server_keys = MappingProxyType(
         {"enable_test_crons": "enabled", "test_cron_interval": "interval", "test_crons_interval": "interval"}
     )
@@ -19,6 +21,7 @@ class CurrentDate(JobSettings):
 
 
 def run(context: JobContext, settings: CurrentDate) -> None:
+    """Log the date and time in UTC."""
     log.info("current_date", date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 

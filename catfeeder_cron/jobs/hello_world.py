@@ -1,4 +1,4 @@
-"""A sign of life for trying out a set-up: log a greeting."""
+"""A job for testing an installation: log a greeting."""
 
 from datetime import timedelta
 from types import MappingProxyType
@@ -11,6 +11,8 @@ log = get_logger("catfeeder_cron.jobs")
 
 
 class HelloWorld(JobSettings):
+    """[jobs.test-hello-world]."""
+
     web_server_keys = MappingProxyType(
         {"enable_test_crons": "enabled", "test_cron_interval": "interval", "test_crons_interval": "interval"}
     )
@@ -19,6 +21,7 @@ class HelloWorld(JobSettings):
 
 
 def run(context: JobContext, settings: HelloWorld) -> None:
+    """Log a greeting."""
     log.info("hello_world", message="Hello, world!")
 
 

@@ -14,11 +14,14 @@ from catfeeder_cron.report import Finding
 
 
 class RenewOAuth(JobSettings):
+    """[jobs.renew-oauth]."""
+
     web_server_keys = MappingProxyType({"renew_oath_tokens": "enabled", "renew_oath_tokens_interval": "interval"})
     interval: Duration | None = timedelta(seconds=1800)
 
 
 def run(context: JobContext, settings: RenewOAuth) -> None:
+    """Renew the tokens that would end before the next run; any number of daemons may do this at the same time."""
     load("catfeeder_cron.renewal.run")
     from catfeeder_cron.renewal.run import renew_due  # asyncio takes 40 ms to import
 
@@ -26,8 +29,8 @@ def run(context: JobContext, settings: RenewOAuth) -> None:
 
 
 def recover(context: JobContext) -> None:
+    """Store the answers that dead processes have left, and delete the state of links that are gone."""
     load("catfeeder_cron.renewal.recovery")
-
     from catfeeder_cron.renewal import recovery
 
     recovery.recover(context)
@@ -35,6 +38,7 @@ def recover(context: JobContext) -> None:
 
 
 def check(database: Database, settings: Settings, tables_are_right: bool) -> Iterator[Finding]:
+    """Yield the findings about providers and the directory for their answers. Raises DatabaseUnavailable."""
     load("catfeeder_cron.renewal.checks")
     from catfeeder_cron.renewal.checks import check_links
 

@@ -14,15 +14,17 @@ from catfeeder_cron.job import Job, JobContext
 
 
 class ResetFoodCounters(JobSettings):
+    """[jobs.reset-food-counters]."""
+
     web_server_keys = MappingProxyType({"reset_food_counters_interval": "interval"})
     enabled: bool = False
     interval: Duration | None = timedelta(seconds=3600)
     batch_size: int = Field(default=1000, ge=1)
-    """Rows that one transaction resets at most."""
+    """The most rows that one transaction resets."""
 
 
-# A period is a number of seconds, so a change of clocks is no part of it. The cutoff is that of the whole run: a row
-# with a short period does not come up twice. MATERIALIZED: the rows are picked and locked once, whatever the plan.
+# A period is a number of seconds, so daylight saving time does not change it. One cutoff holds for the whole run, so a
+# row with a short period is not reset twice. MATERIALIZED: the rows are chosen and locked once, with every plan.
 _DUE = """food_reset <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
 _PERIOD = "(coalesce(time_reset_hours, 0) * interval '1 hour' + coalesce(time_reset_minutes, 0) * interval '1 minute')"
 
@@ -38,7 +40,7 @@ _COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
 
 
 def run(context: JobContext, settings: ResetFoodCounters) -> None:
-    """Reset the due rows in batches. Rows that somebody has locked wait for the next run; a period of 0 is none."""
+    """Reset the due rows in batches. Locked rows wait for the next run; rows with a period of 0 are never due."""
     with context.transaction() as connection:
         (cutoff,) = single(connection, "SELECT now()::text")
         if context.dry_run:

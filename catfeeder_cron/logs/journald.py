@@ -1,8 +1,8 @@
-"""Log entries for systemd's journal in its own protocol, so that each field can be asked for: `journalctl JOB=...`.
+"""Send log entries to systemd's journal in its own protocol, so that each field can be queried: `journalctl JOB=...`.
 
 The protocol is that of https://systemd.io/JOURNAL_NATIVE_PROTOCOL: one datagram to the journal's socket for each entry,
-or one that holds nothing but the descriptor of a sealed file where the entry is too large. Where the journal does not
-take it, the entry goes to standard error, whose lines systemd reads with a priority before each.
+or, for an entry that is too large, a datagram that holds only the descriptor of a sealed file. If the journal does not
+accept the entry, it goes to standard error, where systemd reads a priority before each line.
 """
 
 import errno
@@ -26,25 +26,25 @@ _IDENTIFIER = "catfeeder-cron"
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _DEBUG = 7
 
-# A journal that is stopped is waited for once; then it is tried again this often, without waiting.
+# The first entry for a stopped journal waits for it; after that an entry tries it again this often, without waiting.
 _SEND_TIMEOUT_SECONDS = 1.0
 _TRY_AGAIN_SECONDS = 5.0
 _TOO_LARGE = (errno.EMSGSIZE, errno.ENOBUFS)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
-# What the journal or systemd itself means something else by.
+# Fields that have another meaning for the journal or for systemd.
 _RESERVED = re.compile(
     r"MESSAGE|MESSAGE_ID|PRIORITY|ERRNO|UNIT|USER_UNIT|JOB_ID|JOB_TYPE|JOB_RESULT|(CODE|SYSLOG|OBJECT)_.*"
 )
 _LONGEST_NAME = 64
 _NAMES = {"duration_seconds": "DURATION"}
 _FIRST = ("job", "run_id")
-# Said by the journal itself, or in the message.
+# Fields that the journal has already, or that are in the message.
 _NOT_FIELDS = {"timestamp", "level", "event", "exception"}
 
 
 def is_journal(stream: TextIO) -> bool:
-    """Whether systemd has connected `stream` to its journal."""
+    """Return whether systemd has connected `stream` to its journal."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -53,9 +53,10 @@ def is_journal(stream: TextIO) -> bool:
 
 
 class JournalHandler(logging.Handler):
-    """Sends records to the journal, with the fields that `fields_of` says: plain values by name.
+    """Sends records to the journal, with the fields that `fields_of` returns: plain values by name.
 
-    A log call takes one second at most however the journal is. `stream` is what takes its place.
+    A log call takes at most one second, in any state of the journal. `stream` gets the entries that it does not accept.
+    logging holds the handler's lock around `emit`, so no two threads use the socket at the same time.
     """
 
     def __init__(
@@ -70,15 +71,17 @@ class JournalHandler(logging.Handler):
         self._torn = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send a record; raise nothing into the code that logs."""
         try:
             fields = self._fields_of(record)
             message, priority = _message(fields), _priority(record.levelno)
             if not self._deliver(b"".join(_encoded(record, fields, message, priority))):
                 self._fall_back(message, priority)
-        except Exception:  # noqa: BLE001 - what a log call is about must go on
+        except Exception:  # noqa: BLE001 - a failure to log must not stop the code that logs
             self.handleError(record)
 
     def close(self) -> None:
+        """Close the socket."""
         self._socket.close()
         super().close()
 
@@ -95,7 +98,7 @@ class JournalHandler(logging.Handler):
         return True
 
     def _send(self, data: bytes) -> None:
-        # By its path each time: a journal that was restarted has another socket there.
+        # The path is looked up each time, because a restarted journal has a new socket there.
         try:
             self._socket.sendto(data, self._address)
         except OSError as error:
@@ -115,7 +118,7 @@ class JournalHandler(logging.Handler):
             self._stream.write(text)
             self._stream.flush()
             return
-        # The journal is at the other end of this one too, so here as well nothing may wait for it.
+        # This socket leads to the journal, too, so the call must not wait for it either.
         data = ("\n" * self._torn + text).encode("utf-8", "backslashreplace")
         with socket.socket(fileno=os.dup(descriptor)) as stream, suppress(BlockingIOError):
             self._torn = stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) < len(data)
@@ -134,10 +137,10 @@ def _priority(level: int) -> int:
 
 
 def _message(fields: Mapping[str, object]) -> str:
-    """Return what `journalctl` shows: the event with its fields, and the traceback below."""
+    """Return the text that `journalctl` shows: the event with its fields, and the traceback below."""
     names = sorted(fields.keys() - _NOT_FIELDS - {"logger"}, key=[*_FIRST, *fields].index)
-    told = [f"{name}={_quoted(fields[name])}" for name in names]
-    message = " ".join([str(fields["event"]), *told])
+    assignments = [f"{name}={_quoted(fields[name])}" for name in names]
+    message = " ".join([str(fields["event"]), *assignments])
     return f"{message}\n{fields['exception']}" if "exception" in fields else message
 
 
@@ -156,7 +159,7 @@ def _encoded(record: logging.LogRecord, fields: Mapping[str, object], message: s
 
 
 def _name(name: str) -> str:
-    """Return a name that the journal takes: upper-case letters, digits and underscores, a letter first."""
+    """Return a name that the journal accepts: upper-case letters, digits and underscores, a letter first."""
     cleaned = re.sub("[^A-Z0-9_]", "_", _NAMES.get(name, name).upper()).lstrip("_0123456789") or "FIELD"
     return (f"FIELD_{cleaned}" if _RESERVED.fullmatch(cleaned) else cleaned)[:_LONGEST_NAME]
 

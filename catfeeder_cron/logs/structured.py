@@ -1,25 +1,24 @@
-"""Logs: structlog's loggers on top of the standard library's, so that there is one stream of entries.
+"""structlog's loggers on top of the standard library's, so that there is one stream of entries.
 
-An event goes through standard logging with its fields beside it. Where the command line called
-`configure`, one handler on the root logger turns every record, APScheduler's and psycopg's too, into
-the same kind of entry, on standard error or in systemd's journal. Where nobody did (a program that
-embeds our classes), that program's own handlers get a readable text, and nothing is ever written to
-standard output.
+An event goes through standard logging, with its fields attached to the record. If the command line called `configure`,
+one handler on the root logger turns every record, also APScheduler's and psycopg's, into one kind of entry, on standard
+error or in systemd's journal. Otherwise, in a program that embeds our classes, that program's own handlers get a
+readable text. Nothing is ever written to standard output.
 
-structlog is imported on first use: it costs more than all of `--help`. `import structlog` brings all its parts.
+structlog is imported on first use, because the import takes longer than all of `--help`.
 """
 
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from catfeeder_cron.imports import load
+from catfeeder_cron.logs.redaction import redact
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -31,43 +30,30 @@ _PACKAGE = "catfeeder_cron"
 _HANDLER = "catfeeder_cron"
 
 TRACEBACK = "traceback_text"
-"""The attribute of a record that comes from another process, with the text of its traceback."""
+"""The name of the attribute that holds the text of a traceback, in a record that comes from another process."""
 
-# What these say at lower levels is noise to an operator: APScheduler tells every run that our own
-# events tell better, and psycopg's pool repeats a warning per attempt where the database module tells
-# an outage once.
+# Lower levels of these loggers don't help an operator: APScheduler logs every run, for which we have better events, and
+# psycopg's pool logs a warning for every attempt, where the database wing logs an outage once.
 _QUIET = {"apscheduler": logging.WARNING, "httpx": logging.WARNING, "psycopg.pool": logging.CRITICAL}
 
 # httpcore's debug records hold the headers of every answer, cookies included.
 _ALWAYS_QUIET = {"httpcore": logging.WARNING}
 
-_REDACTED = "[redacted]"
-_SECRET_KEY = re.compile(r"token|secret|passw|authorization|refresh_link|cookie|api_?key", re.IGNORECASE)
-_SECRET_TEXTS = (
-    # scheme://user:PASSWORD@host; libpq ends the password at the first @ and allows no slash in it.
-    (re.compile(r"(://[^\s/?#:@]*:)[^\s/]*@"), rf"\1{_REDACTED}@"),
-    # "password=..." in a conninfo string, "access_token=..." in a query string.
-    (re.compile(r"((?:token|secret|password)=)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)"), rf"\1{_REDACTED}"),
-    (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]+"), rf"\1 {_REDACTED}"),
-    # PostgreSQL's DETAIL quotes the values of the row, over several lines where a value has several.
-    (re.compile(r"\bDETAIL: .*?(?=\n\n(?:The above|During handling)|\Z)", re.DOTALL), f"DETAIL: {_REDACTED}"),
-)
-
 
 def get_logger(name: str) -> "BoundLogger":
-    """Return the logger for the module `name`: `log.info("job_finished", deleted=12)`."""
+    """Return the logger `name`: `log.info("job_finished", deleted=12)`."""
     return cast("BoundLogger", _LazyLogger(name))
 
 
 class _LazyLogger:
-    """Becomes structlog's logger at its first use: a command that logs nothing does without importing it."""
+    """Makes structlog's logger at its first use, so that a command that logs nothing does not import structlog."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        # Before cached_property takes its lock, which Python 3.11 has one of for all loggers: the thread that imports
-        # may come here as well.
+        # Import before cached_property takes its lock: Python 3.11 has one lock for all loggers, and the thread that
+        # does the import may come here, too, so the two could wait for each other.
         load("structlog")
         return getattr(self._bound, attribute)
 
@@ -76,27 +62,17 @@ class _LazyLogger:
         from structlog.contextvars import merge_contextvars
         from structlog.stdlib import BoundLogger, filter_by_level
 
-        # The processors are this logger's own: a host program's structlog.configure() is neither needed
-        # nor changed.
+        # The logger has its own processors, so a host program's structlog.configure() is neither needed nor changed.
         return BoundLogger(
             logging.getLogger(self._name),
-            processors=[filter_by_level, merge_contextvars, _redact, _to_standard_logging],
+            processors=[filter_by_level, merge_contextvars, redact, _to_standard_logging],
             context={},
         )
 
 
 def prepare() -> None:
-    """Import what the first entry needs; called by a program that will log from several threads, before they begin."""
+    """Import what the first entry needs; a program that logs from several threads calls this before it starts them."""
     load("structlog")
-
-
-def one_line(text: str) -> str:
-    """Return foreign text as it may be told: in one line of at most 500 characters, without the secrets it shows.
-
-    All of it is printable, so it moves no terminal's cursor, and PostgreSQL can store it (no NUL, no lone surrogate).
-    """
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return _without_secrets(" ".join(printable.split()))[:500]
 
 
 def context(**fields: object) -> AbstractContextManager[None]:
@@ -108,11 +84,11 @@ def context(**fields: object) -> AbstractContextManager[None]:
 
 
 def configure(level: str, format: Format = "auto", stream: TextIO | None = None) -> None:
-    """Send the entries of this whole process to `stream` (default: standard error), one handler in all.
+    """Send the entries of this whole process to `stream` (default: standard error), through one handler.
 
-    `level` is a standard level's name in any case. "auto" is "journald" where systemd has connected the
-    stream to its journal, "console" on a terminal and "json" otherwise. May be called again to change
-    either. A stream that is closed or breaks loses entries and raises nothing.
+    `level` is a standard level's name in any case. "auto" means "journald" if systemd has connected the stream to its
+    journal, "console" on a terminal, and "json" otherwise. A further call replaces level and format. If the stream is
+    closed or breaks, entries are lost and nothing is raised.
     """
     stream = stream or sys.stderr
     handler = _handler(format, stream)
@@ -134,15 +110,18 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
 
 
 def _load_structlog(_record: logging.LogRecord) -> bool:
-    """As a filter it is called before the handler takes its lock, which the thread that imports may want, too."""
+    """Import structlog in a filter, which logging calls before it takes the handler's lock.
+
+    The thread that does the import may need that lock, so the import must not happen while another thread holds it.
+    """
     prepare()
     return True
 
 
 def show_debug_records() -> None:
-    """Let this package's debug records reach the handlers that a program has; standard error, as long as it has none.
+    """Send this package's debug records to the handlers of a program that embeds us, or to standard error without any.
 
-    For programs that embed us. Their own loggers, levels and handlers stay as they are.
+    The program's own loggers, levels and handlers are not changed.
     """
     ours = logging.getLogger(_PACKAGE)
     ours.setLevel(logging.DEBUG)
@@ -151,7 +130,10 @@ def show_debug_records() -> None:
 
 
 class _LastResort(logging.Handler):
-    """Writes to standard error what no other handler gets: a program may configure its logging at any time."""
+    """Writes the records to standard error that no other handler gets.
+
+    It looks for another handler at every record, because a program may configure its logging at any time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +167,7 @@ def _handler(format: Format, stream: TextIO) -> logging.Handler:
 
 
 class _LazyFormatter(logging.Formatter):
-    """Is made at the first record, for the same reason as _LazyLogger."""
+    """Makes its formatter at the first record, so that a command that logs nothing does not import structlog."""
 
     def __init__(self, make: Callable[[], logging.Formatter]) -> None:
         super().__init__()
@@ -200,11 +182,11 @@ class _LazyFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> "EventDict":
-    """Return what a formatter would render."""
+    """Return the fields that a formatter would render."""
     from structlog.processors import ExceptionRenderer
 
     fields: EventDict = {"event": record.getMessage(), "_record": record, "exc_info": record.exc_info}
-    for process in (_entry, ExceptionRenderer(), _redact):
+    for process in (_entry, ExceptionRenderer(), redact):
         fields = process(None, "", fields)
     return fields
 
@@ -221,7 +203,7 @@ def _formatter(format: Format, *, terminal: bool) -> logging.Formatter:
         colors = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         renderer = ConsoleRenderer(colors=colors, exception_formatter=plain_traceback, sort_keys=False)
     # ExceptionRenderer's tracebacks show no local variables: those may hold tokens.
-    return ProcessorFormatter(processors=[_entry, ExceptionRenderer(), _redact, renderer])
+    return ProcessorFormatter(processors=[_entry, ExceptionRenderer(), redact, renderer])
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -229,7 +211,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _to_standard_logging(_logger: Any, _method: str, event_dict: "EventDict") -> tuple[tuple[str], dict[str, Any]]:
-    """Hand the event to the standard logger: a text for any handler, its fields for our formatter."""
+    """Return the arguments for the standard logger: a text for any handler, and the fields for our formatter."""
     exc_info = event_dict.pop("exc_info", None)
     fields = (f"{key}={value}" for key, value in event_dict.items() if key != "event")
     text = " ".join((str(event_dict["event"]), *fields))
@@ -246,7 +228,7 @@ def _levels_to_the_caller() -> int:
 
 
 def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
-    """Make one entry of a log record, in the order of reading; `event_dict` is ProcessorFormatter's."""
+    """Return the entry of a log record, with the most important fields first; `event_dict` is ProcessorFormatter's."""
     from structlog.contextvars import get_contextvars
 
     record: logging.LogRecord = event_dict["_record"]
@@ -261,40 +243,3 @@ def _entry(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
     if hasattr(record, TRACEBACK):
         added["exception"] = getattr(record, TRACEBACK)
     return entry | {key: value for key, value in added.items() if key not in entry}
-
-
-def _redact(_logger: Any, _method: str, event_dict: "EventDict") -> "EventDict":
-    """Take secrets out of an entry: the last line of defence, for what should never have been logged.
-
-    Replaces texts under a key that names a secret, and secrets that texts can be seen to hold. Numbers
-    stay: `tokens=12` is a count. Values become what JSON can say.
-    """
-    return {
-        key: value if key == "exc_info" else _plain(value, secret=bool(_SECRET_KEY.search(key)))
-        for key, value in event_dict.items()
-    }
-
-
-def _plain(value: object, *, secret: bool = False) -> object:
-    match value:
-        case None | bool() | int() | float():
-            return value
-        case Mapping():
-            return {
-                str(key): _plain(item, secret=secret or bool(_SECRET_KEY.search(str(key))))
-                for key, item in value.items()
-            }
-        case list() | tuple() | set() | frozenset():
-            return [_plain(item, secret=secret) for item in value]
-        case _ if secret:
-            return _REDACTED
-        case datetime():
-            return value.isoformat(timespec="milliseconds")
-        case _:
-            return _without_secrets(str(value))
-
-
-def _without_secrets(text: str) -> str:
-    for pattern, replacement in _SECRET_TEXTS:
-        text = pattern.sub(replacement, text)
-    return text

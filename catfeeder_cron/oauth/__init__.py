@@ -1,14 +1,14 @@
-"""The refresh grant of OAuth 2.0 (RFC 6749, section 6): what is sent to a provider, and what its answer means.
+"""The refresh grant of OAuth 2.0 (RFC 6749, section 6): send refresh requests to providers, and read their answers.
 
-presets     what is known of well-known providers, one table of data
-provider    one provider as it is to be asked: its database row, its preset and the configuration put together
-request     a provider and a refresh token -> a request; no I/O
-answers     the classes of answers, one for each thing that a caller does about them
-reading     a response -> an answer; no I/O
-quoting     a provider's words, made fit for a log
-client      what is handed to those who need requests sent
-session     requests over httpx, bounded in time and size
+presets     defaults for well-known providers, in one table
+provider    one provider's settings, put together from its database row, its preset and the configuration
+request     builds a request from a provider and a refresh token; no I/O
+answers     the classes of answers, one for each decision of a caller
+reading     reads an answer from a response; no I/O
+quoting     makes a provider's text fit for a log
+client      opens sessions for callers
+session     sends requests over httpx, with bounded time and size
 
-No OAuth library is used: several take an error inside a 200 for a token, and a client of theirs that is shared between
-users was seen to hand one user's token to another. Nothing here remembers a user between two requests.
+This wing uses no OAuth library: several of them read an error inside a 200 as a token, and one whose client was shared
+between users gave one user's token to another. Nothing here keeps data of a user between two requests.
 """

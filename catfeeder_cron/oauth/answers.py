@@ -1,11 +1,11 @@
-"""What an answer means, one class for each thing that is done about it. A `reason` is fit for a log.
+"""The kinds of answers, one class for each decision of a caller. A `reason` may be logged: it holds no secret.
 
-Renewed     the token, and maybe the next refresh token, are to be stored
-Partial     a refresh token and nothing else that is usable: it is stored all the same
-Dead        the refresh token is worth nothing any more: its user has to log in again
-Refused     the provider refuses us, not the user: it is left alone for a while, and no user blamed
-Transient   it may work later
-Ambiguous   nobody knows whether the provider has handed out a new refresh token
+Renewed     store the token, and the next refresh token if there is one
+Partial     store the refresh token; the rest of the answer is not usable
+Dead        the refresh token is not valid any more: ask its user to log in again
+Refused     the provider refuses this client, not the user: pause the provider, and ask no user to log in
+Transient   try again later
+Ambiguous   it is unknown whether the provider has handed out a new refresh token
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Renewed:
-    """`lifespan` and `refresh_lifespan` are seconds; None is what the provider does not say."""
+    """The provider sent a token. `lifespan` and `refresh_lifespan` are in seconds, None if the provider gave none."""
 
     token: str = field(repr=False)
     refresh_token: str | None = field(repr=False)
@@ -23,18 +23,22 @@ class Renewed:
 
 @dataclass(frozen=True)
 class Partial:
+    """The provider sent a refresh token without a usable access token."""
+
     refresh_token: str = field(repr=False)
     reason: str
 
 
 @dataclass(frozen=True)
 class Dead:
+    """The provider called the refresh token invalid."""
+
     reason: str
 
 
 @dataclass(frozen=True)
 class Refused:
-    """`authentication` is true after `401 invalid_client`, when the other method may do."""
+    """The provider refused this client. `authentication`: after `401 invalid_client`, the other method may work."""
 
     reason: str
     authentication: bool = False
@@ -42,7 +46,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Transient:
-    """`retry_after` is in seconds. `unknown` is an error that nobody knows, which may be about one user alone."""
+    """The request failed for now.
+
+    `retry_after` is in seconds. `unknown`: the error is in no list of ours, so it may concern this user only.
+    """
 
     reason: str
     throttled: bool = False
@@ -52,6 +59,8 @@ class Transient:
 
 @dataclass(frozen=True)
 class Ambiguous:
+    """The connection broke, or the answer can't be read, after the provider may have acted."""
+
     reason: str
 
 

@@ -1,4 +1,4 @@
-"""The process's OAuth client. The HTTP libraries are imported when there is something to send: 0.2 s and 20 MB."""
+"""The process's OAuth client. It imports the HTTP libraries when there is a request to send: 0.2 s and 20 MB."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OAuthClient:
-    """Asks providers for new access tokens. A `transport` that is handed in is used instead of the real one."""
+    """Opens sessions that ask providers for new access tokens. A given `transport` replaces the real one."""
 
     def __init__(self, settings: OAuthSettings, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
         self.settings = settings
@@ -26,7 +26,7 @@ class OAuthClient:
 
     @asynccontextmanager
     async def session(self, request_timeout: timedelta) -> AsyncIterator["Session"]:
-        """Yield what sends requests in the running event loop; its connections are closed at the end.
+        """Yield a session for the running event loop, and close its connections at the end.
 
         A request as a whole may take `request_timeout`.
         """

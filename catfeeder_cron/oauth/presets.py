@@ -1,4 +1,4 @@
-"""What is known of well-known providers: from their documentation, and what they were seen to do."""
+"""Defaults for well-known providers, from their documentation and from observation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ _MONTHS_6 = timedelta(days=180)
 
 @dataclass(frozen=True)
 class Preset:
-    """The defaults are those of a provider that RFC 6749 alone describes (Basic is what it makes servers support)."""
+    """A provider's defaults. Without arguments, those of RFC 6749, by which every server must support Basic."""
 
     client_auth: ClientAuth = "basic"
     access_lifetime: timedelta = timedelta(hours=1)
-    """Of an access token whose answer does not say."""
+    """The lifetime of an access token if the answer does not give one."""
     refresh_lifetime: timedelta | None = None
-    """Until a refresh token ends; None where nobody knows."""
+    """The lifetime of a refresh token; None if it is unknown."""
     renewal_extends: bool = True
-    """Whether that time begins anew with every renewal; else it counts from the user's consent."""
+    """Whether that lifetime begins again with every renewal; else it counts from the user's consent."""
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -37,8 +37,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "strava": Preset("body", timedelta(hours=6)),
     }
 )
-"""By the provider's name in lower case."""
+"""The presets, by the provider's name in lower case."""
 
 
 def preset(name: str) -> Preset:
+    """Return the preset of a provider; its name may be in any case."""
     return PRESETS.get(name.lower(), Preset())

@@ -1,4 +1,4 @@
-"""Read a response of a token endpoint. No I/O; whatever a provider may send, an Answer comes out."""
+"""Read a response of a token endpoint. No I/O; every possible response gives an Answer, never an exception."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from catfeeder_cron.oauth.quoting import quote
 from catfeeder_cron.times import retry_after_seconds
 
 MOST_BYTES = 64 * 1024
-"""A body that is longer, as sent or unpacked, is refused."""
+"""A longer body, as sent or unpacked, is not read."""
 
 _LONGEST_TOKEN = 32 * 1024
 _LONGEST_LIFESPAN = 400 * 86_400
@@ -36,13 +36,13 @@ _SAYS_MISSING = re.compile(r"missing|required|must", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
-    """A body is no object with keys. The text says what it is instead."""
+    """The body is no object with keys. The text gives the reason."""
 
 
 def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable[str], now: datetime) -> Answer:
-    """Say what a complete response means. `body` is as it was sent, at most a little longer than MOST_BYTES.
+    """Return the meaning of a complete response. `body` is as it was sent, at most a little longer than MOST_BYTES.
 
-    `secrets` are what must not be quoted from it; `now` is what an HTTP date in Retry-After counts from.
+    No `reason` quotes one of `secrets`. An HTTP date in Retry-After counts from `now`.
     """
     secrets = tuple(secrets)
     try:
@@ -54,7 +54,7 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
     code = code if isinstance(code, str) else ""
     retry_after = retry_after_seconds(headers.get("retry-after"), now, _LONGEST_RETRY_AFTER)
     secrets = (*secrets, *_tokens(fields))
-    reason = _in_words(status, code or trouble, fields, secrets)
+    reason = _reason(status, code or trouble, fields, secrets)
     if 200 <= status < 300:
         return _read_success(fields, code, reason, secrets)
     if 300 <= status < 400:
@@ -82,7 +82,7 @@ def _read_success(fields: Mapping[str, Any], code: str, reason: str, secrets: tu
     if refresh_token:
         return Partial(refresh_token, "it sent a refresh token without a usable access token")
     if code:
-        return _read_error(200, code, fields, _in_words(200, code, fields, secrets), None)
+        return _read_error(200, code, fields, _reason(200, code, fields, secrets), None)
     return Ambiguous(f"{reason}, without a usable access token")
 
 
@@ -96,13 +96,16 @@ def _read_error(status: int, code: str, fields: Mapping[str, Any], reason: str, 
 
 
 def _blames_refresh_token(fields: Mapping[str, Any]) -> bool:
-    """Discord: `invalid_request` with 'Invalid "refresh_token" in request.'"""
-    told = fields.get("error_description")
-    return isinstance(told, str) and bool(_NAMES_REFRESH_TOKEN.search(told)) and not _SAYS_MISSING.search(told)
+    """Return whether the description blames the token, as Discord's 'Invalid "refresh_token" in request.' does."""
+    text = fields.get("error_description")
+    return isinstance(text, str) and bool(_NAMES_REFRESH_TOKEN.search(text)) and not _SAYS_MISSING.search(text)
 
 
 def _is_dead_without_code(fields: Mapping[str, Any]) -> bool:
-    """Twitch: {"status": 400, "message": "Invalid refresh token"}; Strava: a list `errors` that names the field."""
+    """Return whether an answer without `error` calls the refresh token invalid.
+
+    Twitch sends {"status": 400, "message": "Invalid refresh token"}, Strava a list `errors` that names the field.
+    """
     message, errors = fields.get("message"), fields.get("errors")
     if isinstance(message, str) and _SAYS_INVALID.search(message):
         return True
@@ -113,7 +116,7 @@ def _is_dead_without_code(fields: Mapping[str, Any]) -> bool:
 
 
 def _fields(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """Return the object in a body: JSON whatever it calls itself, or a form that says it is one (GitHub's default)."""
+    """Return the object in a body: JSON of any content type, or a form that is declared as one (GitHub's default)."""
     text = _unpacked(headers.get("content-encoding", ""), body)
     try:
         document = json.loads(text)
@@ -130,7 +133,7 @@ def _fields(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
 
 
 def _unpacked(encoding: str, body: bytes) -> bytes:
-    """Undo a content coding that we did not ask for, as far as MOST_BYTES: a small bomb unpacks to gigabytes."""
+    """Undo a content coding that we did not ask for, up to MOST_BYTES: a small body could unpack to gigabytes."""
     if len(body) > MOST_BYTES:
         raise Unreadable("too large")
     match encoding.strip().lower():
@@ -152,7 +155,7 @@ def _unpacked(encoding: str, body: bytes) -> bytes:
 
 
 def _usable(token: object) -> str | None:
-    """A token that a form and a database column can hold: RFC 6749, appendix A, and a little more."""
+    """Return a token if a form and a database column can hold it (RFC 6749, appendix A, and a little more)."""
     if not isinstance(token, str) or not token.strip() or len(token) > _LONGEST_TOKEN or not token.isprintable():
         return None
     try:
@@ -167,7 +170,7 @@ def _tokens(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _lifespan(value: object) -> int | None:
-    """Whole seconds from a number or a numeric text; None for what is missing or nonsense."""
+    """Return whole seconds from a number or a numeric text; None if it is missing or not a number."""
     seconds = _number(value)
     if seconds is None:
         return None
@@ -175,7 +178,7 @@ def _lifespan(value: object) -> int | None:
 
 
 def _refresh_lifespan(value: object) -> int | None:
-    """Keycloak says 0 for a refresh token that never ends."""
+    """Return whole seconds, or None for no limit: Keycloak sends 0 for a refresh token that never ends."""
     seconds = _number(value)
     return None if seconds is None or seconds <= 0 else int(min(seconds, 100 * _LONGEST_LIFESPAN))
 
@@ -185,14 +188,14 @@ def _number(value: object) -> float | None:
         return None
     if isinstance(value, str) and not _NUMBER.fullmatch(value):
         return None
-    if isinstance(value, int):  # maybe one of hundreds of digits, which no float holds
+    if isinstance(value, int):  # it may have hundreds of digits, which is too large for a float
         return float(max(-(10**15), min(value, 10**15)))
     number = float(value)
     return number if math.isfinite(number) else None
 
 
-def _in_words(status: int, what: str, fields: Mapping[str, Any], secrets: Iterable[str]) -> str:
+def _reason(status: int, what: str, fields: Mapping[str, Any], secrets: Iterable[str]) -> str:
     secrets = tuple(secrets)
     described = fields.get("error_description", fields.get("message"))
-    told = [quote(what, secrets), quote(described, secrets)]
-    return " ".join([f"{status}:", *(part for part in told if part)]) if any(told) else str(status)
+    quoted = [quote(what, secrets), quote(described, secrets)]
+    return " ".join([f"{status}:", *(part for part in quoted if part)]) if any(quoted) else str(status)

@@ -10,20 +10,20 @@ from catfeeder_cron.oauth.provider import Provider
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A POST. Its headers and its content hold secrets."""
+    """A POST request. Its headers and its content hold secrets."""
 
     url: str
     headers: dict[str, str] = field(repr=False)
     content: bytes = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
-    """What must not be told of it, in each form in which it is sent."""
+    """The secrets in it, in each form in which they are sent; they must not be logged."""
 
 
 def build(provider: Provider, refresh_token: str, client_auth: ClientAuth) -> TokenRequest:
     """Return the request that asks `provider` for a new access token.
 
-    The client authenticates by one method (RFC 6749, section 2.3: never by two at once). No scope is sent: that means
-    "the same as before" (section 6).
+    The client authenticates by one method (RFC 6749, section 2.3: never by two at once). It sends no scope, which keeps
+    the scope of the original grant (section 6).
     """
     form = {"grant_type": "refresh_token", "refresh_token": refresh_token}
     headers = {
@@ -44,11 +44,12 @@ def build(provider: Provider, refresh_token: str, client_auth: ClientAuth) -> To
 
 
 def other_method(client_auth: ClientAuth) -> ClientAuth:
+    """Return the method of authentication that this one is not."""
     return "body" if client_auth == "basic" else "basic"
 
 
 def _basic(client_id: str, client_secret: str) -> str:
-    """RFC 6749, section 2.3.1: both are form-encoded first, or a `:` or `%` in them would be misread."""
+    """Return the header's value. Both are form-encoded first (RFC 6749, section 2.3.1), because they may hold a `:`."""
     return "Basic " + b64encode(f"{quote_plus(client_id)}:{quote_plus(client_secret)}".encode()).decode()
 
 

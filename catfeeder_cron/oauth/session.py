@@ -1,8 +1,8 @@
-"""Send refresh requests over httpx, many at a time, and read their answers: bounded in time and in size.
+"""Send refresh requests over httpx, many at a time, and read their answers, with bounded time and size.
 
-The transport is httpx-aiohttp's: httpx's own pool scans itself on every request and collapses beyond some 30 of them
-(128 in flight: 110 requests a second, against 1,740). It is called without httpx's AsyncClient around it, which keeps
-cookies: a cookie of one user must not travel with the next one's token.
+The transport is httpx-aiohttp's: httpx's own pool scans all its connections on every request and becomes slow beyond
+some 30 requests at a time (with 128: 110 requests a second, against 1,740). It is used without httpx's AsyncClient,
+which keeps cookies: a cookie of one user must not be sent with another user's token.
 """
 
 import asyncio
@@ -25,20 +25,22 @@ from catfeeder_cron.oauth.request import TokenRequest, build
 
 _CONNECT_SECONDS = 10.0
 
-# Shorter than any server's, so that a connection is seldom given up at the moment in which it is used again.
+# Shorter than any server's, so that a server seldom closes a connection at the moment in which it is used again.
 _KEEPALIVE_SECONDS = 4.0
 
-# A process that was frozen finds its deadline passed and the answer in its socket: it gets the time to read it.
+# When a process was frozen, its deadline has passed but the answer may be in its socket: this is the time to read it.
 _GRACE_SECONDS = 1.0
 
 
 class Session:
+    """Sends requests in one event loop. `timeout_seconds` is for a whole request."""
+
     def __init__(self, transport: httpx.AsyncBaseTransport, timeout_seconds: float) -> None:
         self._transport = transport
         self._timeout = timeout_seconds
 
     async def refresh(self, provider: Provider, refresh_token: str, client_auth: ClientAuth) -> Answer:
-        """Send one request and return what came of it: never an exception for what the network or a provider does."""
+        """Send one request and return its answer. A failure of the network or the provider is an answer, too."""
         request = build(provider, refresh_token, client_auth)
         exchange = asyncio.ensure_future(self._exchange(request))
         try:
@@ -60,13 +62,13 @@ class Session:
             return Refused("its token_grabber_base_url is no URL")
         except (httpx.HTTPError, aiohttp.ClientError, OSError, ValueError) as error:
             if _was_never_sent(error):
-                return Transient(f"no connection: {_in_words(error)}")
-            return Ambiguous(f"the connection broke: {_in_words(error)}")
+                return Transient(f"no connection: {_reason(error)}")
+            return Ambiguous(f"the connection broke: {_reason(error)}")
         return read(status, headers, body, secrets, datetime.now(UTC))
 
     async def _exchange(self, request: TokenRequest) -> tuple[int, httpx.Headers, bytes]:
         connect = min(_CONNECT_SECONDS, self._timeout / 2)
-        # `pool` is what httpx-aiohttp makes the limit of name look-up and connecting together.
+        # httpx-aiohttp uses `pool` as the limit for name look-up and connecting together.
         timeouts = {"connect": connect, "pool": connect, "read": None, "write": None}
         response = await self._transport.handle_async_request(
             httpx.Request(
@@ -91,20 +93,20 @@ class Session:
 
 @lru_cache(maxsize=256)
 def _parsed(url: str) -> httpx.URL:
-    """Parsing it is a quarter of what building a request costs."""
+    """Return the parsed URL from a cache: parsing takes a quarter of the time in which a request is built."""
     return httpx.URL(url)
 
 
 @asynccontextmanager
 async def real_transport(certificates: ssl.SSLContext) -> AsyncIterator[httpx.AsyncBaseTransport]:
-    """Yield a transport for the running event loop, with as many connections as there are requests."""
+    """Yield a transport for the running event loop, without a limit of connections: callers limit their requests."""
     connector = aiohttp.TCPConnector(limit=0, ssl=certificates, keepalive_timeout=_KEEPALIVE_SECONDS)
     async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
         yield AiohttpTransport(verify=certificates, client=session)
 
 
-def _in_words(error: Exception) -> str:
-    """Say what went wrong, in words that hold nothing of what was sent: an error's own text may quote that."""
+def _reason(error: Exception) -> str:
+    """Return a reason in our own words: the error's text may quote parts of the request."""
     match error.__cause__ or error:
         case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as wrong):
             return f"its certificate was not accepted ({wrong.verify_message})"
@@ -123,7 +125,10 @@ def _in_words(error: Exception) -> str:
 
 
 def _was_never_sent(error: Exception) -> bool:
-    """httpx-aiohttp calls a connection that broke after the request was sent a ConnectTimeout: the cause decides."""
+    """Return whether the request can't have reached the provider.
+
+    The cause decides, because httpx-aiohttp raises ConnectTimeout also for a connection that broke after the sending.
+    """
     cause = error.__cause__
     if isinstance(cause, aiohttp.ClientConnectionError):
         return isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)

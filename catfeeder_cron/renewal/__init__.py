@@ -1,20 +1,20 @@
-"""Renew OAuth tokens such that no received one is lost and none is renewed twice, however processes end.
+"""Renew OAuth tokens so that no received token is lost and none is renewed twice, however a process ends.
 
-Providers hand out a new refresh token with every renewal and take the use of the old one for theft, so a lost answer
-or a second request logs a user out. Any number of processes may do this at once.
+Many providers hand out a new refresh token with every renewal and take the use of the old one for theft. So a lost
+answer or a second request logs a user out. Any number of processes may renew at the same time.
 
-links            which rows of "ActiveOauths" are due, and may be asked for
-claims           1. a row is claimed under a lease, its refresh token read again under lock, and marked as sent
-provider_worker  2. the requests of one provider, a few at a time
-circuit_breaker  when a provider is left alone, and for how long
-journal          3. an answer is written to the local disk the moment it is there
-batch_writer     what the workers hand in is stored in batches as it comes in
-failures         what an answer without a token does to its row
-storing          4. an answer goes into the row, if that still holds the token that was sent
-recovery         what dead processes have left in their journals is stored, and their leases are freed
-providers        who is asked and how; pauses that every daemon knows and that outlive a restart
-run              one run of the job, the workers of all providers together
-summary          what is told of it
-forecast         which links will need a new login of their user
-checks           what `check` says of providers and of the place for the journal
+links            finds the rows of "ActiveOauths" that are due, and those of them that may be sent now
+claims           step 1: claims a row under a lease, reads its refresh token under lock, and marks it as sent
+provider_worker  step 2: sends the requests of one provider, a few at a time
+circuit_breaker  decides when a run stops sending to a provider, and for how long
+journal          step 3: writes an answer to the local disk as soon as it arrives
+batch_writer     stores the workers' results in batches while they come in
+failures         records in the row that a request brought no token
+storing          step 4: writes an answer into its row if the row still holds the token that was sent
+recovery         stores the answers in the journals of dead processes, and frees their leases
+providers        reads how each provider is asked; keeps pauses that every daemon sees and that outlive a restart
+run              one run of the job: the workers of all providers together
+summary          the run's counts and log entries
+forecast         finds the links that will need a new login of their user
+checks           the findings of `check` about the providers and the journal's directory
 """

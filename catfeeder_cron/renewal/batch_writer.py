@@ -1,4 +1,4 @@
-"""What the workers of a run hand in to be stored, as it comes in; and whether anything new may still be sent."""
+"""Store the results of a run's workers in batches as they come in, and decide whether a new request may be sent."""
 
 import asyncio
 import time
@@ -33,17 +33,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settlement:
-    """What came of one claim: an entry of the journal or a failure; neither when it was not sent."""
+    """The result of one claim: an entry of the journal or a failure; neither when it was not sent."""
 
     claim: TokenClaim
     counts: Counter[str]
-    """The worker's: where it is counted, once it is stored."""
+    """The worker's counts, to which the result is added once it is stored."""
     entry: Entry | None = None
     failure: Failure | None = None
 
 
 class BatchWriter:
-    """Made and used inside one event loop. `stored` is called after every batch with how many were settled."""
+    """Stores settlements from one event loop, in which it is made and used; `in_thread` keeps statements out of it.
+
+    It calls `stored` in the event loop after every batch, with the number of settlements that are done.
+    """
 
     def __init__(
         self,
@@ -57,58 +60,61 @@ class BatchWriter:
         self.settings = settings
         self.context = context
         self.slots = asyncio.Semaphore(settings.concurrency)
-        """For the requests under way."""
+        """Limits the requests under way at the same time."""
         self.unstored = 0
-        """Answers that are in the journal alone, because storing them was given up."""
+        """Answers that are in the journal only, because this run gave up storing them."""
         self.left_open = 0
-        """Rows that are still under this run's lease, for the same reason."""
+        """Rows that are still under this run's lease, because it gave up storing their result."""
         self.broken: str | None = None
-        """Why this run can't go on."""
+        """The reason why this run can't go on."""
         self.longest_request = min(settings.request_timeout, context.timeout / 2)
-        """No request is given longer, so that its answer comes within the job's time."""
+        """The timeout of a request, short enough that its answer comes within the job's time."""
         self._links = links
         self._owner = owner
         self._journal = journal
         self._stored = stored
-        # Not asyncio's own threads, which look up names: a name server that is silent must not hold up statements.
+        # Not asyncio's default threads: they look up host names, and a silent name server must not delay statements.
+        # Only functions given to `in_thread` run in them; all fields are used by the event loop's thread, except for
+        # those that `_store_batch` uses.
         self._threads = ThreadPoolExecutor(_STATEMENTS_AT_ONCE, thread_name_prefix="renew-oauth")
         self._queue: asyncio.Queue[Settlement | None] = asyncio.Queue(maxsize=2 * settings.concurrency)
 
     def is_ending(self) -> bool:
-        """Whether nothing new may be sent: its answer could come after the job's time, too."""
+        """Return whether no new request may be sent, for example because its answer could come after the job's time."""
         return self.context.stopping or self.broken is not None or self.context.overdue() > -self.longest_request
 
     async def in_thread(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
-        """Call what waits for the database."""
+        """Call a function that waits for the database in a thread of this writer's, with the caller's log context."""
         call = partial(copy_context().run, function, *arguments, **keywords)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def wait_for_database(self) -> None:
+        """Wait for a moment before the next attempt to reach the database."""
         await asyncio.sleep(_TRY_AGAIN_SECONDS)
 
     def write_down(self, entry: Entry) -> None:
-        """Journal an answer. Where that fails, it is still stored, but nothing new is sent."""
+        """Append an answer to the journal. If that fails, the answer is still stored, but the run sends nothing new."""
         try:
             self._journal.append(entry)
         except OSError as error:
             self._break(f"answers can't be written to the journal: {error.strerror}")
 
     async def put(self, settlement: Settlement) -> None:
-        """Have it stored. Waits while there is much to store, as when the database is away."""
+        """Queue a settlement for storing. Waits while the queue is full, for example while the database is away."""
         await self._queue.put(settlement)
 
     async def flush(self) -> None:
-        """Return when all that was put before was tried to be stored."""
+        """Return when the writer has tried to store all settlements that were put before."""
         await self._queue.join()
 
     async def end(self) -> None:
-        """Let `run` return when all that was put before is dealt with."""
+        """Make `run` return after all settlements that were put before."""
         await self._queue.put(None)
 
     async def run(self) -> None:
-        """Store in batches of whatever has come in while the batch before was stored, until `end`.
+        """Store settlements until `end`, each time in a batch of those that came in during the batch before.
 
-        An answer whose row is locked by somebody else is tried again and again, and holds up no other.
+        An answer whose row is locked by another session is tried again and again, and delays no other answer.
         """
         locked: list[Settlement] = []
         ended, failure = False, None
@@ -120,7 +126,7 @@ class BatchWriter:
                 if locked and (ended or not batch):
                     locked = await self._store(locked)
                 locked += blocked
-            except Exception as error:  # noqa: BLE001 (raised below: until then somebody must empty the queue)
+            except Exception as error:  # noqa: BLE001 (raised below; until then this loop must empty the queue)
                 failure, locked = error, []
                 self._journal.keep = True
                 self._break(f"{type(error).__name__} while answers were stored")
@@ -130,10 +136,10 @@ class BatchWriter:
         if failure:
             raise failure
 
-    async def _take(self, breaker: float | None) -> list[Settlement | None]:
-        """Wait for something to store, at most so many seconds; return all there is."""
+    async def _take(self, wait_seconds: float | None) -> list[Settlement | None]:
+        """Wait for a settlement, at most `wait_seconds`; return all that are queued, up to a batch."""
         try:
-            async with asyncio.timeout(breaker):
+            async with asyncio.timeout(wait_seconds):
                 batch = [await self._queue.get()]
         except TimeoutError:
             return []
@@ -142,7 +148,7 @@ class BatchWriter:
         return batch
 
     async def _store(self, batch: list[Settlement]) -> list[Settlement]:
-        """Store a batch, as soon as the database can be reached; return what somebody else has locked."""
+        """Store a batch as soon as the database can be reached; return the answers whose rows are locked."""
         while batch:
             try:
                 locked = self._account(batch, await self.in_thread(self._store_batch, batch))
@@ -158,9 +164,9 @@ class BatchWriter:
         return []
 
     def _leave_to_journal(self, batch: list[Settlement]) -> list[Settlement]:
-        """Give up on what is in the journal; return the answers that are not, and would be lost.
+        """Give up the answers that are in the journal; return those that are not in it and would be lost.
 
-        The journal stays in any case: by it the next run frees the leases.
+        The journal stays in any case, because the next run needs it to free the leases.
         """
         self._journal.keep = self._journal.keep or bool(batch)
         nowhere_else = []
@@ -174,10 +180,12 @@ class BatchWriter:
         return nowhere_else
 
     def _gives_up(self) -> bool:
-        """Whether what could not be stored at once is left to the journal."""
+        """Return whether answers that could not be stored at once stay in the journal."""
         return self.context.stopping or self.broken is not None
 
     def _store_batch(self, batch: list[Settlement]) -> StoredAnswers:
+        # Runs in one of the writer's threads. `_store` awaits it, so no two batches are stored at the same time; the
+        # event loop may append to the journal meanwhile, and `sync` is safe beside that.
         entries = [each.entry for each in batch if each.entry]
         if entries:
             try:
@@ -187,11 +195,11 @@ class BatchWriter:
         database = self.context.database
         settle(database, self._links, self._owner, [each.failure for each in batch if each.failure])
         release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.failure)])
-        # The last, because it alone is counted by what it changes: repeated, it would find nothing to change.
+        # The answers come last because their count is the number of rows changed: a repeated call would change none.
         return store(database, self._links, entries, time.time())
 
     def _account(self, batch: list[Settlement], outcome: StoredAnswers) -> list[Settlement]:
-        """Count what is done; return what is left because others have it locked."""
+        """Count the results of a batch; return the answers whose rows are locked by other sessions."""
         stored, locked = {entry.id for entry in outcome.stored}, {entry.id for entry in outcome.locked}
         refused = {entry.id: reason for entry, reason in outcome.refused}
         for each in batch:

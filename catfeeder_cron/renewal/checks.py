@@ -1,4 +1,4 @@
-"""Whether OAuth links can be kept alive: a place for the answers, providers that can be asked, runs often enough."""
+"""Check that OAuth links can be renewed: answers can be kept, providers can be asked, and runs are frequent enough."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from catfeeder_cron.times import format_duration
 
 _NAMES = "SELECT provider_name FROM {providers} ORDER BY provider_name"
 
-# This reads all links, which a run does not.
+# This reads all links, unlike a run, which reads the due ones.
 _LIFESPANS = """
     SELECT s.name, count(*), count(*) FILTER (WHERE a.token_lifespan BETWEEN 1 AND %(apart)s),
            count(*) FILTER (WHERE a.token_lifespan IS NULL),
@@ -28,7 +28,7 @@ _LIFESPANS = """
 
 @dataclass(frozen=True)
 class Lifespans:
-    """How long the access tokens of a service live: those that end between two runs are `short`."""
+    """The lifespans of a service's access tokens. `short` counts those that end between two runs."""
 
     links: int
     short: int
@@ -37,15 +37,15 @@ class Lifespans:
 
 
 def check_links(job_id: str, database: Database, settings: Settings, tables_are_right: bool) -> Iterator[Finding]:
-    """Yield what stands in the way of the job that renews tokens, beside its tables. Raises DatabaseUnavailable."""
+    """Yield the findings about the job that renews tokens, apart from its tables. Raises DatabaseUnavailable."""
     yield _place_for_answers(job_id)
-    # Where the tables are not as they should be, that is all there is to say.
+    # Without the right tables the providers can't be read.
     if tables_are_right:
         yield from _providers(job_id, database, settings)
 
 
 def _place_for_answers(job_id: str) -> Finding:
-    """Return whether the answers of providers could be kept, without which none is asked."""
+    """Return whether the journals can be written; without a journal no provider is asked."""
     folder = state_directory()
     try:
         require_writable(folder)
@@ -55,7 +55,7 @@ def _place_for_answers(job_id: str) -> Finding:
 
 
 def _providers(job_id: str, database: Database, settings: Settings) -> Iterator[Finding]:
-    """Yield what stands in the way of asking each provider, often enough. Nothing is sent, and no secret is told."""
+    """Yield a finding for each provider: whether it can be asked, and often enough. Sends nothing, shows no secret."""
     job = settings.require_job(job_id)
     links, apart = Links(settings.database.tables), _time_between_runs(settings, job_id)
     try:
@@ -99,7 +99,7 @@ def _providers(job_id: str, database: Database, settings: Settings) -> Iterator[
 
 
 def _asked(subject: str, provider: Provider, state: providers.ProviderState, table: str) -> Finding:
-    """Return whether a provider is asked for tokens, as far as is known without asking it."""
+    """Return whether a run would ask a provider for tokens, by the provider's settings and its pause."""
     if not provider.client_id:
         return Finding("warning", subject, f"it has no client_id; fill it in in {table}")
     if provider.fault:
@@ -113,7 +113,7 @@ def _asked(subject: str, provider: Provider, state: providers.ProviderState, tab
 
 
 def _time_between_runs(settings: Settings, job_id: str) -> timedelta | None:
-    """Return how long a token may have to last from one run to the next."""
+    """Return the longest time between two runs, which a token has to last."""
     gap = longest_gap(settings.schedule(job_id), datetime.now(UTC))
     return gap + settings.require_job(job_id).jitter if gap else None
 
@@ -121,7 +121,7 @@ def _time_between_runs(settings: Settings, job_id: str) -> timedelta | None:
 def _too_short(
     name: str, lifespans: Lifespans | None, apart: timedelta, settings: Settings, job: JobSettings
 ) -> str | None:
-    """Say what helps where tokens end between two runs, so that their links are dead until the next one."""
+    """Return the warning, with its remedy, if tokens end between two runs, so that their links are dead meanwhile."""
     if lifespans is None:
         return None
     short, known = lifespans.short, lifespans.shortest_seconds

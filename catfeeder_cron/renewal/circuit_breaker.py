@@ -1,4 +1,4 @@
-"""When a run leaves a provider alone: for the rest of it, or for the short while that the provider asks for."""
+"""Decide when a run stops sending to a provider: for good, or for the short time that the provider asks for."""
 
 import asyncio
 
@@ -14,22 +14,22 @@ from catfeeder_cron.times import elapsed_seconds
 log = get_logger("catfeeder_cron.oauth")
 
 _TROUBLES_IN_A_ROW = 3
-# More than half of at least so many answers: then not the users are suspected.
+# When more than half of at least so many answers call a token dead, the provider is suspected, not its users.
 _ANSWERS_TO_JUDGE_BY = 20
-# What is claimed already is sent after a rest, so its lease must last.
+# Rows that are claimed already are sent after a rest, so their leases must outlast it.
 _LONGEST_REST_SECONDS = 30.0
 _SHORTEST_REST_SECONDS = 1.0
 _LOOK_UP_SECONDS = 0.2
 
 
 class CircuitBreaker:
-    """One provider's in one run. Made and used inside one event loop."""
+    """Watches the answers of one provider in one run. Made and used inside one event loop, so it needs no lock."""
 
     def __init__(self, writer: BatchWriter, provider: Provider, state: ProviderState) -> None:
         self.answers = 0
         self.dead = 0
         self.is_suspect = False
-        """The provider calls so many tokens dead that nobody is to be blamed for it."""
+        """The provider calls so many tokens dead that no user is asked to log in again."""
         self.halted: str | None = None
         """Why nothing more is sent to this provider in this run."""
         self.refused = False
@@ -38,22 +38,24 @@ class CircuitBreaker:
         self._served = 0
         self._writer = writer
         self._provider = provider
-        self._standing = state
+        self._state = state
         self._troubles = 0
         self._fruitful = False
+        # Cleared while the provider rests; requesters wait for it before they send.
         self._awake = asyncio.Event()
         self._awake.set()
 
     @property
     def may_send(self) -> bool:
+        """Whether a request may be sent now: the provider is neither halted nor resting."""
         return self.halted is None and self._awake.is_set()
 
     async def rested(self) -> None:
-        """Wait while the provider is given a rest."""
+        """Wait until the provider's rest is over."""
         await self._awake.wait()
 
     def record(self, answer: Answer) -> ProviderPause | None:
-        """Stop sending at once where the answer asks for it; return the pause that then is to be held, by `hold`."""
+        """Count the answer, and stop sending where it asks for that; return the pause that `hold` must then keep."""
         self.answers += 1
         match answer:
             case Renewed() | Partial():
@@ -66,7 +68,7 @@ class CircuitBreaker:
                 self.suspect(self.dead, self.answers)
             case Refused(reason, authentication):
                 self._troubles += 1
-                # One that serves others may mean this token alone; one that does not know us means us.
+                # A provider that serves other rows may refuse this token alone; a failed authentication concerns all.
                 if not self._served or authentication or self._troubles >= _TROUBLES_IN_A_ROW:
                     return self._begin(providers.refused(reason))
             case Transient(reason, throttled=True) as throttled:
@@ -82,15 +84,15 @@ class CircuitBreaker:
         return None
 
     async def hold(self, pause: ProviderPause) -> None:
-        """Let every daemon keep the pause; return when it is over, if this run waits for that."""
-        told_before = self._standing.reason == pause.reason or (self.halted is None and self.rests > 1)
+        """Store the pause for every daemon; when this run waits for its end, return after it."""
+        logged_before = self._state.reason == pause.reason or (self.halted is None and self.rests > 1)
         try:
             seconds = await self._writer.in_thread(
                 providers.pause, self._writer.context.database, self._provider, pause
             )
-            tell = log.info if told_before else log.error if pause.refused else log.warning
-            tell("oauth_provider_paused", provider=self._provider.name, seconds=round(seconds), reason=pause.reason)
-            if seconds > _LONGEST_REST_SECONDS + _SHORTEST_REST_SECONDS:  # by what another process was told
+            write = log.info if logged_before else log.error if pause.refused else log.warning
+            write("oauth_provider_paused", provider=self._provider.name, seconds=round(seconds), reason=pause.reason)
+            if seconds > _LONGEST_REST_SECONDS + _SHORTEST_REST_SECONDS:  # another process stored a longer pause
                 self.halted = pause.reason
             until = elapsed_seconds() + max(seconds, _SHORTEST_REST_SECONDS)
             while self.halted is None and elapsed_seconds() < until and not self._writer.is_ending():
@@ -101,12 +103,12 @@ class CircuitBreaker:
             self._awake.set()
 
     def give_up(self, reason: str) -> None:
-        """Send nothing more, and let nobody wait."""
+        """Send nothing more in this run, and wake the requesters that wait for the end of a rest."""
         self.halted = reason
         self._awake.set()
 
     def suspect(self, dead: int, answers: int) -> None:
-        """Suspect the provider, not its users, where it calls more than half of the tokens dead."""
+        """Suspect the provider, not its users, when it calls more than half of the tokens dead."""
         if answers >= _ANSWERS_TO_JUDGE_BY and dead * 2 > answers and not self.is_suspect:
             self.is_suspect, self.halted = True, "it calls most tokens invalid"
             log.error(
@@ -118,12 +120,12 @@ class CircuitBreaker:
             )
 
     async def end(self) -> None:
-        """Forget the pauses before this run, and its rests, if the provider serves us again."""
-        if self._served and (self._standing.reason or self.rests) and self.halted is None:
+        """Delete the provider's stored pause if the provider has served this run."""
+        if self._served and (self._state.reason or self.rests) and self.halted is None:
             await self._writer.in_thread(providers.resume, self._writer.context.database, self._provider)
 
     def _begin(self, pause: ProviderPause) -> ProviderPause | None:
-        """Begin a rest if the provider asks for a short one, and has renewed something since the last; else halt."""
+        """Begin a rest if the provider asks for a short one and has renewed a token since the last rest; else halt."""
         if self.halted:
             return None
         is_short = pause.given is not None and pause.given <= _LONGEST_REST_SECONDS

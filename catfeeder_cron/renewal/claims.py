@@ -1,4 +1,4 @@
-"""TokenClaim due rows under a lease, and give back what was not sent after all."""
+"""Claim due rows under a lease, and give back the rows that were not sent."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -11,11 +11,12 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
 from catfeeder_cron.times import elapsed_seconds
 
-# The lock on the row is the first of two guards. The second is the condition on the conflict: the snapshot in which a
-# row of oauth_tokens looks free may be older than another process's claim. Each call goes on after the last row of
-# the call before, so rows that can't be had are passed once in a pass; and rows that have failed come after all others.
-# So neither starve the rest, not even where a run ends at the first twenty tokens that are called dead. The order is
-# the index's, for rows without an expiry too. The place is handed on as text, since a timestamp may be infinite.
+# `due` locks the rows, `claimed` writes their leases. Two guards keep a row from being claimed twice: the lock on it,
+# and the condition on the conflict, because the snapshot in which a row of oauth_tokens looks free may be older than
+# another process's claim. Each call goes on after the last row of the call before, so a pass meets a row that can't be
+# claimed only once; rows that have failed come after all others. So neither starve the rest, even where a run ends at
+# the first twenty tokens that are called dead. The order is the index's, also for rows without an expiry. The position
+# is passed as text, because a timestamp may be infinite.
 _CLAIM = """
     WITH due AS MATERIALIZED (
         SELECT a.id, a.token_expiration, {hash} AS hash
@@ -37,8 +38,8 @@ _CLAIM = """
     SELECT due.id, due.token_expiration::text, claimed.oauth_id IS NOT NULL
     FROM due LEFT JOIN claimed ON claimed.oauth_id = due.id ORDER BY due.token_expiration, due.id"""
 
-# Read under the lock that the claim holds until the transaction ends: what is sent is what the row holds, and is marked
-# as sent before anybody else can touch the row.
+# Read in the claim's transaction, which holds the rows' locks: the token that will be sent is the one in the row, and
+# it is marked as sent before any other session can change the row.
 _READ = """
     SELECT a.id, a.refresh_link, t.sent FROM {active} a JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
     WHERE a.id = ANY (%(ids)s) AND t.owner = %(owner)s AND t.sent = {hash}"""
@@ -59,7 +60,7 @@ _BEFORE_ALL_IDS = -(2**63)
 
 @dataclass(frozen=True)
 class TokenClaim:
-    """A row that is ours. `claimed_at` is in `elapsed_seconds`, before the lease began."""
+    """A row that this run has claimed. `claimed_at` is in `elapsed_seconds`, taken before the lease began."""
 
     id: int
     refresh_token: str = field(repr=False)
@@ -68,13 +69,16 @@ class TokenClaim:
     claimed_at: float
 
     def good_for(self, lease: timedelta) -> float:
-        """Seconds that the lease lasts at least."""
+        """Return for how many seconds at least the lease still lasts."""
         return lease.total_seconds() - (elapsed_seconds() - self.claimed_at)
 
 
 @dataclass
 class Claimer:
-    """Claims the due rows of one provider, the oldest expiry first, each once, those that have failed last."""
+    """Claims each due row of one provider once, in the order of their expiry; rows that have failed come last.
+
+    Not safe under concurrency: one task calls it, each time in a thread.
+    """
 
     links: Links
     window: Window
@@ -87,7 +91,7 @@ class Claimer:
     _id: int = _BEFORE_ALL_IDS
 
     def begin_again(self) -> None:
-        """Go back to the oldest. What has had its turn is not claimed again."""
+        """Go back to the oldest row. A row that has had its turn in this round is not claimed again."""
         self._failed, self._expiry, self._id = False, "-infinity", _BEFORE_ALL_IDS
 
     def claim(self, context: JobContext, limit: int) -> list[TokenClaim]:
@@ -99,7 +103,7 @@ class Claimer:
             if not met and self._expiry is None and self._failed:
                 return []
             if not met:
-                # What expires at an unknown time comes last, and all that has failed after that.
+                # Rows that expire at an unknown time come last, and after them the rows that have failed.
                 self._failed = self._failed or self._expiry is None
                 self._expiry = "-infinity" if self._expiry is None else None
                 self._id = _BEFORE_ALL_IDS
@@ -141,11 +145,11 @@ class Claimer:
 
 
 def release(database: Database, owner: UUID, ids: list[int]) -> None:
-    """Give back rows that were claimed and not sent."""
+    """End the leases of rows that were claimed and not sent."""
     if ids:
         database.execute(_RELEASE, {"owner": owner, "ids": ids})
 
 
 def free_leases(database: Database, owner: UUID) -> int:
-    """Free what a process that is dead, and whose answers are stored, had claimed; return how many rows."""
+    """End the leases of a dead process whose answers are stored; return how many rows they were on."""
     return database.execute(_FREE_LEASES, {"owner": owner})

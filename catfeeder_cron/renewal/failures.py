@@ -1,4 +1,4 @@
-"""What answers without a token do to a row: it backs off, is in doubt, comes last, or waits for a new login."""
+"""Record answers without a token: their rows back off, are in doubt, come last, or wait for a new login."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from catfeeder_cron.renewal.links import IN_DOUBT, Links, Window
 
 BACK_OFF: LiteralString = "least(3600, 30 * 2 ^ least(t.failures, 10)) * (0.75 + random() / 2) * interval '1 s'"
 
-# A refresh token that was called dead is so only if the row still holds it: else somebody else has renewed it. Nobody
-# else may ask for it until the run has made up its mind. `sent_at` stays, as for what is stored: it tells that the row
-# has had its turn.
+# A refresh token that the provider called dead counts as dead only if the row still holds it; else another process has
+# renewed it. Its lease keeps other processes away until this run has confirmed or dismissed it. `sent_at` stays, as it
+# does for stored answers: it shows that the row has had its turn.
 _SETTLE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = CASE WHEN is_dead THEN t.owner END,
@@ -31,7 +31,7 @@ _SETTLE = """
         LATERAL (SELECT n.dead AND EXISTS (SELECT FROM {active} a WHERE a.id = n.id AND {hash} = n.sent) AS is_dead) v
     WHERE t.oauth_id = n.id AND t.sent = n.sent AND t.owner = %(owner)s"""
 
-# By every process that works in the same round: each alone may have too few answers to judge by.
+# Counts the answers of all processes in the same round: each alone may have too few for a decision.
 _CALLED_DEAD = """
     SELECT count(*) FILTER (WHERE t.refused IS NOT NULL OR t.dead_since >= %(round_began)s),
            count(*) FILTER (WHERE t.lease_until IS NULL OR t.refused IS NOT NULL)
@@ -46,7 +46,7 @@ _CONFIRM = """
                        ORDER BY oauth_id LIMIT 500)
     RETURNING oauth_id"""
 
-# `refused` stays, so that it still counts as called dead in this round.
+# `refused` stays, so that the row still counts as called dead in this round.
 _DISMISS = """
     UPDATE catfeeder_cron.oauth_tokens t
     SET refused_by = NULL, failures = t.failures + 1, not_before = now() + {back_off}, owner = NULL, lease_until = NULL
@@ -55,7 +55,7 @@ _DISMISS = """
 
 @dataclass(frozen=True)
 class Failure:
-    """What came of a request that brought no token. Where it is nothing of this, it is not the row's fault."""
+    """A request that brought no token. Without any of the four marks, the row is not the cause."""
 
     id: int
     sent: bytes
@@ -64,11 +64,11 @@ class Failure:
     failed: bool = False
     in_doubt: bool = False
     comes_last: bool = False
-    """It may be the row's fault: it must not stand in the way of the others."""
+    """The row may be the cause, so the other rows go first."""
 
 
 def settle(database: Database, links: Links, owner: UUID, failures: Sequence[Failure]) -> None:
-    """Record failures, and end the leases of their rows, except of dead ones. Raises DatabaseError."""
+    """Record failures and end the leases of their rows, except of those called dead. Raises DatabaseError."""
     if not failures:
         return
     parameters = {
@@ -100,6 +100,6 @@ def confirm_dead(database: Database, worker: UUID) -> list[int]:
 
 
 def dismiss_dead(database: Database, worker: UUID) -> int:
-    """Blame nobody after all; the rows back off, and let those go first whose tokens may be good. Return how many."""
+    """Ask no user to log in again; the rows back off, so that other rows go first. Return how many they were."""
     with database.transaction() as connection:
         return connection.execute(sql.SQL(_DISMISS).format(back_off=sql.SQL(BACK_OFF)), {"worker": worker}).rowcount

@@ -1,4 +1,4 @@
-"""Which links will need a new login of their user, when, and why: what no renewal can help against."""
+"""Find the links that will need a new login of their user, when and why, because no renewal can keep them alive."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -9,9 +9,11 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.oauth.presets import preset
 from catfeeder_cron.renewal.links import Links
 
-# In the order of what is known best: the provider called the token dead; there is nothing to renew it with; the
-# provider said when it ends; it is known how long the provider lets it live, from the last renewal or from the user's
-# consent. The last renewal shows in the row itself, whoever made it. A token that is not ours starts a new account.
+# `lifetimes` holds the usual lifetimes of each provider's tokens, `links` adds them to each row, `needs` decides by the
+# surest source: the provider called the token dead; there is no refresh token; the provider said when it ends; its
+# usual lifetime is known, counted from the last renewal or from the user's consent. The row itself shows the last
+# renewal, no matter which program made it. For a token that this program did not store (`held` differs), the row's own
+# times count.
 _FORECAST = """
     WITH lifetimes AS (
         SELECT * FROM unnest(%(names)s::text[], %(seconds)s::float8[], %(extends)s::boolean[])
@@ -44,6 +46,8 @@ _NAMES = "SELECT name FROM {services}"
 
 @dataclass(frozen=True)
 class LoginNeeded:
+    """A link whose user has to log in again."""
+
     oauth_id: int
     user_id: int | None
     provider: str | None
@@ -52,6 +56,7 @@ class LoginNeeded:
     reason: str
 
     def as_json(self) -> dict[str, Any]:
+        """Return an object for `forecast --json`."""
         return {
             "oauth_id": self.oauth_id,
             "user_id": self.user_id,
@@ -65,7 +70,7 @@ class LoginNeeded:
 def logins_needed(
     database: Database, tables: DatabaseTables, settings: OAuthSettings, ahead: timedelta
 ) -> list[LoginNeeded]:
-    """Return the links whose user has to log in now or within `ahead`, those that need it first at the top."""
+    """Return the links whose user has to log in now or within `ahead`, the most urgent first."""
     links = Links(tables)
     with database.transaction() as connection:
         names = [name for (name,) in connection.execute(links.statement(_NAMES))]

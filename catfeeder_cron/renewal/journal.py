@@ -1,10 +1,10 @@
-"""Answers on the local disk, from the moment they are there until they are stored.
+"""Keep answers on the local disk from the moment they arrive until they are stored in the database.
 
-Each run has a file of its own and holds a lock on it (flock, which the kernel releases however a process ends), so
-a file whose lock can be had belongs to nobody any more. A file is a row of lines; a line goes, its place overwritten
-with newlines, when its answer is stored. Places are used again, so that a file grows with what is under way and not
-with what has been done. After a power cut a place may hold half of one line and half of another: each line begins with
-its checksum. For its owner alone to read (mode 0600): it holds tokens.
+Each run has a file of its own and holds a lock on it (flock, which the kernel releases however a process ends). So a
+file that can be locked belongs to a run that is over. A file holds one line for each answer. When an answer is stored,
+its line is overwritten with newlines, and its place is used again: so a file's size depends on the answers under way,
+not on all that were received. After a power cut a place may hold half of one line and half of another, so each line
+begins with its checksum. Only the file's owner may read it (mode 0600), because it holds tokens.
 """
 
 import fcntl
@@ -30,23 +30,23 @@ _BLOCK = 512  # a line's length is a multiple of it
 
 @dataclass(frozen=True)
 class Entry:
-    """An answer that is to be stored: what is None stays as it is in the row."""
+    """An answer that has to be stored. A field that is None leaves its column unchanged."""
 
     id: int
     sent: str
     """The hash of the refresh token that was sent, in hex."""
     asked_at: float
-    """On the wall clock, which a restart of the machine doesn't set back."""
+    """When the request was sent, on the wall clock, which goes on over a restart of the machine."""
     token: str | None = field(repr=False)
     refresh_token: str | None = field(repr=False)
     lifespan: int | None
-    """Seconds, counted from `asked_at`; as the provider said, or else its usual one."""
+    """Seconds from `asked_at`, as the provider said, or else its usual lifespan."""
     lifespan_is_said: bool
     refresh_lifespan: int | None
 
 
 class Journal:
-    """The journal of one run. Not safe to use from several threads at once, except for `sync`."""
+    """The journal of one run. Its methods may not be called from several threads at once, except for `sync`."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -56,11 +56,11 @@ class Journal:
         self._places: dict[Entry, tuple[int, int]] = {}
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self.keep = False
-        """Whether the file must stay although it is empty: its being there lets others free this run's leases."""
+        """Whether the file must stay although it is empty: other processes need it to free this run's leases."""
         lifecycle.after_fork(self, Journal._after_fork)
 
     def append(self, entry: Entry) -> None:
-        """Write an answer down; it survives this process at once, and the machine after `sync`. Raises OSError."""
+        """Write an answer. It then survives the end of this process, and after `sync` a power cut. Raises OSError."""
         line = _line(entry)
         size = -(-len(line) // _BLOCK) * _BLOCK
         place = self._free[size][-1] if self._free[size] else self._end
@@ -72,15 +72,15 @@ class Journal:
         self._places[entry] = (place, size)
 
     def holds(self, entry: Entry) -> bool:
-        """Whether the answer is written down, so that it outlives this process."""
+        """Return whether the answer is in the file, so that it outlives this process."""
         return entry in self._places
 
     def sync(self) -> None:
-        """Return when what was appended before would survive a power cut. Raises OSError."""
+        """Return when all appended answers would survive a power cut. Raises OSError."""
         os.fdatasync(self._descriptor)
 
     def remove(self, entry: Entry) -> None:
-        """Forget an answer that is stored. Where its line can't be overwritten, it is stored again, to no effect."""
+        """Remove an answer that is stored. If its line can't be overwritten, it is stored once more, with no effect."""
         if entry in self._places:
             place, size = self._places.pop(entry)
             with suppress(OSError):
@@ -88,13 +88,13 @@ class Journal:
                 self._free[size].append(place)
 
     def _after_fork(self) -> None:
-        """Leave the lock to the parent: this process could outlive it, and keep others from taking over."""
+        """Close the inherited file: this process could outlive its parent, and the lock would keep recovery away."""
         if not self._closed:
             self._closed = True
             os.close(self._descriptor)
 
     def close(self) -> None:
-        """Leave the file to whoever takes over what is in it; if that is nothing, remove it."""
+        """Release the lock. A file with answers stays for recovery; an empty one is removed unless `keep` is set."""
         try:
             if not self._places and not self.keep:
                 self._path.unlink(missing_ok=True)
@@ -105,21 +105,22 @@ class Journal:
 
 @dataclass(frozen=True)
 class LeftJournal:
-    """The journal of a run that is over, and is ours as long as `left_journals` has it open."""
+    """The journal of a run that is over. This process holds its lock while `left_journals` has it open."""
 
     owner: UUID
     entries: tuple[Entry, ...]
     path: Path
     unreadable: int
-    """Lines that are no entries: cut off by a crash of the machine before they were acknowledged."""
+    """The number of lines that are no entries: a crash of the machine cut them off before they were acknowledged."""
 
     def remove(self) -> None:
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_journal(folder: Path, owner: UUID) -> Iterator[Journal]:
-    """Yield the journal of the run `owner`. Raises RenewalError where there can be none."""
+    """Create and yield the journal of the run `owner`. Raises RenewalError when it can't be created."""
     try:
         _make(folder)
         journal = _create(folder, owner)
@@ -132,7 +133,7 @@ def new_journal(folder: Path, owner: UUID) -> Iterator[Journal]:
 
 
 def _create(folder: Path, owner: UUID) -> Journal:
-    # It gets its name when it is locked: a file of that name without a lock is a dead run's.
+    # The file gets its name after it is locked: a file with such a name and without a lock is a dead run's.
     unnamed, path = folder / f".{owner}", folder / f"{owner}{_SUFFIX}"
     descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -148,7 +149,7 @@ def _create(folder: Path, owner: UUID) -> Journal:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise RenewalError where `folder` could not be written to or made. Nothing is created."""
+    """Raise RenewalError if `folder` can't be written to or created. Creates nothing."""
     place = next(place for place in (folder, *folder.parents) if os.access(place, os.F_OK))
     if not place.is_dir():
         raise _can_not_keep(folder, f"{place} is no directory")
@@ -164,7 +165,7 @@ def _can_not_keep(folder: Path, reason: str) -> RenewalError:
 
 
 def left_journals(folder: Path) -> Iterator[LeftJournal]:
-    """Yield the journals that no living process holds, one at a time, each locked until the next is asked for."""
+    """Yield the journals that no living process holds, one by one, each locked until the caller asks for the next."""
     for path in sorted(folder.glob(f"*{_SUFFIX}")):
         with suppress(FileNotFoundError, BlockingIOError):
             try:
@@ -174,8 +175,9 @@ def left_journals(folder: Path) -> Iterator[LeftJournal]:
                 log.warning("oauth_journal_unreadable", journal=str(path), reason=str(error))
                 continue
             try:
+                # Held until the caller asks for the next journal, so that no other process recovers this one meanwhile.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Somebody else may have taken it over and removed it before the lock was ours.
+                # Another process may have taken it over and removed it before this one got the lock.
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:
                     yield _read(owner, path, descriptor)
             finally:
@@ -220,7 +222,7 @@ def _make(folder: Path) -> None:
 
 
 def _give_to_owner_of(folder: Path, path: Path) -> None:
-    """What root writes by `run-once` must be for the service, under its own user, to take over."""
+    """Give a path that root made (by `run-once`) to the folder's owner, so that the service's user can take it over."""
     if os.geteuid() == 0:
         owner = folder.stat()
         os.chown(path, owner.st_uid, owner.st_gid)

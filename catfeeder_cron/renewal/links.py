@@ -1,4 +1,4 @@
-"""The rows of "ActiveOauths": which of them are due, and which of those may be asked for now."""
+"""Find the rows of "ActiveOauths" that are due, and those of them that may be sent now."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,29 +10,27 @@ from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, single
 from catfeeder_cron.job import JobContext
 
-# How long others keep away from a row whose request may have been acted on, without an answer to tell of it. That is
-# the time that the process has which sent it, if it is only cut off from the database or being restarted.
+# How long other processes leave a row alone whose request may have been acted on without a known answer. In this time
+# the process that sent it can still store the answer, if it was only cut off from the database or restarted.
 IN_DOUBT = timedelta(minutes=10)
-
-# What is written, or read, when an answer has come in.
 
 HASH: LiteralString = "sha256(convert_to(a.refresh_link, 'UTF8'))"
 
 # An empty refresh token or a lifespan of 0 says that there is nothing to renew.
 RENEWABLE: LiteralString = "a.refresh_link <> '' AND coalesce(a.token_lifespan, 1) <> 0"
 
-# The margin is capped at a quarter of the token's life. least() keeps the product within an interval's range. The first
-# condition follows from the second and serves the index.
+# The margin is at most a quarter of the token's lifespan. least() keeps the product within an interval's range. The
+# first condition follows from the second; it is there because an index can serve it.
 EXPIRES: LiteralString = """
     a.token_expiration < %(next_run)s::timestamptz + %(margin)s
     AND a.token_expiration < %(next_run)s::timestamptz + CASE WHEN a.token_lifespan > 0
         THEN least(%(margin)s, least(a.token_lifespan, 315360000) * interval '0.25 s') ELSE %(margin)s END"""
 
-# A token that lives so short a time that it is due again as soon as it has been renewed: once in a round is enough.
+# A token with a very short lifespan is due again as soon as it has been renewed: once in a round is enough.
 RENEWED: LiteralString = "(t.held = {hash} AND t.sent_at >= %(round_began)s) IS TRUE"
 
-# Not: a row that a process has under its lease; that was sent to the provider without a known end; that backs off;
-# whose refresh token is dead; that has had its turn in this round. `t` is a row of oauth_tokens, if any.
+# Excludes a row that is under a lease; that was sent to the provider without a known answer; that backs off; whose
+# refresh token is dead; that has had its turn in this round. `t` is the link's row of oauth_tokens, if there is one.
 FREE: LiteralString = """
     (t.lease_until IS NULL OR t.lease_until <= now())
     AND (t.sent IS NULL OR t.sent_at <= now() - %(in_doubt)s OR t.sent <> {hash})
@@ -40,11 +38,12 @@ FREE: LiteralString = """
     AND (t.dead IS NULL OR t.dead <> {hash})
     AND (t.sent_at IS NULL OR t.sent_at < %(round_began)s)"""
 
-# When a token was handed out, whoever stored it. The bounds keep the product within an interval's range.
+# When the provider handed out the token, no matter which program stored it. The bounds keep the product within an
+# interval's range.
 ISSUED: LiteralString = """
     (a.token_expiration - greatest(0, least(a.token_lifespan, 3153600000)) * interval '1 s')::timestamptz"""
 
-# Dead ones are not due: they wait for their user, whatever we do.
+# Links with a dead refresh token are not due: only their user can help.
 _COUNT = """
     SELECT p.provider_name, s.name, count(*),
            count(*) FILTER (WHERE t.lease_until > now()), count(*) FILTER (WHERE {free}),
@@ -59,7 +58,7 @@ _COUNT = """
     GROUP BY p.provider_name, s.name ORDER BY s.name"""
 
 
-# What a dry run finds before the daemon's schema was created.
+# Stands for oauth_tokens in a dry run before the daemon's schema was created.
 _NO_STATE = """
     (SELECT NULL::bigint AS oauth_id, NULL::timestamptz AS lease_until, NULL::bytea AS sent,
             NULL::timestamptz AS sent_at, NULL::timestamptz AS not_before, NULL::bytea AS dead, NULL::bytea AS held
@@ -78,26 +77,28 @@ class Due:
     in_doubt: int
     backing_off: int
     next_try: datetime | None
-    """When the first of those that back off may be asked for."""
+    """When the first of the rows that back off may be sent."""
 
     def why_not_free(self) -> str | None:
-        """Say why rows are left alone."""
-        told = [f"{self.leased} are in another run's hands"] if self.leased else []
+        """Say why some of the rows may not be sent now; None if all may."""
+        parts = [f"{self.leased} are in another run's hands"] if self.leased else []
         if self.next_try:
-            told.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
+            parts.append(f"{self.backing_off} back off after a failure, the first until {self.next_try:%H:%M:%S} UTC")
         if self.in_doubt:
-            told.append(
+            parts.append(
                 f"{self.in_doubt} were sent, with no known answer, and rest for at most {IN_DOUBT.seconds // 60} min"
             )
-        return "; ".join(told) or None
+        return "; ".join(parts) or None
 
 
 @dataclass(frozen=True)
 class Links:
+    """The table of links and the tables beside it, by their configured names."""
+
     tables: DatabaseTables
 
     def statement(self, text: LiteralString, **parts: sql.Composable) -> sql.Composed:
-        """Fill the names of the tables and the conditions of this module into a statement."""
+        """Return the statement with the names of the tables and the conditions of this module filled in."""
         names = {
             "active": self._table(self.tables.active_oauths),
             "services": self._table(self.tables.services),
@@ -112,7 +113,7 @@ class Links:
         return sql.SQL(text).format(**names, **parts)
 
     def count(self, connection: Connection, window: "Window") -> list[Due]:
-        """Count what is due, by provider, and has not been renewed in this round."""
+        """Count the due rows of each provider that were not renewed in this round."""
         (exists,) = single(connection, "SELECT to_regclass('catfeeder_cron.oauth_tokens') IS NOT NULL")
         state = sql.SQL("catfeeder_cron.oauth_tokens" if exists else _NO_STATE)
         statement = self.statement(_COUNT, state=state)
@@ -124,14 +125,16 @@ class Links:
 
 @dataclass(frozen=True)
 class Window:
-    """What expires before `next_run` plus `margin` is due."""
+    """The time that a run covers: a token that expires before `next_run` plus `margin` is due."""
 
     next_run: datetime
     margin: timedelta
     round_began: datetime
-    """What was sent since then has had its turn: the slot, for which several daemons work, or the run's beginning."""
+    """Rows that were sent since then have had their turn. It is the run's slot, for which several daemons may work, or
+    the beginning of a run without a slot."""
 
     def parameters(self) -> dict[str, Any]:
+        """Return the parameters of the conditions of this module."""
         return {
             "next_run": self.next_run,
             "margin": self.margin,
@@ -141,10 +144,10 @@ class Window:
 
 
 def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
-    """Return what has to be renewed now, so that no token ends before the next run has begun.
+    """Return the window of a run that renews every token that would end before the next run has begun.
 
-    The slot of this run may still lie ahead on the database's clock, and must not be taken for the next one: the later
-    of the two clocks counts.
+    The later one of this machine's and the database's clocks counts: by the database's clock this run's slot may still
+    lie ahead, and must not be taken for the next one.
     """
     with context.transaction() as connection:
         began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now(UTC)])

@@ -1,4 +1,4 @@
-"""The requests of one provider in one run, a few at a time, and what is to be stored of their answers."""
+"""Send the requests of one provider in one run, a few at a time, and hand their answers to the batch writer."""
 
 import asyncio
 import random
@@ -32,15 +32,21 @@ _ASK_AGAIN_SECONDS = (1.0, 2.0)
 
 @dataclass(frozen=True)
 class Asked:
-    """What came of asking. `in_doubt`: the provider may have acted without our knowing how."""
+    """The last answer to a claim's requests. `in_doubt`: the provider may have acted, with an unknown result."""
 
     at: float
+    """When the request was sent, on the wall clock."""
     answer: Answer
     in_doubt: bool
 
 
 @dataclass(eq=False)
 class ProviderWorker:
+    """Renews the due rows of one provider in one run. Made and used inside one event loop, so it needs no thread lock.
+
+    Its tasks: `renew` claims rows into a queue, and `provider.concurrency` requesters take them out and send them.
+    """
+
     writer: BatchWriter
     session: "Session"
     provider: Provider
@@ -55,13 +61,14 @@ class ProviderWorker:
 
     def __post_init__(self) -> None:
         self._auth: ClientAuth = self.provider.client_auth
+        # Held by the requester that tries the other authentication method, so that the others wait for its result.
         self._other_method = asyncio.Lock()
         self._neither_method = False
 
     async def renew(self) -> None:
-        """Renew what is due, until that is all, the provider is left alone, or the run ends.
+        """Renew the due rows until none is left, the circuit breaker halts the provider, or the run ends.
 
-        A second call takes what the first could not have: rows that somebody had locked, or that were given back.
+        A second call takes the rows that the first one could not claim: locked ones, and ones that were given back.
         """
         self.claimer.begin_again()
         queue: asyncio.Queue[TokenClaim | None] = asyncio.Queue(maxsize=self.provider.concurrency)
@@ -74,7 +81,7 @@ class ProviderWorker:
             await asyncio.gather(*requesters)
         if self._failure:
             raise self._failure
-        with suppress(DatabaseUnavailable):  # what is not remembered is found out again
+        with suppress(DatabaseUnavailable):  # a method that is not stored is found again by the next run
             if self._auth != self.provider.client_auth:
                 await self.writer.in_thread(providers.learn, self.writer.context.database, self.provider, self._auth)
             await self.breaker.end()
@@ -93,7 +100,7 @@ class ProviderWorker:
             if not claims and rests == self.breaker.rests:
                 return
             if not claims:
-                self.claimer.begin_again()  # it took the rest that has begun for the end of the rows
+                self.claimer.begin_again()  # a rest began meanwhile, and a resting provider's rows can't be claimed
             for claim in claims:
                 await queue.put(claim)
 
@@ -101,7 +108,7 @@ class ProviderWorker:
         while (claim := await queue.get()) is not None:
             try:
                 await self._serve(claim)
-            except Exception as error:  # noqa: BLE001 (raised by `renew`: until then somebody must empty the queue)
+            except Exception as error:  # noqa: BLE001 (`renew` raises it; until then this task must empty the queue)
                 self._failure = error
                 self.breaker.give_up(f"{type(error).__name__} while it was asked")
 
@@ -114,12 +121,12 @@ class ProviderWorker:
             await self._take(claim, asked)
 
     async def _ask(self, claim: TokenClaim) -> "Asked | None":
-        """Ask, by the other method too where that may help, and once more where nobody knows what happened."""
+        """Ask the provider; ask again by the other method where that may help, or where the result is unknown."""
         used = self._auth
         asked = await self._send(claim, used)
-        if asked and self._may_be_let_in_otherwise(asked.answer):
-            # A client that isn't let in spends no refresh token. One after the other: a secret that is wrong is so by
-            # both methods, which one finds out for all.
+        if asked and self._may_use_other_method(asked.answer):
+            # A client that fails to authenticate spends no refresh token. Under the lock, one requester tries the other
+            # method and the others use its result: a wrong secret is wrong by both methods.
             async with self._other_method:
                 another = self._auth if self._auth != used else other_method(used)
                 again = None if self._neither_method else await self._send(claim, another)
@@ -141,7 +148,7 @@ class ProviderWorker:
         return asked
 
     async def _send(self, claim: TokenClaim, client_auth: ClientAuth) -> "Asked | None":
-        """Send one request as soon as there is queue for it; None when it must not be sent any more."""
+        """Send one request as soon as a slot is free; return None when it must not be sent any more."""
         async with self.writer.slots:
             if not self._may_send(claim):
                 return None
@@ -157,14 +164,14 @@ class ProviderWorker:
             self.writer.write_down(entry)
             settlement = Settlement(claim, self.counts, entry=entry)
         else:
-            settlement = Settlement(claim, self.counts, failure=self._verdict(claim, answer, in_doubt=asked.in_doubt))
+            settlement = Settlement(claim, self.counts, failure=self._failed(claim, answer, in_doubt=asked.in_doubt))
         if not isinstance(answer, Renewed):
-            self._tell(claim, answer.reason)
+            self._log_failure(claim, answer.reason)
         await self.writer.put(settlement)
         if pause:
             await self.breaker.hold(pause)
 
-    def _verdict(self, claim: TokenClaim, answer: Dead | Refused | Transient | Ambiguous, *, in_doubt: bool) -> Failure:
+    def _failed(self, claim: TokenClaim, answer: Dead | Refused | Transient | Ambiguous, *, in_doubt: bool) -> Failure:
         throttled = isinstance(answer, Transient) and answer.throttled
         return Failure(
             claim.id,
@@ -194,11 +201,11 @@ class ProviderWorker:
             refresh_lifespan=answer.refresh_lifespan,
         )
 
-    def _may_be_let_in_otherwise(self, answer: Answer) -> bool:
+    def _may_use_other_method(self, answer: Answer) -> bool:
         return isinstance(answer, Refused) and answer.authentication and not self.provider.auth_is_configured
 
     def _may_send(self, claim: TokenClaim) -> bool:
-        """Not when the lease could end before the request does, as after a freeze of this process."""
+        """Return whether the lease outlasts the request. It may not, for example after this process was frozen."""
         settings = self.writer.settings
         if self._is_over() or not self.breaker.may_send:
             return False
@@ -207,8 +214,8 @@ class ProviderWorker:
     def _is_over(self) -> bool:
         return self.breaker.halted is not None or self.writer.is_ending()
 
-    def _tell(self, claim: TokenClaim, reason: str) -> None:
-        # The first of a provider stands for all of a run: what goes wrong for one goes wrong for many.
+    def _log_failure(self, claim: TokenClaim, reason: str) -> None:
+        # Only the first failure of a provider in a run is a warning: most failures hit many rows alike.
         level = log.debug if self.trouble else log.warning
         self.trouble = self.trouble or reason
         level("oauth_not_renewed", provider=self.provider.name, oauth_id=claim.id, reason=reason)

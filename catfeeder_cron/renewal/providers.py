@@ -1,4 +1,4 @@
-"""Who is asked and how, and who is left alone for a while: known to every daemon, and kept over restarts."""
+"""Read how each provider is asked, and keep the pauses of providers where every daemon sees them, over restarts too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ _STATES = """
            client_auth
     FROM catfeeder_cron.oauth_providers WHERE provider = ANY (%(names)s)"""
 
-# Pauses of our own choice grow while they follow each other; one that the provider asks for is as long as it says. What
-# several processes meet at the same time is one pause, the longest.
+# A pause that we choose doubles with each one that follows it; a pause that the provider asks for is as long as it
+# says. When several processes pause a provider at the same time, one pause is stored, the longest.
 _PAUSE = """
     INSERT INTO catfeeder_cron.oauth_providers AS o
         (provider, fingerprint, paused_until, refused, reason, failures)
@@ -42,7 +42,7 @@ _PAUSE = """
                                             * (0.9 + random() / 5) * interval '1 s' END) END
     RETURNING extract(epoch FROM paused_until - now())::float8"""
 
-# Not what another process has met meanwhile.
+# `paused_until <= now()` keeps a pause that another process has stored meanwhile.
 _RESUME = """
     UPDATE catfeeder_cron.oauth_providers
     SET paused_until = NULL, refused = false, reason = NULL, failures = 0
@@ -61,7 +61,11 @@ _LEARN = """
 
 @dataclass(frozen=True)
 class ProviderPause:
-    """Why a provider is left alone. Seconds: the first pause, which doubles, and the longest; or what it asked for."""
+    """Why nothing is sent to a provider, and for how long, in seconds.
+
+    `first` is the length of the first pause, which doubles each time up to `longest`; `given` is the length that the
+    provider asked for, if it did.
+    """
 
     reason: str
     first: float
@@ -71,21 +75,23 @@ class ProviderPause:
 
 
 def refused(reason: str) -> ProviderPause:
-    """It refuses us, so somebody has to do something."""
+    """Return the pause for a provider that refuses this client: the operator has to correct its settings."""
     return ProviderPause(reason, first=300, longest=4 * 3600, refused=True)
 
 
 def throttled(reason: str, retry_after: float | None) -> ProviderPause:
+    """Return the pause for a provider that asks for fewer requests; `retry_after` is in seconds."""
     return ProviderPause(reason, first=60, longest=3600, given=retry_after)
 
 
 def out_of_order(reason: str) -> ProviderPause:
+    """Return the pause for a provider that can't serve anyone at present."""
     return ProviderPause(reason, first=30, longest=1800)
 
 
 @dataclass(frozen=True)
 class ProviderState:
-    """What is remembered of a provider. `paused_seconds` is what is left of a pause."""
+    """What earlier runs have stored about a provider. `paused_seconds` is the rest of its pause."""
 
     paused_seconds: float = 0
     refused: bool = False
@@ -96,18 +102,18 @@ class ProviderState:
 def load(
     connection: Connection, links: Links, settings: OAuthSettings, names: Sequence[str]
 ) -> dict[str, tuple[Provider, ProviderState]]:
-    """Return the providers of these names that the database has, each as it is to be asked."""
+    """Return the providers of these names that the database has, each with its stored state."""
     wanted = {"names": list(names)}
     providers = [
         put_together(name, url, client_id, client_secret, settings.providers.get(name, ProviderSettings()))
         for name, url, client_id, client_secret in connection.execute(links.statement(_LOAD), wanted)
     ]
     states = _states(connection, wanted)
-    return {provider.name: _with_what_was_learned(provider, states.get(provider.name)) for provider in providers}
+    return {provider.name: _with_stored_method(provider, states.get(provider.name)) for provider in providers}
 
 
 def pause(database: Database, provider: Provider, pause: ProviderPause) -> float:
-    """Let every daemon leave the provider alone; return for how many seconds."""
+    """Make every daemon stop sending to the provider; return for how many seconds."""
     parameters = {
         "provider": provider.name,
         "fingerprint": provider.fingerprint,
@@ -122,12 +128,12 @@ def pause(database: Database, provider: Provider, pause: ProviderPause) -> float
 
 
 def resume(database: Database, provider: Provider) -> None:
-    """Forget pauses that are over: it answers again."""
+    """Delete the provider's pause if it is over, because the provider answers again."""
     database.execute(_RESUME, {"provider": provider.name, "fingerprint": provider.fingerprint})
 
 
 def learn(database: Database, provider: Provider, client_auth: ClientAuth) -> None:
-    """Remember by which method the client has to say who it is."""
+    """Store the method by which the provider lets this client authenticate."""
     parameters = {"provider": provider.name, "fingerprint": provider.fingerprint, "client_auth": client_auth}
     database.execute(_LEARN, parameters)
 
@@ -142,7 +148,7 @@ def _states(connection: Connection, wanted: dict[str, Any]) -> dict[str, tuple[b
     }
 
 
-def _with_what_was_learned(
+def _with_stored_method(
     provider: Provider, known: tuple[bytes, ProviderState] | None
 ) -> tuple[Provider, ProviderState]:
     if known is None or known[0] != provider.fingerprint:

@@ -1,4 +1,4 @@
-"""Finish what runs that are over have left: store the answers in their journals, then free their leases."""
+"""Complete runs that ended early: store the answers in their journals, then free their leases."""
 
 import time
 from hashlib import sha256
@@ -22,7 +22,7 @@ _FORGET = """
 
 
 def journal_folder(context: JobContext) -> Path:
-    """Return where the journals of this database's table are: an answer is never replayed into another database."""
+    """Return the directory of the journals for this database's table, so that no answer goes into another database."""
     with context.database.transaction() as connection:
         (identity,) = single(connection, "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1")
     table = f"{identity} {context.tables.schema_}.{context.tables.active_oauths}"
@@ -30,10 +30,10 @@ def journal_folder(context: JobContext) -> Path:
 
 
 def take_over(database: Database, links: Links, folder: Path) -> None:
-    """Take over the journals in `folder` that no living process holds.
+    """Store the answers in the journals of `folder` that no living process holds, and free their runs' leases.
 
-    First the answers, then the leases: the other way round somebody would claim a row and send the token that the
-    answer replaces. Raises DatabaseUnavailable; the journals then stay as they are.
+    The answers come first: with a free lease, another process could claim a row and send the token that the answer
+    replaces. Raises DatabaseUnavailable; the journals then stay as they are.
     """
     for journal in left_journals(folder):
         kept = False
@@ -55,13 +55,16 @@ def take_over(database: Database, links: Links, folder: Path) -> None:
 
 
 def forget_deleted(context: JobContext) -> None:
-    """Forget what is known of links that are gone. It reads all of them, so not at every run. Raises DatabaseError."""
+    """Delete the state of links that are gone. Raises DatabaseError.
+
+    It reads all links, so it belongs to the recovery and not to every run.
+    """
     with context.database.transaction() as connection:
         connection.execute(Links(context.tables).statement(_FORGET))
 
 
 def recover(context: JobContext) -> None:
-    """Take over now. Raises DatabaseError."""
+    """Take over the journals of dead processes now. Raises DatabaseError."""
     try:
         take_over(context.database, Links(context.tables), journal_folder(context))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One run of the job: all providers at once, answers stored as they come in, and nothing lost when it ends early."""
+"""One run of the job: it asks all providers at once, stores each answer as it comes in, and never loses one."""
 
 import asyncio
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 log = get_logger("catfeeder_cron.oauth")
 
-# Somebody who had locked a row for a moment is done with it by then.
+# Another session that locked a row for a moment has released it by then.
 _SECOND_LOOK_SECONDS = 0.5
 
 
 def renew_due(context: JobContext, jitter: timedelta) -> None:
     """Renew every token that would end before the job's next run.
 
-    Raises RenewalError when nothing could be renewed for a reason of ours, and JobInterrupted when the run ended early;
-    what is in flight then is awaited and stored.
+    Raises RenewalError when nothing could be renewed and the reason is on our side, and JobInterrupted when the run
+    ended early. The requests under way are then awaited, and their answers stored.
     """
     client, links = context.oauth, Links(context.tables)
     if not context.dry_run:
@@ -61,7 +61,7 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
 
 
 class RenewalRun:
-    """One worker for each provider that has something due, and what is told of them in the end."""
+    """Runs one worker for each provider that has due rows, and reports the counts at the end."""
 
     def __init__(
         self, context: JobContext, client: OAuthClient, links: Links, window: Window, due: Sequence[Due], known: Known
@@ -79,9 +79,10 @@ class RenewalRun:
         self._total = sum(each.free for each in due)
         self._settled = 0
         self._left: dict[str, int] | None = None
-        """The rows of each provider that could be claimed still, as of the last look."""
+        """The rows of each provider that could still be claimed at the last count."""
 
     def go(self) -> None:
+        """Renew, fill in the counts, and raise the error of the run, if it has one."""
         waiting = [each for each in self._due if each.provider and each.free and name_of(each) not in self._hindered]
         try:
             if waiting:
@@ -111,7 +112,7 @@ class RenewalRun:
                 raise each
 
     async def _make_passes(self, writer: BatchWriter) -> list[BaseException | None]:
-        """Have the workers go over their rows, and again over what could not be had, while that brings something."""
+        """Let the workers go over their rows, and again over the rows left, as long as a pass brings new answers."""
         workers, ended = self._workers, list[BaseException | None]()
         while True:
             answers = self._answers()
@@ -130,7 +131,10 @@ class RenewalRun:
         return sum(worker.breaker.answers for worker in self._workers)
 
     def _count_left(self) -> dict[str, int] | None:
-        """Count what was not reached, is locked by somebody, or was given back. None where that can't be known."""
+        """Count the rows that were not reached, are locked by another session, or were given back.
+
+        Return None when the database can't answer.
+        """
         try:
             with self._context.database.transaction() as connection:
                 return {name_of(each): each.free for each in self._links.count(connection, self._window)}
@@ -138,7 +142,7 @@ class RenewalRun:
             return None
 
     def _has_left(self, worker: ProviderWorker) -> bool:
-        """Whether the worker could go on, as far as is known."""
+        """Return whether the worker could go on. Where the last count failed, assume that it could."""
         return worker.breaker.halted is None and (self._left is None or bool(self._left.get(worker.provider.name)))
 
     def _worker(self, due: Due, writer: BatchWriter, session: "Session") -> ProviderWorker:
@@ -154,7 +158,7 @@ class RenewalRun:
         count_so_far(self._context, self._workers)
 
     async def _decide_on_dead(self, worker: ProviderWorker, writer: BatchWriter) -> None:
-        """Make up the mind about tokens that the provider has called dead, now that all its answers are known."""
+        """Confirm or dismiss the tokens that the provider called dead, now that all its answers are known."""
         if not worker.breaker.dead:
             return
         database, undecided = self._context.database, worker.breaker.dead
@@ -195,5 +199,5 @@ class RenewalRun:
         refusing = [worker for worker in self._workers if worker.breaker.refused]
         reasons |= {worker.provider.name: worker.breaker.halted or "" for worker in refusing}
         if reasons and counts["due"] and not (counts["renewed"] or counts["needs_reauth"] or counts["failed"]):
-            told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
-            raise RenewalError(f"nothing could be renewed: {told}")
+            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
+            raise RenewalError(f"nothing could be renewed: {listed}")

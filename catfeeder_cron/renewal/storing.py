@@ -1,4 +1,4 @@
-"""Put the tokens of answers into their rows."""
+"""Store the tokens of answers in their rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from catfeeder_cron.renewal.failures import BACK_OFF
 from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.links import Links
 
-# How long a batch waits for a row that somebody else has locked, and then for each further one: a stop waits, too.
+# How long a batch waits for a row that another session has locked, and then for each further one. Short, because a stop
+# of the daemon waits for the batch.
 _LOCK_TIMEOUT = "500ms"
 _NEXT_LOCK_TIMEOUT = "10ms"
 
@@ -22,8 +23,9 @@ _ENTRIES: LiteralString = """
            %(lifespans)s::bigint[], %(said)s::boolean[], %(refresh_lifespans)s::bigint[], %(ages)s::float8[])
         AS n(id, sent, token, refresh_token, lifespan, said, refresh_lifespan, age)"""
 
-# By value: only the row that still holds the token that was sent. A newer login is never overwritten, and an answer
-# that comes late still lands. The time that has passed since the question is taken off the token's life.
+# The answer goes only into a row that still holds the token that was sent. So a newer login is never overwritten, and a
+# late answer is still stored. The time since the request is subtracted from the token's lifespan. `before` reads the
+# old issue time, because RETURNING shows the row after the update only.
 _STORE = """
     WITH before AS MATERIALIZED (
         SELECT a.id, {issued} AS issued_at FROM {active} a WHERE a.id = ANY (%(ids)s)),
@@ -39,8 +41,8 @@ _STORE = """
         RETURNING a.id)
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
 
-# For an answer that was not stored, because the row is gone or holds a newer login, only the lease goes. One without
-# a token, that of a partial answer, is a failure. `sent_at` stays: it tells when the row had its turn.
+# For an answer that was not stored, because the row is gone or holds a newer login, only the lease ends. An answer
+# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = NULL, lease_until = NULL, sent = NULL,
@@ -59,7 +61,7 @@ _AFTER_STORE = """
         LATERAL (SELECT s.id IS NOT NULL AS is_stored) known
     WHERE t.oauth_id = n.id AND t.sent = n.sent"""
 
-# Rows whose answer the table refuses: asking again would only lose the token that is in the journal.
+# The table refuses this row's answer: another request would only lose the token that is in the journal.
 _HOLD_BACK = """
     UPDATE catfeeder_cron.oauth_tokens SET not_before = now() + interval '1 day', failures = failures + 1
     WHERE oauth_id = %(id)s"""
@@ -71,7 +73,11 @@ _KEEP_IN_DOUBT = """
 
 @dataclass
 class StoredAnswers:
-    """What became of answers: in their rows; too late for a row that is gone or has a new login; for later; refused."""
+    """The results of storing answers.
+
+    `stored` are in their rows; `outdated` came too late, for a row that is gone or has a newer login; `locked` must be
+    stored later; `refused` are those that the table does not accept, each with the reason.
+    """
 
     stored: list[Entry] = field(default_factory=list)
     outdated: list[Entry] = field(default_factory=list)
@@ -79,6 +85,7 @@ class StoredAnswers:
     refused: list[tuple[Entry, str]] = field(default_factory=list)
 
     def add(self, other: "StoredAnswers") -> None:
+        """Add the results of further answers."""
         self.stored += other.stored
         self.outdated += other.outdated
         self.locked += other.locked
@@ -88,9 +95,9 @@ class StoredAnswers:
 def store(
     database: Database, links: Links, entries: Sequence[Entry], now: float, lock_timeout: str = _LOCK_TIMEOUT
 ) -> StoredAnswers:
-    """Store answers; `now` is the wall clock's. Raises DatabaseUnavailable, and then all may be tried again.
+    """Store answers; `now` is the wall clock's time. Raises DatabaseUnavailable; the call may then be repeated.
 
-    An answer that its row can't take, or whose row is locked, holds up no other.
+    An answer that is refused, or whose row is locked, does not keep the others from being stored.
     """
     if not entries:
         return StoredAnswers()
@@ -112,13 +119,13 @@ def store(
 
 
 def _hold_back(database: Database, entry: Entry, error: DatabaseError) -> str:
-    """Return why the row doesn't take its answer. A trigger may quote what it was given."""
+    """Leave the row alone for a day; return why it refuses its answer, without tokens, which a trigger may quote."""
     database.execute(_HOLD_BACK, {"id": entry.id})
     return quote(str(error), [secret for secret in (entry.token, entry.refresh_token) if secret])
 
 
 def keep_in_doubt(database: Database, entries: Sequence[Entry]) -> None:
-    """Let nobody send again what these entries answer: they are in a journal still, because their rows are locked."""
+    """Keep every process from sending these rows again: their answers are in a journal, because the rows are locked."""
     if entries:
         parameters = {"ids": [each.id for each in entries], "sent": [bytes.fromhex(each.sent) for each in entries]}
         database.execute(_KEEP_IN_DOUBT, parameters)

@@ -1,4 +1,4 @@
-"""What is told of a run: what was due, and what became of it, in all and by provider."""
+"""Count what was due in a run and with what result, in total and by provider, and log it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,19 @@ Known = Mapping[str, tuple[Provider, ProviderState]]
 
 @dataclass(frozen=True)
 class Hindrance:
-    """Why nothing can be renewed at a provider, and whether that is for us to change."""
+    """Why nothing can be renewed at a provider. `ours`: the operator can remove the reason."""
 
     reason: str
     ours: bool
 
 
 def name_of(due: Due) -> str:
+    """Return the name under which the rows are counted: their provider's, else their service's."""
     return due.provider or due.service or "(no service)"
 
 
 def hindrances(due: Sequence[Due], known: Known) -> dict[str, Hindrance]:
-    """Return what keeps providers from being asked from the start."""
+    """Return the providers that can't be asked at all, each with the reason."""
     return {name_of(each): hindrance for each in due if (hindrance := _hindrance(each, known))}
 
 
@@ -50,7 +51,7 @@ def _hindrance(due: Due, known: Known) -> Hindrance | None:
 
 
 def count_what_would_be_done(context: JobContext, due: Sequence[Due], hindered: Mapping[str, Hindrance]) -> None:
-    """Fill in the counts of a dry run."""
+    """Set the counts of a dry run."""
     context.counts["would_renew"] = 0
     for each in due:
         name = name_of(each)
@@ -63,7 +64,7 @@ def count_what_would_be_done(context: JobContext, due: Sequence[Due], hindered: 
 
 
 def count_so_far(context: JobContext, workers: Sequence[ProviderWorker]) -> None:
-    """Bring those counts up to date that are known while the run is under way."""
+    """Update the counts that are known while the run is under way."""
     for name in ("renewed", "needs_reauth", "failed"):
         context.counts[name] = sum(worker.counts[name] for worker in workers)
 
@@ -75,7 +76,7 @@ def settle_up(
     workers: Sequence[ProviderWorker],
     left: Mapping[str, int],
 ) -> None:
-    """Fill in all counts, and log those of each provider. `left` are the rows that could be claimed still."""
+    """Set all counts, and log those of each provider. `left` counts the rows that could still be claimed."""
     count_so_far(context, workers)
     by_name = {worker.provider.name: worker for worker in workers}
     for each in due:
@@ -91,7 +92,7 @@ def settle_up(
         reason = hindered[name].reason if name in hindered else next(filter(None, reasons), each.why_not_free())
         if reason and counts["due"] > counts["renewed"]:
             context.provider_reasons[name] = reason
-        told = {"reason": context.provider_reasons[name]} if name in context.provider_reasons else {}
-        log.info("oauth_provider_finished", provider=name, **counts, **told)
+        reason_field = {"reason": context.provider_reasons[name]} if name in context.provider_reasons else {}
+        log.info("oauth_provider_finished", provider=name, **counts, **reason_field)
     for key in ("due", "postponed"):
         context.counts[key] = sum(counts[key] for counts in context.by_provider.values())

@@ -1,1 +1,1 @@
-"""The daemon as a service: its life, its signals, its status, and who may ask for it."""
+"""The daemon as a service: its start and stop, its signals, its status for systemd, its metrics and health pages."""

@@ -1,4 +1,4 @@
-"""The daemon: opens everything, keeps the schedule until a signal asks it to stop, and closes everything."""
+"""The daemon: it opens all parts, runs the schedule until a signal asks it to stop, and closes all parts."""
 
 import os
 import threading
@@ -38,14 +38,14 @@ def run(
 ) -> None:
     """Run the enabled jobs on their schedule until SIGTERM or SIGINT; call it in the main thread.
 
-    The database may be away at the start and at any time: that is logged once, and the jobs go on when it is back.
-    SIGHUP takes over what `read_again`, if there is one, returns. A stop lets running jobs end their batch; those
-    that need longer than `shutdown_grace` are left behind. Raises CatfeederCronError when a job can't be scheduled.
+    The database may be away at the start and at any time: an outage is logged once, and the jobs go on when it is over.
+    SIGHUP applies the settings that `read_again`, if given, returns. A stop lets running jobs end their batch and
+    abandons those that need longer than `shutdown_grace`. Raises CatfeederCronError when a job can't be scheduled.
     """
     prepare()
     reap_orphans_as_init()
     notifier = Notifier()
-    # The watchdog is fed at every turn of the schedule's loop, so the loop must not sleep for too long.
+    # Every turn of the scheduler's loop feeds the watchdog, so the loop must not sleep longer than that needs.
     turn_every = min(_TURN_EVERY, notifier.watchdog / 3) if notifier.watchdog else _TURN_EVERY
     with StopSignals() as signals, Database(settings.database) as database, ExitStack() as closing:
         tasks = BackgroundTasks(
@@ -75,7 +75,7 @@ def run(
 
 @contextmanager
 def _serve(address: str, crons: Crons, database: Database, health: Health) -> Iterator[RunListener]:
-    """Serve metrics and health; yield what counts the runs. An address that can't be had is no reason not to run."""
+    """Serve metrics and health; yield the listener that counts runs. A busy address is logged, and the daemon runs."""
     load("catfeeder_cron.service.endpoints", "catfeeder_cron.service.metrics")
     from catfeeder_cron.service.endpoints import Endpoints
     from catfeeder_cron.service.metrics import Metrics
@@ -96,7 +96,10 @@ def _serve(address: str, crons: Crons, database: Database, health: Health) -> It
 def _keep_the_schedule(
     tasks: BackgroundTasks, crons: Crons, database: Database, reporter: StatusReporter, signals: StopSignals
 ) -> None:
-    """Block until a stop was asked for and no job is running any more."""
+    """Block until a stop was requested and no job is running any more.
+
+    `stop` runs in a thread of StopSignals; the main thread waits in `start` and `crons.wait` and then sets `over`.
+    """
     over = threading.Event()
 
     def stop() -> None:
@@ -104,7 +107,7 @@ def _keep_the_schedule(
         log.info("daemon_stopping", running=crons.running, shutdown_grace_seconds=grace.total_seconds())
         reporter.stopping()
         crons.request_stop()
-        # The signal may have come before the scheduler was started: then it is stopped as soon as it is.
+        # The signal may have come before the scheduler was started: then wait for its start, and stop it.
         while not tasks.running and not over.wait(0.01):
             pass
         tasks.safe_stop(wait=False)
@@ -113,7 +116,7 @@ def _keep_the_schedule(
             reporter.still_stopping()
             if time.monotonic() >= until:
                 log.error("shutdown_grace_is_over", abandoned=crons.running)
-                # In a thread: the database may be what the jobs hang on.
+                # In a thread, because closing may wait for the database, for which the jobs may be waiting, too.
                 leave = threading.Thread(target=_leave, args=(crons, database, grace), name="leave", daemon=True)
                 leave.start()
                 leave.join(_LEAVE_SECONDS)

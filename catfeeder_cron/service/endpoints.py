@@ -1,6 +1,6 @@
-"""A few read-only pages over HTTP, for Prometheus and for those who ask whether the daemon is well.
+"""Serve a few read-only pages over HTTP, for Prometheus and for health checks.
 
-It sleeps in the kernel between requests: the servers that libraries bring look twice a second whether they should stop.
+The server sleeps in the kernel between requests; those of the libraries wake twice a second to see whether to stop.
 """
 
 import socket
@@ -31,7 +31,10 @@ class Page:
 
 
 class Endpoints:
-    """Serves `pages` (by their paths) on `address`, "host:port", from `open` to `close`."""
+    """Serves `pages` (by their paths) on `address`, "host:port", from `open` to `close`.
+
+    Each page's function is called in a thread of its request, so several may run at the same time.
+    """
 
     def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
         self._address = address
@@ -39,7 +42,7 @@ class Endpoints:
         self._server: _Server | None = None
 
     def open(self) -> None:
-        """Listen. Raises OSError where that can't be done."""
+        """Listen, and serve in a thread. Raises OSError if the address can't be used."""
         host, _, port = self._address.rpartition(":")
         family, _, _, _, name = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         self._server = _Server(family, name, self._pages)
@@ -47,19 +50,19 @@ class Endpoints:
 
     @property
     def port(self) -> int:
-        """The port it listens on, also where the system chose it."""
+        """The port that it listens on, also if the system chose it."""
         assert self._server is not None, "it is not open"
         return int(self._server.server_address[1])
 
     def close(self) -> None:
-        """Stop listening; requests under way are not waited for. Idempotent."""
+        """Stop listening, without waiting for the requests under way. A second call does nothing."""
         server, self._server = self._server, None
         if server:
             server.end()
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    # Not http.server's: that asks the DNS for the name of its address.
+    # Not http.server's class, which asks the DNS for the name of its address.
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
@@ -68,6 +71,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, family: int, name: Any, pages: Mapping[str, Callable[[], Page]]) -> None:
         self.address_family = family
         self.pages = pages
+        # Set by the thread that calls `end`; the thread of `run` reads it after each connection, and so leaves.
         self._ending = threading.Event()
         self._refused = False
         super().__init__(name, _Handler)
@@ -86,7 +90,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             request = super().get_request()
         except OSError as error:
-            # Out of file descriptors: the connection stays in the queue, so waiting for one would end at once.
+            # There are no file descriptors left. The connection stays in the queue, so the next wait for one would
+            # return at once: pause first.
             if not self._ending.wait(_ACCEPT_AGAIN_SECONDS) and not self._refused:
                 self._refused = True
                 log.warning("connection_not_accepted", reason=error.strerror or str(error))

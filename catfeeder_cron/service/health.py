@@ -1,4 +1,4 @@
-"""How the daemon is doing: the line for `systemctl status`, and the reasons why it is not healthy or not ready."""
+"""Judge the daemon's health: a summary for `systemctl status`, and the problems for liveness and readiness checks."""
 
 import textwrap
 import time
@@ -8,46 +8,47 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.ledger.snapshot import Snapshot
 from catfeeder_cron.scheduler.crons import Crons
 
-# Turns of the schedule's loop that may be late before it counts as stalled.
+# How many turns of the scheduler's loop may be late before it counts as stalled.
 _LATE_TURNS = 3
 _MOST_NAMED = 3
 _LONGEST_TROUBLE = 200
 
 
 class Health:
-    """Knows the daemon's parts; costs nothing until it is asked."""
+    """Reads the state of the daemon's parts when it is asked. All methods may be called from any thread."""
 
     def __init__(self, crons: Crons, database: Database, turn_every: timedelta) -> None:
         self._crons = crons
         self._database = database
         self._turn_every = turn_every
+        # Written by the scheduler's and the stop's thread, read by any; each is one value, so there is no lock.
         self._last_turn = time.monotonic()
         self._stopping = False
 
     def turned(self) -> None:
-        """Take note that the schedule's loop has just turned."""
+        """Record that the scheduler's loop has just turned."""
         self._last_turn = time.monotonic()
 
     def stopping(self) -> None:
-        """Take note that nothing new begins."""
+        """Record that the daemon is stopping and starts no further run."""
         self._stopping = True
 
     def summary(self) -> str:
-        """Say in one line what runs, what comes next, and what is wrong."""
+        """Return one line with the problems, the running jobs and the next slot."""
         if self._stopping:
             running = self._crons.running
             return f"stopping; waiting for {_listed(running)}" if running else "stopping"
         return "; ".join([*self._troubles(), self._running(), self._next()])
 
     def liveness_problems(self) -> list[str]:
-        """Say why the process should be restarted, if it should."""
+        """Return the reasons why the process should be restarted; none if it is alive."""
         age = time.monotonic() - self._last_turn
         if not self._stopping and age > _LATE_TURNS * self._turn_every.total_seconds():
             return [f"the schedule's loop has not turned for {age:.0f} s"]
         return []
 
     def readiness_problems(self, snapshot: Snapshot) -> list[str]:
-        """Say why jobs don't run as they should."""
+        """Return the reasons why jobs don't run as they should; none if the daemon is ready."""
         reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
         if self._stopping:
             reasons.append("the daemon is stopping")
@@ -58,7 +59,7 @@ class Health:
         for job, schedule in self._crons.schedules.items():
             account = snapshot.accounts.get(job)
             slots = schedule.between(account.accounted_until, now) if account and account.accounted_until else None
-            # The third slot that nobody has taken note of comes two intervals after the first.
+            # The third slot that no daemon has recorded comes two intervals after the first.
             if slots and slots.count > 2:
                 reasons.append(f"{job} is overdue since {slots.first.isoformat(timespec='seconds')}")
         return reasons

@@ -1,6 +1,6 @@
-"""What Prometheus is told: of runs when they end, of everything else when it asks.
+"""Metrics for Prometheus: counters change when a run ends, gauges are read when Prometheus asks.
 
-prometheus_client costs 85 ms and some megabytes, so this module is imported only where [metrics] listen asks for it.
+prometheus_client costs 85 ms and some megabytes, so this module is imported only if [metrics] listen is set.
 """
 
 import json
@@ -28,7 +28,7 @@ _ACTION_RESULTS = ("done", "retried", "given_up")
 
 
 class Metrics(RunListener):
-    """All methods may be called from any thread."""
+    """Counts the runs of this daemon and answers the pages. All methods may be called from any thread."""
 
     def __init__(self, crons: Crons, database: Database, health: Health) -> None:
         self._crons = crons
@@ -55,6 +55,7 @@ class Metrics(RunListener):
         self._registry.register(_WhenAsked(self._gauges))
 
     def ended(self, _run: Run, report: JobReport, /) -> None:
+        """Count the run and its results."""
         self._runs.labels(report.job, report.outcome).inc()
         self._durations.labels(report.job).observe(report.duration.total_seconds())
         if "deleted" in report.counts:
@@ -68,8 +69,8 @@ class Metrics(RunListener):
             self._needing_login.labels(provider).inc(counts.get("needs_reauth", 0))
 
     def page(self) -> Page:
-        """/metrics"""
-        # A series that is there from the start, at 0, is what makes the first failure an increase.
+        """Return the page /metrics."""
+        # Every series begins at 0 from the start, so that Prometheus sees the first failure as an increase.
         for job in self._crons.schedules:
             self._durations.labels(job)
             for outcome in get_args(Outcome):
@@ -78,12 +79,12 @@ class Metrics(RunListener):
         return Page(200, prometheus_client.CONTENT_TYPE_LATEST, text)
 
     def health(self) -> Page:
-        """/health: whether the process is alive; if not, restart it."""
-        return _verdict(self._health.liveness_problems())
+        """Return the page /health: the process is alive, or should be restarted."""
+        return _answer(self._health.liveness_problems())
 
     def ready(self) -> Page:
-        """/ready: whether jobs run as they should."""
-        return _verdict(self._health.readiness_problems(self._snapshot.now()))
+        """Return the page /ready: jobs run as they should, or why not."""
+        return _answer(self._health.readiness_problems(self._snapshot.now()))
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, help, labels, registry=self._registry)
@@ -127,6 +128,6 @@ def _timestamps(instants: dict[str, datetime | None]) -> dict[str, float]:
     return {job: instant.timestamp() for job, instant in instants.items() if instant}
 
 
-def _verdict(reasons: list[str]) -> Page:
+def _answer(reasons: list[str]) -> Page:
     body = json.dumps({"status": "failing" if reasons else "ok", "reasons": reasons}, ensure_ascii=False)
     return Page(503 if reasons else 200, "application/json", f"{body}\n".encode())

@@ -1,8 +1,8 @@
-"""As the first process of a container the daemon inherits every process whose parent has ended, and has to reap it.
+"""Reap orphans if the daemon is the first process of a container, which inherits every process without a parent.
 
-Otherwise the dead ones stay in the process table for ever. A real init reaps whoever ends; here other code waits for
-children of its own at the same time (asyncio, subprocess), whose exit status must not be taken from it. So only those
-are reaped that have been dead for a whole round, with nobody waiting for them.
+Without this, dead processes would stay in the process table for ever. A real init reaps every child at once; here other
+code (asyncio, subprocess) waits for its own children at the same time and needs their exit status. So only a child that
+has been dead for a whole round is reaped.
 """
 
 import os
@@ -14,7 +14,7 @@ _ROUND_SECONDS = 5.0
 
 
 def reap_orphans_as_init() -> None:
-    """Begin to reap orphans, in a thread that ends with the process, if this is the first process of its namespace."""
+    """Start a thread that reaps orphans if this is the first process of its namespace; it ends with the process."""
     if os.getpid() == 1:
         threading.Thread(target=_reap_for_ever, name="orphans", daemon=True).start()
 
@@ -31,9 +31,9 @@ def _reap_for_ever() -> None:
 
 
 def _dead_children() -> set[int]:
-    """Return our children that have ended and that nobody has waited for."""
+    """Return the ids of our children that have ended and were not reaped."""
     dead = set()
-    for name in filter(str.isdecimal, os.listdir("/proc")):  # noqa: PTH208 - strings are what is wanted
+    for name in filter(str.isdecimal, os.listdir("/proc")):  # noqa: PTH208 - the names are needed as strings
         with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
             # "pid (name) state ppid ...": the name may hold blanks and parentheses.
             state, parent = file.read().rpartition(b")")[2].split()[:2]

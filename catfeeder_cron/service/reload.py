@@ -1,4 +1,4 @@
-"""Take over the configuration as it is now, in a daemon that runs on."""
+"""Apply a changed configuration in a running daemon, and check what the jobs need."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -20,10 +20,10 @@ log = get_logger("catfeeder_cron.service")
 def reload(
     crons: Crons, started_with: Settings, read_again: Callable[[], Settings], signals: StopSignals
 ) -> str | None:
-    """Go on with what `read_again` returns; a faulty one is refused with all its faults, and the old one stays.
+    """Apply the settings that `read_again` returns. A faulty configuration is refused, and the old one stays in force.
 
-    `started_with` is what holds for the keys that need a restart. Returns the first of the faults of one that was
-    refused.
+    `started_with` holds the values of the keys that need a restart. Returns the first fault of a refused
+    configuration, None for an accepted one.
     """
     try:
         settings = read_again()
@@ -45,16 +45,19 @@ def reload(
 
 
 class CheckAtFirstBeat(RunListener):
-    """Checks what the jobs need as soon as the database has been reached: until then it would find nothing else."""
+    """Starts the check of what the jobs need at the first heartbeat that reaches the database."""
 
     def __init__(self, crons: Crons, database: Database, signals: StopSignals) -> None:
         self._crons = crons
         self._database = database
         self._signals = signals
-        self._lock = threading.Lock()  # heartbeats may come from several threads
+        # Held by the thread of a heartbeat while it looks at `_begun`: heartbeats may come from several threads, and
+        # only one of them may start the check.
+        self._lock = threading.Lock()
         self._begun = False
 
     def beat(self, reached: bool, /) -> None:
+        """Start the check, once."""
         with self._lock:
             if not reached or self._begun:
                 return
@@ -63,14 +66,14 @@ class CheckAtFirstBeat(RunListener):
 
 
 def begin_to_check(findings: Iterable[Finding], signals: StopSignals) -> None:
-    """Log what a check finds, each finding at its own level, in a thread of its own.
+    """Log the findings of a check, each at its own level, in a new thread.
 
-    A callable that is slow to be imported must hold up neither the first heartbeat nor a reload.
+    In a thread, because a callable may take long to import, and must delay neither the first heartbeat nor a reload.
     """
 
     def work() -> None:
         for finding in findings:
-            if signals.requested.is_set():  # what is being closed now would be found missing
+            if signals.requested.is_set():  # the daemon is closing its parts: the check would report them as missing
                 return
             level = {"ok": log.debug, "warning": log.warning, "error": log.error}[finding.level]
             level("check_finding", subject=finding.subject, message=finding.message)

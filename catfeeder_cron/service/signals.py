@@ -1,4 +1,4 @@
-"""What signals ask of the process: to stop, to read its configuration again."""
+"""Turn signals into requests: SIGTERM and SIGINT to stop, SIGHUP to read the configuration again."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ _LONGEST_RELOAD_SECONDS = 5
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `requested`; a second one ends the process at once.
 
-    For the main thread alone, as Python's signal handlers are. A process that is forked meanwhile has the handlers that
-    were there before.
+    Only the main thread may enter it, as Python allows signal handlers there only. A process that is forked meanwhile
+    gets the handlers back that were there before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -31,8 +31,9 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        # A handler runs when the main thread comes to it. A signal that arrives just before that begins to wait, or in
-        # another thread, interrupts nothing, and the wait may be long; what is written here is read at once.
+        # Python runs a handler in the main thread, between two of its instructions. A signal that arrives just before
+        # the main thread begins to wait, or in another thread, does not end that wait, which may be long. So the
+        # signal's number also goes into this pipe, which a thread of its own reads at once.
         read_end, self._write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write_end, False)
         self._previous_end = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -44,11 +45,11 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._entered:  # not in a forked process
+        if self._entered:  # false in a forked process, which has left it already
             self._leave(self._previous_end)
 
     def _after_fork(self) -> None:
-        """Let go of what a forked process has inherited: the pipe would bring its signals to the parent."""
+        """Leave it in a forked process: through the inherited pipe its signals would reach the parent."""
         if self._entered:
             self._leave(-1)
 
@@ -60,7 +61,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def on_request(self, action: Callable[[], None]) -> None:
-        """Call `action` in a thread of its own as soon as a stop is asked for: a handler must take no lock."""
+        """Call `action` in a new thread as soon as a stop is requested: a handler may take no lock, a thread may."""
 
         def wait() -> None:
             self.requested.wait()
@@ -74,19 +75,24 @@ class StopSignals:
         self.requested.set()
 
     def _read(self, read_end: int) -> None:
-        """Take in the numbers of the signals that arrive, until the writing end is closed."""
+        """Read the numbers of arriving signals in a thread, until the writing end is closed."""
         with open(read_end, "rb", buffering=0) as arrived:
             while numbers := arrived.read(64):
-                # The handler comes first where it can: until it has run, a second signal would be one with the first.
+                # Wait for the handler, if it can run soon: until it has run, a second signal would not end the process.
                 if any(number in numbers for number in self.SIGNALS) and not self.requested.wait(_HANDLER_SECONDS):
                     self.requested.set()
 
 
 class ReloadSignal:
-    """While entered, every SIGHUP has `action` called in a thread of its own; several at once may become one."""
+    """While entered, a SIGHUP calls `action` in the thread of this object; several at once may become one call.
+
+    The handler, in the main thread, only sets an event, because it may interrupt code that holds a lock.
+    """
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
+        # Set by the handler in the main thread; the reload's thread waits for it, and clears it before it reloads, so
+        # that a signal during a reload causes one more.
         self._hung_up = threading.Event()
         self._leaving = False
         self._entered = False
@@ -104,7 +110,7 @@ class ReloadSignal:
     ) -> None:
         if not self._entered:  # in a forked process
             return
-        # Ignored from here on: whoever asks for a reload must not end a process that stops in order.
+        # Ignored from here on: a request for a reload must not end a process that is stopping in order.
         signal.signal(signal.SIGHUP, signal.SIG_IGN if self._previous is signal.SIG_DFL else self._previous)
         self._entered = False
         self._leaving = True

@@ -1,8 +1,9 @@
-"""Do what is due in the table "Actions", shared out between daemons by leases.
+"""Run the due actions of the table "Actions"; several daemons share them by leases.
 
-survey      which rows are due, in an order in which neither a kind nor a user starves the others
-leases      rows are claimed, a few at a time, kept while their handlers run, and taken over from who died
-outcomes    what became of an attempt: stored if the row is still ours
-attempts    the handlers at work: built-in ones in an event loop, the operator's in processes of their own
-shift       one run: puts these together
+fair_order  reads the due rows, in an order in which neither a kind nor a user starves the others
+leases      claims rows a few at a time, extends their leases, and takes rows over from dead processes
+outcomes    stores the outcome of an attempt, if the row is still under its lease
+attempts    runs the attempts in an event loop with a thread of its own
+handlers    calls a built-in handler in that event loop, or the operator's in a child process
+run         one run of the job, which puts these together
 """

@@ -1,4 +1,4 @@
-"""Which rows are due, and in which order a run takes them on."""
+"""Read the due rows, in an order in which neither a kind of action nor a user starves the others."""
 
 import random
 from collections import Counter
@@ -9,18 +9,18 @@ from catfeeder_cron.actions.due.leases import statement
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection
 
-# Rows of one survey at most; what is behind them comes with the next.
+# The most rows that are read at a time; the next reading brings the rows behind them.
 _MOST = 50_000
 
-# How far a plan is looked through for somebody else's turn.
+# How many rows `take` passes over in search of a kind and a user that still have room.
 _MOST_PASSED = 100
 
-# From 1024 on, bands don't grow any more: the order within a kind stays roughly that of the due times.
+# From turn 1024 on, bands don't grow any more: the order within a kind stays roughly that of the due times.
 _WIDEST_BAND = 10
 
-# Taking turns: the kinds among each other, and within a kind its users. A flood of one user's actions so gets one turn
-# for each that another has.
-_SURVEY = """
+# The kinds take turns, and within a kind its users do. So a user with a flood of actions gets one turn for each turn of
+# another user.
+_DUE = """
     SELECT id, kind, user_id, turn, early FROM (
         SELECT id, kind, user_id, row_number() OVER (PARTITION BY kind ORDER BY user_turn, due_at) AS turn,
                count(*) FILTER (WHERE due_at <= %(begun)s::timestamptz) OVER () AS early
@@ -32,16 +32,18 @@ _SURVEY = """
 
 @dataclass(frozen=True)
 class Candidate:
+    """A due row that the run may try to claim."""
+
     id: Any
     kind: str
     user_id: Any
 
 
-class Plan:
-    """What is due as of one survey, in the order of turns.
+class FairOrder:
+    """The rows that were due at one reading, in the order of their turns.
 
-    Within a band of neighbouring turns the order is random, so that daemons which look at the same rows don't all
-    reach for the same ones. The first bands are narrow: there a turn more or less matters.
+    Within a band of neighbouring turns the order is random, so that daemons that read the same rows don't all try to
+    claim the same ones first. The first bands are narrow, because there a turn more or less matters.
     """
 
     def __init__(self, rows: list[tuple[Any, ...]]) -> None:
@@ -54,7 +56,7 @@ class Plan:
         return len(self._left)
 
     def take(self, number: int, busy: "Busy") -> list[Candidate]:
-        """Take the next ones out, passing over kinds and users that have their share of the slots already."""
+        """Take the next rows out, but leave those of kinds and users that have their share of the slots already."""
         taken: list[Candidate] = []
         passed: list[Candidate] = []
         while self._left and len(taken) < number and len(passed) < _MOST_PASSED:
@@ -71,26 +73,29 @@ class Plan:
 
 
 class Busy:
-    """Who has how many of the run's slots. One in eight is kept for those who don't have the others."""
+    """Counts how many of the run's slots each kind and each user has. None may have more than seven in eight."""
 
     def __init__(self, slots: int) -> None:
         self._most = max(1, slots - max(1, slots // 8))
         self._count: Counter[tuple[str, Any]] = Counter()
 
     def has_room_for(self, candidate: Candidate) -> bool:
+        """Return whether the row's kind and user may have one more slot."""
         return all(self._count[share] < self._most for share in _shares(candidate))
 
     def add(self, candidate: Candidate) -> None:
+        """Count a slot for the row's kind and user."""
         self._count.update(_shares(candidate))
 
     def remove(self, candidate: Candidate) -> None:
+        """Free the slot of the row's kind and user."""
         self._count.subtract(_shares(candidate))
 
 
-def survey(connection: Connection, tables: DatabaseTables, begun: str) -> Plan:
-    """Look at all that is due; `begun` is when the run began, by the database's clock."""
+def due_in_fair_order(connection: Connection, tables: DatabaseTables, begun: str) -> FairOrder:
+    """Read the rows that are due now; `begun` is when the run began, by the database's clock."""
     parameters = {"begun": begun, "most": _MOST}
-    return Plan(connection.execute(statement(_SURVEY, tables), parameters).fetchall())
+    return FairOrder(connection.execute(statement(_DUE, tables), parameters).fetchall())
 
 
 def _shares(candidate: Candidate) -> list[tuple[str, Any]]:

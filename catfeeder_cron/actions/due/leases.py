@@ -1,7 +1,7 @@
-"""Claim rows of "Actions", keep them while their handlers run, and take over those of processes that died.
+"""Claim rows of "Actions", extend their leases while their handlers run, and take over the rows of dead processes.
 
-A claim is only made for what starts at once: an attempt that is counted has been made. `lease_owner` is another text
-for every claim, so what a process does under a lease that it has lost meanwhile changes nothing.
+A row is only claimed when its attempt starts at once, so every counted attempt was made. Every claim writes another
+text into `lease_owner`, so a process that has lost its lease can't change the row any more.
 """
 
 import json
@@ -18,8 +18,9 @@ from catfeeder_cron.actions.action import Action
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, single
 
-# The payload comes as text and the time within Python's limits: a row that can't be read must hold up no other.
-# The condition is looked at again once a row is locked, so nobody claims what somebody has just claimed or cancelled.
+# The payload comes as text and the time within Python's limits, so that one unreadable row does not keep the others
+# from being claimed. PostgreSQL checks the condition again after it has locked a row, so a row that another session has
+# just claimed or cancelled is not claimed.
 _CLAIM = """
     WITH picked AS MATERIALIZED (
         SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND due_at <= now()
@@ -35,7 +36,8 @@ _CLAIM = """
              WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at),
             a.due_at::timestamptz), '0001-01-02Z'), '9999-12-30Z')"""
 
-# What somebody else has locked stays as it is: he can cancel it, and nobody can claim it meanwhile.
+# `ours` are the rows that still have our lease, `locked` those of them that no other session has locked, `extended`
+# gets the new lease. A locked row is left: its session may be cancelling it, and no daemon can claim it meanwhile.
 _EXTEND = """
     WITH ours AS (
         SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND lease_owner = ANY(%(owners)s) AND state = 'running'),
@@ -50,7 +52,9 @@ _LONGEST_PAYLOAD = 1_000_000
 
 _LAPSED = "state = 'running' AND (lease_until IS NULL OR lease_until < now())"
 
-# The attempt was counted when it began. A row that says 'running' and is nobody's is treated alike.
+# `lapsed` are the rows whose lease is over, `logged` writes their lines in "ActionLog", `changed` makes them pending or
+# failed, `forgotten` deletes the retries of the failed ones. The attempt was counted when it began. A row that is
+# 'running' without a lease counts as lapsed, too.
 _TAKE_OVER = """
     WITH lapsed AS MATERIALIZED (
         SELECT id, coalesce(attempts, 0) AS attempts, lease_owner,
@@ -77,7 +81,7 @@ LOST = "the process that ran it ended, or froze, before its lease was over"
 
 _COUNT_DUE = "SELECT count(*) FROM {actions} WHERE (state = 'pending' AND due_at <= now()) OR ({lapsed})"
 
-# least() passes over NULL. Bounded on both sides, since an infinite time can't be subtracted from.
+# least() ignores NULL. Both times are bounded, because now() can't be subtracted from an infinite time.
 _DUE_IN = """
     SELECT extract(epoch FROM least(
         (SELECT min(greatest(due_at::timestamptz, now() - interval '1 day')) FROM (
@@ -90,7 +94,7 @@ _ORIGIN = "SELECT origin FROM catfeeder_cron.action_origin"
 
 @dataclass(frozen=True)
 class Claimed:
-    """An action that is ours as long as `owner` is in its row."""
+    """An action under this run's lease, which lasts as long as `owner` is in its row."""
 
     action: Action
     owner: str
@@ -99,6 +103,8 @@ class Claimed:
 
 
 class Leases:
+    """The leases of one run. Each method works inside the caller's transaction."""
+
     def __init__(self, tables: DatabaseTables, lease: timedelta) -> None:
         self._tables = tables
         self._lease = lease
@@ -106,7 +112,7 @@ class Leases:
         self._origin: UUID | None = None
 
     def claim(self, connection: Connection, ids: list[Any], most: int) -> list[Claimed]:
-        """Claim what is still due of these rows, `most` at most. An attempt is counted for each."""
+        """Claim at most `most` of these rows, those that are still due, and count an attempt for each."""
         if self._origin is None:
             (self._origin,) = single(connection, _ORIGIN)
         parameters = {
@@ -119,7 +125,7 @@ class Leases:
         return [self._claimed(row, self._origin) for row in connection.execute(self._sql(_CLAIM), parameters)]
 
     def extend(self, connection: Connection, held: list[Claimed]) -> tuple[set[Any], set[Any]]:
-        """Extend these leases; return which rows are still ours, and which of them were extended."""
+        """Extend these leases; return the rows that still have this run's lease, and those that were extended."""
         parameters = {
             "ids": [each.action.id for each in held],
             "owners": [each.owner for each in held],
@@ -129,7 +135,7 @@ class Leases:
         return {row[0] for row in rows}, {row[0] for row in rows if row[1]}
 
     def take_over(self, connection: Connection) -> list[Any]:
-        """Put rows whose lease ran out back to pending; return those that were given up after their last attempt."""
+        """Make rows pending again whose lease ran out; return those that failed because it was their last attempt."""
         parameters = {"owner_pattern": _OWNER_PATTERN, "reason": LOST}
         return [id for (id,) in connection.execute(self._sql(_TAKE_OVER), parameters)]
 
@@ -144,7 +150,7 @@ class Leases:
 
 
 def _read(payload: str | None) -> tuple[Any, str | None]:
-    """Return the payload, or why there is none: what PostgreSQL takes for JSON can be too much for Python."""
+    """Return the payload, or why it can't be read: Python refuses some JSON that PostgreSQL accepts."""
     if payload is not None and len(payload) > _LONGEST_PAYLOAD:
         return None, f"payload: longer than {_LONGEST_PAYLOAD} characters"
     try:
@@ -154,18 +160,18 @@ def _read(payload: str | None) -> tuple[Any, str | None]:
 
 
 def count_due(connection: Connection, tables: DatabaseTables) -> int:
-    """Count the rows that a run would take on now."""
+    """Count the rows that a run would claim now."""
     return int(single(connection, statement(_COUNT_DUE, tables))[0])
 
 
 def due_in_seconds(connection: Connection, tables: DatabaseTables) -> float | None:
-    """Return when the next row is due or its lease runs out, in seconds from now; None while nothing is in sight."""
+    """Return in how many seconds the next row is due or the next lease ends; None if neither is known."""
     (seconds,) = single(connection, statement(_DUE_IN, tables))
     return None if seconds is None else float(seconds)
 
 
 def statement(text: LiteralString, tables: DatabaseTables) -> sql.Composed:
-    """Fill in the names of the tables."""
+    """Return the statement with the names of the tables filled in."""
     return sql.SQL(text).format(
         actions=sql.Identifier(tables.schema_, tables.actions),
         action_log=sql.Identifier(tables.schema_, tables.action_log),

@@ -1,4 +1,4 @@
-"""Store what became of attempts: the row's next state and a line in "ActionLog", in one statement, if it is ours."""
+"""Store the outcomes of attempts: each row's next state and a line in "ActionLog", if the row still has the lease."""
 
 import random
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ from catfeeder_cron.database import Connection
 
 _LONGEST_WAIT_SECONDS = 3600
 
-# A retry moves `due_at`, so action_retries remembers the slot of a row that repeats: its grid does not shift.
-# Of the multiples of repeat_every only those near now() are looked at; an interval with months has no fixed length,
-# so there a few more. A row that is locked by somebody else is left for the next call. A cancelled row keeps its state.
+# In one statement: `verdict` are the attempts, `held` locks their rows if they still have the lease, `next` finds when
+# a repeated row is due again, `logged`, `remembered`, `forgotten` and `stored` write. A retry moves `due_at`, so
+# action_retries keeps the slot of a row that repeats, and its grid does not shift. Only those multiples of repeat_every
+# near now() are examined; an interval with months has no fixed length, so for it a few more are. A row that another
+# session has locked is left for the next call. A cancelled row keeps its state.
 _STORE = """
     WITH verdict AS (
         SELECT * FROM unnest(%(ids)s, %(owners)s::text[], %(verdicts)s::text[], %(details)s::text[],
@@ -70,17 +72,19 @@ _STORE = """
 
 @dataclass(frozen=True)
 class StoredOutcome:
+    """A finished attempt whose outcome needs no further call."""
+
     finished: Finished
     verdict: str | None
-    """What it came to; None where the row was not ours any more."""
+    """The outcome that was stored; None if the row did not have the lease any more."""
 
 
 def store(
     connection: Connection, tables: DatabaseTables, finished: Sequence[Finished], retry_after_seconds: float
 ) -> tuple[list[StoredOutcome], list[Finished]]:
-    """Store these outcomes. Returns what was seen to, and what has to wait because somebody has the row locked.
+    """Store outcomes; return those that are dealt with, and those that must wait because their row is locked.
 
-    Repeated after an answer was lost, it changes nothing.
+    The call may be repeated when its answer was lost: it then changes nothing.
     """
     by_id = {each.claimed.action.id: each for each in finished}
     parameters = {
@@ -101,8 +105,9 @@ def store(
 
 
 def _wait_seconds(finished: Finished, retry_after_seconds: float) -> float:
-    """Exponential from attempt to attempt, with up to a quarter on top so that what failed together is not retried
-    together; longer where the handler says so.
+    """Return the pause before the next attempt. It doubles from attempt to attempt, unless the handler asks for more.
+
+    A random part of up to a quarter is added, so that actions that failed together are not retried together.
     """
     exponent = min(finished.claimed.action.attempt - 1, 30)
     wait: float = min(_LONGEST_WAIT_SECONDS, retry_after_seconds * 2**exponent)

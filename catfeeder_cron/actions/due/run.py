@@ -1,4 +1,4 @@
-"""One run: takes on what is due until it is done, and stores what becomes of it."""
+"""One run of the job: it claims due actions until none is left, has them performed, and stores their outcomes."""
 
 import time
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from catfeeder_cron.actions.action import Handler
 from catfeeder_cron.actions.due import outcomes
 from catfeeder_cron.actions.due.attempts import Attempts, Finished
-from catfeeder_cron.actions.due.fair_order import Busy, Candidate, Plan, survey
+from catfeeder_cron.actions.due.fair_order import Busy, Candidate, FairOrder, due_in_fair_order
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
 from catfeeder_cron.config import ActionsSettings
@@ -20,16 +20,16 @@ from catfeeder_cron.logs import get_logger
 
 log = get_logger("catfeeder_cron.actions")
 
-# How often a run looks whether it was asked to stop, and how soon it sees what became due meanwhile.
+# How often a run checks whether it was asked to stop, and how soon it sees rows that became due meanwhile.
 _LOOK_SECONDS = 1.0
-# Looking at a long queue takes one part in this many of the time.
-_SURVEYING_SHARE = 10
+# Reading the due rows, which takes long when there are many, may use one part in this many of the run's time.
+_READING_SHARE = 10
 _COUNTED = {"done": "done", "retried": "retried", "failed": "given_up"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one run. `retry_after` is the pause before the second attempt."""
+    """The limits of one run. `retry_after` is the pause before the second attempt."""
 
     concurrency: int
     lease: timedelta
@@ -38,7 +38,10 @@ class Limits:
 
 
 class DueActionsRun:
-    """What is due when it begins is done when it ends, or waits for a retry, or is somebody else's."""
+    """Runs the actions that are due: at its end each is done, waits for a retry, or belongs to another daemon.
+
+    All methods run in the run's thread.
+    """
 
     def __init__(
         self, context: JobContext, settings: ActionsSettings, built_in: Mapping[str, Handler], limits: Limits
@@ -55,15 +58,19 @@ class DueActionsRun:
         self._under_way: dict[Any, Claimed] = {}
         self._unstored: list[Finished] = []
         self._busy = Busy(limits.concurrency)
-        self._plan = Plan([])
-        self._survey_again_at = 0.0
-        self._claimed_of_plan = 0
+        self._order = FairOrder([])
+        self._read_again_at = 0.0
+        self._claimed_of_order = 0
         self._hits = 1.0
         self._settled = 0
         self._cut_short = False
 
     def work(self) -> None:
-        """Asked to stop, take on nothing new and ask the handlers at work to end; out of time, stop them as well."""
+        """Run until nothing is due. Raises the error that ended the run, after its attempts under way have ended.
+
+        When the run is asked to stop, it claims nothing new and asks the handlers to end; when its time is over, it
+        also cancels them.
+        """
         with self._context.transaction() as connection:
             (self._begun,) = single(connection, "SELECT now()::text")
         with self._attempts:
@@ -84,42 +91,42 @@ class DueActionsRun:
         return not self._under_way and not self._unstored
 
     def _take_on(self) -> bool:
-        """Claim rows for the free slots; return False when the shift is over."""
+        """Claim rows for the free slots; return False when the run is over."""
         self._context.checkpoint()
         free = self._limits.concurrency - len(self._under_way) - len(self._unstored)
         if self._context.overdue() > -self._last_call:
-            return not self._idle  # what would begin now might not come to its end
+            return not self._idle  # an attempt that began now might not end in time
         if free <= 0:
             return True
-        if time.monotonic() >= self._survey_again_at or (self._idle and not self._plan):
-            self._survey()
-            if self._idle and not self._plan.early:
+        if time.monotonic() >= self._read_again_at or (self._idle and not self._order):
+            self._read_due()
+            if self._idle and not self._order.early:
                 return False
-        candidates = self._plan.take(round(free / self._hits), self._busy)
+        candidates = self._order.take(round(free / self._hits), self._busy)
         if candidates:
             self._claim(candidates, free)
-        # Of a plan that gave nothing at all the rows are other daemons' by now, or locked.
-        return not self._idle or bool(self._plan) or self._claimed_of_plan > 0
+        # If nothing of an order could be claimed, its rows are under other daemons' leases by now, or locked.
+        return not self._idle or bool(self._order) or self._claimed_of_order > 0
 
-    def _survey(self) -> None:
+    def _read_due(self) -> None:
         asked = time.monotonic()
         with self._context.transaction() as connection:
             given_up = self._leases.take_over(connection)
-            self._plan = survey(connection, self._context.tables, self._begun)
-        self._claimed_of_plan = 0
+            self._order = due_in_fair_order(connection, self._context.tables, self._begun)
+        self._claimed_of_order = 0
         for action in given_up:
             self._context.counts.update(due=1, given_up=1)
             log.warning("action_given_up", action=action, reason=LOST)
         now = time.monotonic()
-        self._survey_again_at = now + max(_LOOK_SECONDS, (now - asked) * _SURVEYING_SHARE)
-        self._context.progress(self._settled, self._settled + len(self._under_way) + self._plan.early)
+        self._read_again_at = now + max(_LOOK_SECONDS, (now - asked) * _READING_SHARE)
+        self._context.progress(self._settled, self._settled + len(self._under_way) + self._order.early)
 
     def _claim(self, candidates: list[Candidate], free: int) -> None:
         with self._context.transaction() as connection:
             claimed = self._leases.claim(connection, [each.id for each in candidates], free)
         self._reached_at = time.monotonic()
         self._hits = max(0.1, 0.8 * self._hits + 0.2 * min(1.0, len(claimed) / min(free, len(candidates))))
-        self._claimed_of_plan += len(claimed)
+        self._claimed_of_order += len(claimed)
         self._context.counts["due"] += len(claimed)
         for each in claimed:
             self._under_way[each.action.id] = each
@@ -127,7 +134,7 @@ class DueActionsRun:
         self._attempts.begin(claimed)
 
     def _look_after(self) -> None:
-        """Wait for attempts to finish, store how, and keep the leases of the others."""
+        """Wait for attempts to finish, store their outcomes, and extend the leases of the others."""
         if self._under_way:
             for finished in self._attempts.wait(min(_LOOK_SECONDS, self._extend_every)):
                 del self._under_way[finished.claimed.action.id]
@@ -148,7 +155,7 @@ class DueActionsRun:
             time.sleep(min(_LOOK_SECONDS, self._extend_every))
 
     def _store(self) -> None:
-        """Store what has finished; what somebody has locked waits. Not bounded by the run's time, which may be over."""
+        """Store the finished attempts, even after the run's time; those of locked rows wait for the next call."""
         try:
             stored, self._unstored = self._store_together(self._unstored)
         except DatabaseUnavailable:
@@ -170,7 +177,7 @@ class DueActionsRun:
             return outcomes.store(connection, self._context.tables, finished, retry_after_seconds)
 
     def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
-        """Store one that may be what the database refuses. Then its lease runs out, and its attempts some day."""
+        """Store one outcome. If the database refuses it, the row's lease runs out, and in the end its attempts do."""
         try:
             stored, locked = self._store_together([finished])
         except DatabaseUnavailable:
@@ -189,8 +196,8 @@ class DueActionsRun:
             self._context.counts[_COUNTED[stored.verdict]] += 1
         if stored.verdict != "done":
             event = {"retried": "action_retried", "failed": "action_given_up", "cancelled": "action_cancelled"}
-            tell = log.warning if stored.verdict == "failed" else log.info
-            tell(
+            write = log.warning if stored.verdict == "failed" else log.info
+            write(
                 event.get(stored.verdict or "", "action_was_taken_over"),
                 action=action.id,
                 kind=action.kind,

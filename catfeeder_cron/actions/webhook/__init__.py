@@ -1,7 +1,7 @@
-"""The kind "webhook": send an HTTP request to where the operator allows it.
+"""The kind "webhook": send an HTTP request to a URL that the operator allows.
 
-Rows may be written on behalf of users. So the URL must be on the operator's list (`allowed`), the address that it
-leads to must be a public one (`connection`), redirects are not followed, and of an answer little is read (`answer`).
+Rows may be written on behalf of users. So the URL must be on the operator's list (`allowed`), its host's address must
+be a public one (`connection`), redirects are not followed, and only the beginning of an answer is read (`answer`).
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from catfeeder_cron.imports import load
 from catfeeder_cron.version import __version__
 
 TIMEOUT_SECONDS = 20
-"""For a whole request, from the look-up of the name to the end of what is read of the answer."""
+"""For a whole request, from the look-up of the name to the last byte that is read of the answer."""
 
 _METHODS = ("POST", "GET", "PUT", "PATCH", "DELETE", "HEAD")
 
-# What the framing of a request consists of is not for a payload to say.
+# A payload may not set the headers that frame a request.
 _NOT_FOR_PAYLOADS = {"host", "content-length", "transfer-encoding", "connection", "te", "trailer", "upgrade", "expect"}
 
 
@@ -34,11 +34,11 @@ _NOT_FOR_PAYLOADS = {"host", "content-length", "transfer-encoding", "connection"
 async def open_webhooks(
     settings: ActionsSettings, resolve: Resolve = resolve, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> AsyncIterator[Perform]:
-    """Yield what sends an action's request."""
-    # What httpx imports when it makes a transport, and httpcore when it makes a connection.
+    """Yield the function that sends an action's request."""
+    # httpx imports these when it makes a transport, and httpcore when it makes a connection.
     load("httpcore", "certifi", "anyio._backends._asyncio")
     allowed = AllowList(settings.webhook.allowed)
-    # A proxy or a .netrc from the environment would be a way around the checks.
+    # trust_env=False: a proxy or a .netrc from the environment would get around the checks.
     async with httpx.AsyncClient(
         transport=CheckedTransport(allowed.addresses, resolve), timeout=timeout_seconds, trust_env=False
     ) as client:
@@ -53,14 +53,14 @@ async def open_webhooks(
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
                 raise HopelessAction(f"a request that can't be sent: {type(error).__name__}") from None
             except httpx.TransportError as error:
-                # Its text can hold what was sent.
+                # Only its class: its text can hold parts of the request.
                 raise PostponedAction(f"{_origin(request.url)}: {type(error).__name__}") from None
 
         yield perform
 
 
 def _request(client: httpx.AsyncClient, action: Action, allowed: AllowList) -> httpx.Request:
-    """Build an action's request. Raises HopelessAction where its payload allows none."""
+    """Build an action's request. Raises HopelessAction if the payload is not valid."""
     payload = action.payload
     if not isinstance(payload, Mapping):
         raise HopelessAction('payload: expected an object with "url"')
@@ -95,7 +95,7 @@ def _headers(given: Any) -> dict[str, str]:
 
 
 def _origin(url: httpx.URL) -> str:
-    """A URL without what may be secret in it: its path and query."""
+    """Return a URL without its path and query, which may be secret."""
     return f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
 
 

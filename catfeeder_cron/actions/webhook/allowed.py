@@ -1,4 +1,4 @@
-"""Which URLs the operator allows: origins compared as parsed, paths by whole segments."""
+"""Decide whether the operator allows a URL: compare its parsed origin, and its path by whole segments."""
 
 import ipaddress
 import re
@@ -15,7 +15,7 @@ Address = IPv4Address | IPv6Address
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# What servers and clients disagree on: a segment of dots, however it is written, and an encoded separator.
+# Servers and clients read these in different ways: a segment of dots, in any spelling, and an encoded separator.
 _AMBIGUOUS = re.compile(r"(?:^|[/\\])(?:\.|%2e){1,2}(?:[/\\;?#]|$)|\\|%2f|%5c|%00", re.IGNORECASE)
 
 
@@ -31,16 +31,19 @@ class _Prefix:
 
 
 class AllowList:
-    """The prefixes of [actions.webhook] allowed."""
+    """The URL prefixes of `allowed` in [actions.webhook]."""
 
     def __init__(self, prefixes: Iterable[str]) -> None:
         urls = [httpx.URL(prefix) for prefix in prefixes]
         self._prefixes = [_Prefix(_origin(url), _path(url)) for url in urls]
         self.addresses = frozenset(address for url in urls if (address := literal(url.host)))
-        """Those that are listed literally."""
+        """The IP addresses that the list names itself; they need not be public."""
 
     def require(self, given: Any) -> httpx.URL:
-        """Return the URL, parsed once for all. Raises HopelessAction unless it is allowed, without quoting it."""
+        """Return the parsed URL. Raises HopelessAction if it is not allowed; the message does not quote it.
+
+        The request must use this result: another parser could read the text in another way.
+        """
         if not isinstance(given, str):
             raise HopelessAction("payload.url: expected a text")
         try:
@@ -57,7 +60,7 @@ class AllowList:
 
 
 def literal(host: str) -> Address | None:
-    """Return the address that a URL's host is, None for a name."""
+    """Return a URL's host as an IP address, or None if it is a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

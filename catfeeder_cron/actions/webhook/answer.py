@@ -1,4 +1,4 @@
-"""What an answer to a webhook means: done, try again (and when), or hopeless."""
+"""Send a webhook's request and decide by the answer: it is done, must be tried again (and when), or is hopeless."""
 
 from datetime import UTC, datetime
 
@@ -17,24 +17,24 @@ _LONGEST_WAIT_SECONDS = 86_400
 
 
 async def receive(client: httpx.AsyncClient, request: httpx.Request) -> str:
-    """Send a request and return what to tell of its 2xx answer. Raises HopelessAction or PostponedAction for others."""
+    """Send a request and return the status of its 2xx answer. Raises HopelessAction or PostponedAction for others."""
     response = await client.send(request, stream=True, follow_redirects=False)
     try:
         if response.is_success:
             return f"HTTP {response.status_code}"
-        told = _told(response.status_code, await _beginning(response), request)
+        described = _described(response.status_code, await _beginning(response), request)
     finally:
         await response.aclose()
     if response.status_code in _TRY_AGAIN or response.status_code >= 500:
         asked = retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC), _LONGEST_WAIT_SECONDS)
-        raise PostponedAction(told, asked or 0)
+        raise PostponedAction(described, asked or 0)
     if response.is_redirect:
-        told += " (redirects are not followed)"
-    raise HopelessAction(told)
+        described += " (redirects are not followed)"
+    raise HopelessAction(described)
 
 
 async def _beginning(response: httpx.Response) -> bytes:
-    """Read the first bytes of the body as they came, undecoded; the rest is never fetched."""
+    """Read the first bytes of the body, without decoding a content coding; the rest is never fetched."""
     read = b""
     try:
         async for chunk in response.aiter_raw():
@@ -42,12 +42,12 @@ async def _beginning(response: httpx.Response) -> bytes:
             if len(read) >= _MOST_READ:
                 break
     except httpx.TransportError:
-        pass  # the status says enough
+        pass  # the status is enough
     return read[:_MOST_READ]
 
 
-def _told(status: int, body: bytes, request: httpx.Request) -> str:
-    """The status and the beginning of the body, without anything that was sent: some servers answer with an echo."""
+def _described(status: int, body: bytes, request: httpx.Request) -> str:
+    """Return the status and the beginning of the body, without any part of the request: some servers echo it."""
     text = body.decode("utf-8", "replace")
     sent = [value for name, value in request.headers.items() if name not in _TELLABLE]
     path, _, query = request.url.raw_path.decode("ascii").partition("?")

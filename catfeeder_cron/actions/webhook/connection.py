@@ -1,7 +1,7 @@
 """Connect to checked addresses only.
 
-A name is looked up once for each request, its addresses are checked, and the connection is made to a checked
-address itself: a name that leads elsewhere at a second look-up is never looked up a second time.
+A name is looked up once for each request, its addresses are checked, and the connection is made to a checked address.
+There is no second look-up, which could lead to another address (DNS rebinding).
 """
 
 import asyncio
@@ -16,13 +16,14 @@ from catfeeder_cron.errors import HopelessAction
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-# Each holds an IPv4 address in its last 32 bits: NAT64 (RFC 6052, RFC 8215), and the old "compatible" ones.
+# An address of these networks holds an IPv4 address in its last 32 bits: NAT64 (RFC 6052, RFC 8215), and the old
+# "compatible" ones.
 _HOLDING_IPV4 = tuple(ipaddress.IPv6Network(each) for each in ("64:ff9b::/96", "64:ff9b:1::/96", "::/96"))
 _MOST_TRIED = 4
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a name in the system's order of preference."""
+    """Return the addresses of a name in the system's order of preference. Raises httpx.ConnectError."""
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -31,7 +32,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class CheckedTransport(httpx.AsyncBaseTransport):
-    """Sends each request over a connection of its own, to an address that was checked.
+    """Sends each request over a new connection to a checked address.
 
     `listed` are the addresses that a URL may name although they are not public.
     """
@@ -39,12 +40,13 @@ class CheckedTransport(httpx.AsyncBaseTransport):
     def __init__(self, listed: Collection[Address], resolve: Resolve = resolve) -> None:
         self._listed = listed
         self._resolve = resolve
-        # A connection that is kept for the next request would be found by its address alone, and serve another name
-        # than the one that its certificate was checked for.
+        # No connection is kept: httpx would find it by its address alone and use it for another name than the one that
+        # its certificate was checked for.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Try the checked addresses in their order until one can be connected to."""
         error: httpx.TransportError = httpx.ConnectError("no address")
         for address in (await self._addresses(request.url))[:_MOST_TRIED]:
             # The Host header was set from the name, and the certificate is checked against it.
@@ -62,6 +64,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         raise error
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._transport.aclose()
 
     async def _addresses(self, url: httpx.URL) -> list[Address]:
@@ -70,7 +73,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
             addresses = [own] if is_public(own) or own in self._listed else []
         else:
             port = url.port or (443 if url.scheme == "https" else 80)
-            # A scope ("fe80::1%eth0") only comes with addresses that are refused.
+            # Only addresses that are refused have a scope ("fe80::1%eth0").
             found = [ipaddress.ip_address(each.partition("%")[0]) for each in await self._resolve(url.host, port)]
             addresses = [address for address in found if is_public(address)]
         if not addresses:
@@ -79,7 +82,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, and every IPv4 address inside it, is one of the public Internet."""
+    """Return whether an address, and every IPv4 address inside it, belongs to the public Internet."""
     return all(each.is_global and not each.is_multicast for each in (address, *_inside(address)))
 
 

@@ -8,7 +8,7 @@ from psycopg import sql
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database, catalog, single
 from catfeeder_cron.database.catalog import Leaf, WantedIndex
-from catfeeder_cron.database.schema import told
+from catfeeder_cron.database.schema import verb
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
 
 _STATE = """
@@ -48,7 +48,7 @@ def create_indexes(
             if each.table in needed:
                 problems.append(f"no {described}: {error}")
             elif dry_run:
-                yield f"{told(dry_run)} {described}, once the table is there"
+                yield f"{verb(dry_run)} {described}, once the table is there"
             else:
                 yield f"no {described}: {error}"
             continue
@@ -67,7 +67,7 @@ def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: 
     if wanted.state is not None:
         described += f" for the state '{wanted.state}'"
     if dry_run:
-        yield f"{told(dry_run)} {described}"
+        yield f"{verb(dry_run)} {described}"
         return
     try:
         # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits
@@ -112,7 +112,7 @@ def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described
             create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({}){}")
             column = sql.Identifier(wanted.column)
             connection.execute(create.format(sql.Identifier(index), leaf.identifier, column, where))
-            yield f"{told(dry_run=False)} {described}"
+            yield f"{verb(dry_run=False)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.
             connection.execute("RESET statement_timeout")
