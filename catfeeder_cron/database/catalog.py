@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from catfeeder_cron.database import Connection, single
+from catfeeder_cron.database.statements import Connection, single
 from catfeeder_cron.errors import SchemaProblem, UndefinedObject
 
 

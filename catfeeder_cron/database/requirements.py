@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, catalog
+from catfeeder_cron.config.settings import DatabaseTables
+from catfeeder_cron.database import catalog
 from catfeeder_cron.database.catalog import Leaf
+from catfeeder_cron.database.statements import Connection
 from catfeeder_cron.errors import JobSkipped, SchemaProblem
 
 _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")

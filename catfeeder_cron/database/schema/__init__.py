@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import LiteralString
 
-from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database.database import Database
+from catfeeder_cron.database.statements import Connection, single
 from catfeeder_cron.errors import PermissionDenied, SchemaProblem
 
 _OLDEST_SERVER = 140000

@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterable, Iterator
 
 from psycopg import sql
 
-from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database, catalog, single
+from catfeeder_cron.config.settings import DatabaseTables
+from catfeeder_cron.database import catalog
 from catfeeder_cron.database.catalog import Leaf, WantedIndex
+from catfeeder_cron.database.database import Database
 from catfeeder_cron.database.schema import told
+from catfeeder_cron.database.statements import single
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
 
 _STATE = """
