@@ -2,8 +2,8 @@
 
 from datetime import timedelta
 
+from catfeeder_cron.children.messages import Returned
 from catfeeder_cron.children.pool import STOP_GRACE, Call
-from catfeeder_cron.children.process import Returned
 from catfeeder_cron.config import CustomJobSettings
 from catfeeder_cron.database import RollBack
 from catfeeder_cron.errors import CallableRaised, CatfeederCronError, ChildDied, DatabaseError, JobSkipped

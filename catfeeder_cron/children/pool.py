@@ -12,7 +12,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from catfeeder_cron.children.process import ChildProcess, NotBegun, Request, Returned
+from catfeeder_cron.children.messages import Request, Returned
+from catfeeder_cron.children.process import ChildProcess, NotBegun
 from catfeeder_cron.errors import CatfeederCronError
 
 STOP_GRACE = timedelta(seconds=10)
