@@ -1,4 +1,4 @@
-"""Cat Feeder's own tables, for a database that the web server has not set up: what the daemon uses of them."""
+"""Creates Cat Feeder's tables, with the columns that the daemon uses, where the web server has not created them."""
 
 from collections.abc import Iterator
 
@@ -45,7 +45,8 @@ _TRIGGER = "catfeeder_cron_inserted"
 _CREATE_TRIGGER = """
     CREATE TRIGGER {} AFTER INSERT ON {} FOR EACH STATEMENT EXECUTE FUNCTION catfeeder_cron.actions_inserted()"""
 
-# By the catalog's tables: to_regclass would go by what the session has known since before it waited for the lock.
+# This reads the catalog's tables: to_regclass would answer from the session's cache, which can be older than the wait
+# for the lock.
 _TABLES = """
     SELECT coalesce(array_agg(c.relname::text), '{}') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s"""
@@ -53,12 +54,12 @@ _HAS_SCHEMA = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"
 
 
 def create_tables(database: Database, tables: DatabaseTables, *, dry_run: bool = False) -> Iterator[str]:
-    """Create the tables that are missing, in one transaction, and yield a line for each; existing ones stay as is."""
+    """Create the tables that are missing, in one transaction, and yield a line for each; leave the others alone."""
     names = {"users": "Users", **tables.model_dump()}
     with database.transaction() as connection:
         if not dry_run:
             connection.execute(LOCK)
-            # IF NOT EXISTS would want the right to create schemas even where there is nothing to create.
+            # IF NOT EXISTS would need the right to create schemas even where the schema exists.
             if not single(connection, _HAS_SCHEMA, [tables.schema_])[0]:
                 connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(tables.schema_)))
         (existing,) = single(connection, _TABLES, [tables.schema_])
@@ -72,7 +73,7 @@ def create_tables(database: Database, tables: DatabaseTables, *, dry_run: bool =
 
 
 def _create_trigger(connection: Connection, actions: sql.Identifier, dry_run: bool) -> Iterator[str]:
-    """Have inserts into "Actions" tell the daemons at once, on a table that the web server has created too."""
+    """Create the trigger by which an insert into "Actions" notifies the daemons, on a table of the web server's too."""
     described = f"trigger {_TRIGGER} on table {actions.as_string()}"
     exists, callable = single(connection, _MAY_HAVE_TRIGGER, {"table": actions.as_string()})
     if exists:
@@ -84,6 +85,6 @@ def _create_trigger(connection: Connection, actions: sql.Identifier, dry_run: bo
             return
     if not dry_run:
         if not callable:
-            return  # without the daemon's own schema there is nobody to be told
+            return  # without the daemon's own schema the trigger's function does not exist
         connection.execute(sql.SQL(_CREATE_TRIGGER).format(sql.Identifier(_TRIGGER), actions))
     yield f"{told(dry_run)} {described}"
