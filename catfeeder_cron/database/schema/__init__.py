@@ -74,7 +74,7 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
                 if not dry_run:
                     connection.execute(statements)
                     connection.execute("INSERT INTO catfeeder_cron.schema_version (version) VALUES (%s)", [version])
-                yield f"{told(dry_run)} schema catfeeder_cron: {name}"
+                yield f"{verb(dry_run)} schema catfeeder_cron: {name}"
 
 
 def require(database: Database) -> None:
@@ -87,7 +87,7 @@ def require(database: Database) -> None:
         raise SchemaProblem(f"the schema catfeeder_cron {state}: run `catfeeder-cron init-db`")
 
 
-def told(dry_run: bool) -> str:
+def verb(dry_run: bool) -> str:
     """Return the words that begin a line of `init-db`."""
     return "would create" if dry_run else "created"
 

@@ -9,7 +9,7 @@ from catfeeder_cron.config.settings import DatabaseTables
 from catfeeder_cron.database import catalog
 from catfeeder_cron.database.catalog import Leaf, WantedIndex
 from catfeeder_cron.database.database import Database
-from catfeeder_cron.database.schema import told
+from catfeeder_cron.database.schema import verb
 from catfeeder_cron.database.statements import single
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
 
@@ -51,7 +51,7 @@ def create_indexes(
             if each.table in needed:
                 problems.append(f"no {described}: {error}")
             elif dry_run:
-                yield f"{told(dry_run)} {described}, once the table is there"
+                yield f"{verb(dry_run)} {described}, once the table is there"
             else:
                 yield f"no {described}: {error}"
             continue
@@ -70,7 +70,7 @@ def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: 
     if wanted.state is not None:
         described += f" for the state '{wanted.state}'"
     if dry_run:
-        yield f"{told(dry_run)} {described}"
+        yield f"{verb(dry_run)} {described}"
         return
     try:
         # Two builds on one table deadlock: the second waits for the first's lock, with a snapshot that the first waits
@@ -115,7 +115,7 @@ def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described
             create = sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} ({}){}")
             column = sql.Identifier(wanted.column)
             connection.execute(create.format(sql.Identifier(index), leaf.identifier, column, where))
-            yield f"{told(dry_run=False)} {described}"
+            yield f"{verb(dry_run=False)} {described}"
         finally:
             # Behind a transaction pooler the next client would inherit these.
             connection.execute("RESET statement_timeout")
