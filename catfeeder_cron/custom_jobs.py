@@ -51,6 +51,7 @@ def _run_callable(job_id: str, context: JobContext, settings: CustomJobSettings)
 
 
 def _wait(call: Call, context: JobContext) -> Returned:
+    # The thread that sets the stop calls `ask_to_stop`, which does not wait; this thread waits for the result.
     with context.stop.calling(call.ask_to_stop):
         try:
             try:

@@ -1,8 +1,8 @@
 """Ends threads and connections when no code closes the object that opened them.
 
-Three things can happen to such an object: it is dropped, its program ends, its process forks. It keeps what it has
-opened in a resource, to which threads and callbacks may refer as they like. The resource never refers to the object, so
-the object can be dropped at any time.
+Three things can happen to such an object: it is dropped, its program ends, its process forks. It keeps its
+threads and connections in a resource, to which threads and callbacks may refer freely. The resource never refers to the
+object, so the object can be dropped at any time.
 """
 
 import _thread

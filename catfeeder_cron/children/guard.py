@@ -50,6 +50,8 @@ def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
 
 
 class _Guard:
+    """A loop in the process's only thread. Python writes each signal's number into the pipe `alarm`, which wakes it."""
+
     def __init__(self, worker: int, control: int, alarm: int, alarm_write: int) -> None:
         self._worker = worker
         self._control = control

@@ -84,7 +84,7 @@ class Answer:
                 self.verdict = dict(message["verdict"])
 
     def result(self) -> Returned:
-        """Return what the verdict says that the call returned, or raise the error that the verdict tells of."""
+        """Return the result in the verdict, or raise the error in it."""
         assert self.verdict is not None
         kind, text = self.verdict["kind"], self.verdict["text"]
         if kind == "returned":

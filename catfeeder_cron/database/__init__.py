@@ -1,6 +1,6 @@
 """PostgreSQL: one pool for the process, short transactions, psycopg's errors translated.
 
-database      transactions and single statements, for everybody else
+database      transactions and single statements, for the other wings
 pool          the address, the embedded server behind it, the pool, and waiting for a connection
 outages       whether the server answers; the log lines at the beginning and the end of an outage
 statements    composes statements

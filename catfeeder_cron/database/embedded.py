@@ -68,7 +68,7 @@ def open(folder: str | Path, *, durable: bool = True) -> "EmbeddedServer":
 class EmbeddedServer:
     """A server that this process uses from `open` to `stop`, at the latest until the interpreter ends.
 
-    A process that is forked meanwhile does not use it, and has to open it itself. Not safe for concurrent use by
+    A process that is forked meanwhile does not use it, and has to open it itself. It is not safe for concurrent use by
     threads: its caller holds a lock of its own.
     """
 

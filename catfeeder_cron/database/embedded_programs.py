@@ -115,9 +115,9 @@ class ServerPrograms:
     def _without_root(self) -> list[str]:
         """Return the command that changes from root to the folder's owner; empty where we are not root.
 
-        A folder that root owns has parents that nobody else can enter (say a clone under /root). There
+        A folder that root owns has parents that other users can't enter (say a clone under /root). There
         the user `nobody` gets the right to enter them all the same, so that no folder's permissions
-        have to change; nobody but root can reach such a server.
+        have to change; only root can reach such a server.
         """
         if os.geteuid() != 0:
             return []

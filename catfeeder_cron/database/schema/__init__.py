@@ -33,7 +33,7 @@ def known_version() -> int:
 
 
 def too_old(connection: Connection) -> str:
-    """Say what to do where the server is older than what the statements of this program need; else return nothing."""
+    """Return an error message for a server that is too old for this program's statements, else an empty text."""
     version, name = single(
         connection, "SELECT current_setting('server_version_num')::int, current_setting('server_version')"
     )
