@@ -1,7 +1,7 @@
-"""Run a coroutine from code that is not asynchronous, wherever that code is called from.
+"""Runs a coroutine from code that is not asynchronous, in any thread.
 
-`asyncio.run` refuses to work in a thread that runs an event loop: in an async web handler, in a notebook. What our
-methods promise does not depend on that, so there the coroutine gets a thread and an event loop of its own.
+`asyncio.run` refuses to work in a thread that runs an event loop: in an async web handler, in a notebook. Our methods
+work there too, so in such a thread the coroutine gets another thread with an event loop of its own.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return what the coroutine returns, or raise what it raises; this thread waits until then.
+    """Run the coroutine to its end, and return its result or raise its error; this thread waits meanwhile.
 
     The coroutine sees the context variables of this thread. When a KeyboardInterrupt ends the wait, the coroutine is
     cancelled, and the interrupt is raised when it has ended.
@@ -32,6 +32,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
+    # Both futures cross threads: the new thread sets them, this one waits for them.
     begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
     ended: Future[T] = Future()
 
@@ -43,7 +44,7 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     def run() -> None:
         try:
             ended.set_result(asyncio.run(work()))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
+        except BaseException as error:  # noqa: BLE001 - `ended.result()` raises it in the thread that waits
             ended.set_exception(error)
 
     thread = Thread(target=copy_context().run, args=[run], name="coroutine")
@@ -52,9 +53,9 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
         wait([ended])
     except BaseException as error:
         if isinstance(error, RuntimeError) and thread.ident is None:
-            coroutine.close()  # the system has no further thread to give
+            coroutine.close()  # the system has no further thread
             raise
-        # The handler of a signal has raised it in this thread, so the other one, if it has begun, has to be told.
+        # A signal handler raised it in this thread, so the coroutine in the other thread is cancelled, if it has begun.
         either: list[Future[Any]] = [begun, ended]
         wait(either, timeout=_BEGIN_SECONDS, return_when=FIRST_COMPLETED)
         if begun.done():

@@ -1,9 +1,9 @@
-"""Jobs that only exist in config.toml: one SQL statement, or one Python callable."""
+"""Runs jobs that only config.toml defines: one SQL statement, or one Python callable."""
 
 from datetime import timedelta
 
+from catfeeder_cron.children.messages import Returned
 from catfeeder_cron.children.pool import STOP_GRACE, Call
-from catfeeder_cron.children.process import Returned
 from catfeeder_cron.config import CustomJobSettings
 from catfeeder_cron.database import RollBack
 from catfeeder_cron.errors import CallableRaised, CatfeederCronError, ChildDied, DatabaseError, JobSkipped
@@ -11,7 +11,7 @@ from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.logs import get_logger
 
 log = get_logger("catfeeder_cron.jobs")
-# What callables print, on a logger of its own: a command that logs little beside its results tells it all the same.
+# The lines that callables print go to a logger of their own, so that a command that logs little else can show them.
 log_of_output = get_logger("catfeeder_cron.output")
 
 
@@ -37,7 +37,7 @@ def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
 
 
 def _run_callable(job_id: str, context: JobContext, settings: CustomJobSettings) -> None:
-    """Call it in a process of its own. Asked to stop, it has STOP_GRACE to end, then it is killed."""
+    """Call the function in another process. After a request to stop it has STOP_GRACE to end, then it is killed."""
     assert settings.call is not None
     key = f"job {job_id}"
     if context.dry_run:
@@ -45,18 +45,19 @@ def _run_callable(job_id: str, context: JobContext, settings: CustomJobSettings)
         raise JobSkipped("a Python callable can't tell what it would do")
     call = context.children.call(key, settings.call, *settings.args, keywords=settings.kwargs, on_line=_log_line)
     returned = _wait(call, context)
-    # One that never looked whether it should stop has done all of its work.
+    # A callable that never looked whether it should stop has done all of its work.
     if returned.stop_was_seen or context.overdue() >= timedelta(0):
         context.raise_if_over()
 
 
 def _wait(call: Call, context: JobContext) -> Returned:
+    # The thread that sets the stop calls `ask_to_stop`, which does not wait; this thread waits for the result.
     with context.stop.calling(call.ask_to_stop):
         try:
             try:
                 return call.future.result(timeout=max(0.0, -context.overdue().total_seconds()))
             except TimeoutError:
-                context.time_out()  # which asks it to stop
+                context.time_out()  # this calls call.ask_to_stop
                 return call.future.result()
         except ChildDied:
             reason = context.stop.reason
@@ -66,7 +67,7 @@ def _wait(call: Call, context: JobContext) -> Returned:
             raise
         except CallableRaised as error:
             log.error("job_raised", exception=error.traceback)
-            # Its text may hold anything, and everybody may read the history.
+            # Its text may hold a secret, and every user may read the history.
             raise CatfeederCronError(f"{error.class_name}: see the log for the traceback") from None
 
 

@@ -1,4 +1,4 @@
-"""Every error that this program raises on purpose, one leaf per decision that a caller makes.
+"""Every error that this program raises on purpose, with one leaf per decision that a caller makes.
 
 CatfeederCronError
 ├── ConfigurationError        the configuration can't be used; all its faults at once
@@ -7,30 +7,30 @@ CatfeederCronError
 ├── DatabaseError             PostgreSQL refused; trying again as it is would not help
 │   ├── DatabaseUnavailable   no connection, or it broke: try again later
 │   ├── StatementTimeout      a statement took longer than it may
-│   ├── LockTimeout           somebody else holds a lock that is not worth waiting for
+│   ├── LockTimeout           another transaction held a lock for too long
 │   ├── ConstraintViolation   a constraint keeps the change from being made
 │   └── SchemaProblem         a table, a column or a privilege is missing, or a column is of another type
-│       ├── UndefinedObject   a statement names what is not there, or not of that type
+│       ├── UndefinedObject   a statement names a table or column that is missing, or has another type
 │       └── PermissionDenied  the server refused it to this role
 ├── HopelessAction            trying this action again would not help
-├── PostponedAction           this attempt of an action failed, and when the next one may be is known
+├── PostponedAction           this attempt of an action failed, and says when the next one may be made
 ├── CallableRaised            an operator's callable raised an exception of its own
-├── ChildDied                 the process that a callable ran in ended before it had answered
-├── RenewalError              no OAuth token could be renewed, for a reason of ours
+├── ChildDied                 the process of a callable ended before it had answered
+├── RenewalError              no OAuth token could be renewed, for a reason on our side
 └── JobInterrupted            a run was asked to stop before it was done
     ├── JobSkipped            there is nothing to run on; no failure
     ├── JobAborted            the process is stopping
     └── JobTimedOut           the run used up its time
 
-A message says what was being done, what was found and what to do next, in one line. No message ever
-holds a secret.
+A message says in one line which step failed, what was found and what to do next. No message ever holds a
+secret.
 """
 
 from collections.abc import Sequence
 
 
 class CatfeederCronError(Exception):
-    """The base of all errors that are told in one line, without a traceback."""
+    """The base of all errors that the program reports in one line, without a traceback."""
 
 
 class ConfigurationError(CatfeederCronError):
@@ -42,7 +42,7 @@ class ConfigurationError(CatfeederCronError):
 
 
 class UnknownJob(CatfeederCronError):
-    """No job has the id that was asked for."""
+    """No job has the given id."""
 
 
 class JobIsRunning(CatfeederCronError):
@@ -50,23 +50,23 @@ class JobIsRunning(CatfeederCronError):
 
 
 class DatabaseError(CatfeederCronError):
-    """PostgreSQL refused what was asked of it, and would again."""
+    """PostgreSQL refused a statement, and would refuse it again."""
 
 
 class DatabaseUnavailable(DatabaseError):
-    """There is no connection to the server, or it broke: the same may work later."""
+    """There is no connection to the server, or it broke: the same statement may work later."""
 
 
 class StatementTimeout(DatabaseError):
-    """A statement was cancelled because it took longer than it may."""
+    """The server cancelled a statement because it took longer than its timeout."""
 
 
 class LockTimeout(DatabaseError):
-    """A lock was not to be had in the short time that was spent on it."""
+    """A statement did not get a lock in the short time for which it may wait."""
 
 
 class ConstraintViolation(DatabaseError):
-    """A constraint (its name in `constraint`) keeps the change from being made."""
+    """A constraint forbids the change; `constraint` is its name."""
 
     def __init__(self, message: str, constraint: str | None) -> None:
         self.constraint = constraint
@@ -74,15 +74,18 @@ class ConstraintViolation(DatabaseError):
 
 
 class SchemaProblem(DatabaseError):
-    """A table, a column or a privilege that is needed is missing, or a column is of another type."""
+    """A table, a column or a privilege is missing, or a column has another type."""
 
 
 class UndefinedObject(SchemaProblem):
-    """The server knows no table or column of a statement's, or none of that type: what is wrong can be looked for."""
+    """The server does not know a table or column that a statement names, or the column has another type.
+
+    The caller can look into the catalog for the cause.
+    """
 
 
 class PermissionDenied(SchemaProblem):
-    """The server refused a statement to this role. `found` is what it said, for those who know a better remedy."""
+    """The server refused a statement to this role. `found` is its message, for a caller that knows a better remedy."""
 
     def __init__(self, found: str) -> None:
         self.found = found
@@ -94,7 +97,7 @@ class HopelessAction(CatfeederCronError):
 
 
 class PostponedAction(CatfeederCronError):
-    """An attempt failed; the next one may not be made sooner than `after_seconds` from now."""
+    """An attempt of an action failed; the next one may not be made sooner than `after_seconds` from now."""
 
     def __init__(self, reason: str, after_seconds: float = 0) -> None:
         self.after_seconds = after_seconds
@@ -102,7 +105,7 @@ class PostponedAction(CatfeederCronError):
 
 
 class CallableRaised(CatfeederCronError):
-    """An operator's callable raised an exception: of class `class_name`, whose text may hold anything."""
+    """An operator's callable raised an exception of the class `class_name`. Its text may hold secrets."""
 
     def __init__(self, class_name: str, text: str, traceback: str) -> None:
         self.class_name = class_name
@@ -115,15 +118,15 @@ class ChildDied(CatfeederCronError):
 
 
 class RenewalError(CatfeederCronError):
-    """There were OAuth tokens to renew and none could be, because of how we are set up."""
+    """There were OAuth tokens to renew and none could be renewed, for a reason on our side."""
 
 
 class JobInterrupted(CatfeederCronError):
-    """A job's run ends early. The message is the reason that goes into the history."""
+    """A job's run ends early. The message is the reason in the history."""
 
 
 class JobSkipped(JobInterrupted):
-    """There is nothing that the job could run on."""
+    """The job has nothing to run on. This is no failure."""
 
 
 class JobAborted(JobInterrupted):

@@ -1,8 +1,8 @@
-"""Import what only some runs need when they need it, and all of it in one thread.
+"""Imports modules that only some runs need, at their first use, and all of them in one thread.
 
 Where two threads import a package and a part of it for the first time, each can hold the lock that the other wants;
-Python 3.13.18 and 3.14.10 then raise _DeadlockError (python/cpython#83065, issue 11), and older ones are spared by
-timing alone. So whoever needs a module has it imported here first.
+Python 3.13.18 and 3.14.10 then raise _DeadlockError (python/cpython#83065, issue 11), and older versions escape it by
+timing alone. So code that imports such a module inside a function calls `load` before.
 """
 
 import os
@@ -14,8 +14,9 @@ from types import FrameType
 
 _loaded: set[str] = set()
 
-# A finalizer that logs comes here at any point of a thread, in these functions too. So the lock is one that its holder
-# may take again, and the queue one that may be put to in the middle of a put.
+# Held while the importing thread is created, so that only one is. A finalizer that logs may call `load` at any point
+# of any thread, in these functions too: so the lock is one that its holder may take again, and the queue a SimpleQueue,
+# whose `put` may be called in the middle of a `put`.
 _lock = threading.RLock()
 _importer: "_Importer | None" = None
 
@@ -23,33 +24,33 @@ _importer: "_Importer | None" = None
 def load(*modules: str) -> None:
     """Import these modules, so that an import statement of this thread finds them complete.
 
-    Raises what an import raises. May be called from any thread at any time.
+    Raises the errors of the import. May be called from any thread at any time.
     """
     for module in modules:
         if module in _loaded:
             continue
         if _is_importing():
-            import_module(module)  # which may be what is being imported, and incomplete
+            import_module(module)  # it may be the very module that is being imported, and incomplete
         else:
             _load(module)
             _loaded.add(module)
 
 
 def _is_importing() -> bool:
-    """Whether this thread is in the middle of an import: it runs a module's code, a finalizer or a signal handler.
+    """Tell whether this thread is in the middle of an import: it runs a module's code, a finalizer or a signal handler.
 
-    The thread that imports for all might wait for that very import, and this one for that thread.
+    If such a thread waited for the importing thread, that one might wait for the same import: a deadlock.
     """
     if _importer is not None and _importer.is_current:
         return True
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - nothing else tells it
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - there is no public way
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     return frame is not None
 
 
 def _load(module: str) -> None:
-    # Where there is no other thread, none can import meanwhile, and none has to be started.
+    # If this is the only thread, no other can import meanwhile, and the importing thread is not needed.
     alone = threading.enumerate() == [threading.current_thread()]
     importer = None if alone or sys.is_finalizing() else _open_importer()
     if importer is None:
@@ -59,7 +60,7 @@ def _load(module: str) -> None:
 
 
 def _open_importer() -> "_Importer | None":
-    """Return the thread that imports for all; None when the interpreter ends, and starts no thread any more."""
+    """Return the importing thread; None when the interpreter ends, and starts no thread any more."""
     global _importer
     with _lock:
         if _importer is None:
@@ -71,7 +72,10 @@ def _open_importer() -> "_Importer | None":
 
 
 class _Importer:
-    """A thread that imports one module after the other. It lasts as long as the process, which doesn't wait for it."""
+    """A thread that imports one module after the other. It lasts as long as the process, which doesn't wait for it.
+
+    Other threads put requests into the queue; the event `done` hands `error` back to the thread that waits for it.
+    """
 
     def __init__(self) -> None:
         self._requests: SimpleQueue[_Request] = SimpleQueue()
@@ -80,10 +84,11 @@ class _Importer:
 
     @property
     def is_current(self) -> bool:
+        """Tell whether the calling thread is this one."""
         return threading.current_thread() is self._thread
 
     def load(self, module: str) -> None:
-        """Wait until it is imported."""
+        """Have the thread import the module, and wait until it has. Raises the errors of the import."""
         request = _Request(module)
         self._requests.put(request)
         request.done.wait()
@@ -95,7 +100,7 @@ class _Importer:
             request = self._requests.get()
             try:
                 import_module(request.module)
-            except BaseException as error:  # noqa: BLE001 - it is raised where the module was asked for
+            except BaseException as error:  # noqa: BLE001 - `load` raises it in the thread that asked
                 request.error = error
             request.done.set()
 
@@ -108,7 +113,7 @@ class _Request:
 
 
 def _forget_importer() -> None:
-    """A forked child has none of its parent's threads, and locks may be held by one of them."""
+    """Begin anew in a forked child: it has none of its parent's threads, and one of them may have held the lock."""
     global _importer, _lock
     _importer, _lock = None, threading.RLock()
 

@@ -1,4 +1,4 @@
-"""What a job is, and what it is given for a run."""
+"""Defines a job, and the context that a run of a job gets."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,31 +24,31 @@ S = TypeVar("S", bound=JobSettings)
 
 @dataclass(frozen=True)
 class Wake:
-    """What has a job run between its slots, so that these are no more than its safety net."""
+    """Has a job run between its slots, by notifications and due times; the slots catch up on missed ones."""
 
     channel: str
-    """The PostgreSQL channel on which news are told."""
+    """The PostgreSQL channel whose notifications start a run."""
     due_in: Callable[["JobContext"], float | None]
-    """In how many seconds there is something to do; None while nothing is in sight."""
+    """Returns in how many seconds the next run is due; None while none is known."""
 
 
 @dataclass(frozen=True)
 class Job(Generic[S]):
-    """A kind of work with its settings. `run` returns when all is done, and raises when it is not."""
+    """A kind of work with its settings. `run` returns when all work is done, and raises when some is not."""
 
     id: str
     summary: str
     settings: type[S]
     run: Callable[["JobContext", S], None]
     shared: bool = False
-    """Its rows are shared out by leases, so every daemon works on each of its slots."""
+    """Whether every daemon works on each slot, because the job divides its rows by leases."""
     tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[WantedIndex, ...] = ()
     wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
-    """Finishes what a dead process or an outage has left half done; called when a daemon has found the database."""
+    """Finishes work that a dead process or an outage left half done; called when a daemon reaches the database."""
     check: Callable[[Database, Settings, bool], Iterator[Finding]] | None = None
-    """Finds what else stands in its way; it is told whether its tables are as it needs them.
+    """Yields further findings for `check`; its last argument says whether the job's tables are as it needs them.
 
     It may raise DatabaseUnavailable.
     """
@@ -56,7 +56,7 @@ class Job(Generic[S]):
 
 @dataclass(kw_only=True)
 class JobContext(RunControl):
-    """What one run is given, beside what controls it."""
+    """Everything that one run of a job gets, with the RunControl that can end it."""
 
     database: Database
     tables: DatabaseTables
@@ -65,20 +65,23 @@ class JobContext(RunControl):
     schedule: Schedule | None = None
     """The job's slots."""
     slot: datetime | None = None
-    """The one that this run is for; None for a run between them."""
+    """The slot that this run is for; None for a run between slots."""
     oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
     state_directory: Path = field(default_factory=state_directory)
-    """Where the job may keep what must survive the process; it need not exist."""
+    """The folder for files that must survive the process; it need not exist."""
     children: Children = field(default_factory=Children)
-    """The processes for code of the operator's."""
+    """The processes for the operator's code."""
     actions: ActionsSettings = field(default_factory=ActionsSettings)
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
-    """The counts, for a job that works with OAuth providers, by their names."""
+    """The counts by provider, for a job that works with OAuth providers."""
     provider_reasons: dict[str, str] = field(default_factory=dict)
-    """Why there is something left to do at a provider."""
+    """The reason, by provider, why some work is left."""
 
     def transaction(self, **local: str | int) -> AbstractContextManager[Connection]:
-        """Like Database.transaction; a statement may take what is left of the job's time, and JobTimedOut ends it."""
+        """Yield a connection as Database.transaction does, with the rest of the run's time as statement timeout.
+
+        Raises JobTimedOut when that is used up, and before the transaction as `checkpoint` does.
+        """
         return self._within_timeout(local)
 
     @contextmanager

@@ -1,8 +1,8 @@
-"""What becomes of threads and connections when nobody closes the object that opened them.
+"""Ends threads and connections when no code closes the object that opened them.
 
-Three things can happen to such an object: it is dropped, its program ends, its process forks. It keeps what it has
-opened in a resource, to which threads and callbacks may refer as they like. The resource never refers to the object, so
-the object can be dropped at any time.
+Three things can happen to such an object: it is dropped, its program ends, its process forks. It keeps its
+threads and connections in a resource, to which threads and callbacks may refer freely. The resource never refers to the
+object, so the object can be dropped at any time.
 """
 
 import _thread
@@ -24,8 +24,8 @@ FORKED = "it was in use before this process was forked, and lives on in the pare
 
 T = TypeVar("T")
 
-# Changed by single operations on a set or dict, which threads can't get in the way of, and never under a lock: a
-# finalizer may run in the midst of any code, and so in the thread that holds the lock.
+# Any thread changes these, by single operations on a set or dict, which are atomic, and never under a lock: a finalizer
+# may run in the middle of any code, and so in the thread that holds the lock.
 _open: set["Resource"] = set()
 _dropped: dict["Resource", threading.Event] = {}
 _at_the_end: dict[Callable[[], None], None] = {}  # in the order in which they were added
@@ -33,28 +33,29 @@ _told_of_forks: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.
 
 
 class Resource(Protocol):
-    """What an object has opened."""
+    """The threads and connections that an object has opened."""
 
     def ask_to_end(self) -> None:
-        """Begin nothing on a schedule any more, and ask what runs on it to end. Don't wait for that.
+        """Begin nothing on a schedule any more, and ask running jobs to end, without waiting for them.
 
-        It is called when the main thread has ended. Other threads of the program may go on, and use what they have.
+        It is called when the main thread has ended. Other threads of the program may go on, and use their connections.
         """
 
     def wait_for_schedule(self) -> None:
-        """Wait for what runs on a schedule still: the program would, but it takes the means to start threads first."""
+        """Wait for running jobs. Python would wait too, but starts no threads any more then, and jobs may need some."""
 
     def let_go(self, *, at_exit: bool) -> None:
-        """End everything. It may wait for what runs: it is called in a thread for that alone.
+        """End everything. It may wait for running jobs, because it is called in a thread of its own.
 
-        `at_exit` it is called in the main thread, when all threads but daemons have ended, and must not wait for ever.
+        With `at_exit` it is called in the main thread, when all threads but daemons have ended, and must not wait for
+        ever.
         """
 
 
 def keep(owner: object, resource: Resource) -> Callable[[], None]:
     """Let the resource go when its owner is dropped, or else when the program ends.
 
-    Returns what is to be called when the owner has closed the resource itself.
+    Returns a function that the owner calls when it has closed the resource itself.
     """
     _open.add(resource)
     finalizer = weakref.finalize(owner, _drop, resource)
@@ -68,16 +69,17 @@ def keep(owner: object, resource: Resource) -> Callable[[], None]:
 
 
 def at_exit(call: Callable[[], None]) -> Callable[[], None]:
-    """Have this called when the program ends and every resource has been let go. Returns what takes that back."""
+    """Call this when the program ends, after every resource was let go. Returns a function that takes that back."""
     _at_the_end[call] = None
     return lambda: _at_the_end.pop(call, None)
 
 
 def after_fork(owner: T, call: Callable[[T], None]) -> None:
-    """Have `call` called with the owner in every process that is forked from this one, for as long as it exists.
+    """Call `call` with the owner in every process that is forked from this one, as long as the owner exists.
 
-    There, no thread but the one that forked exists, and any lock may be held for ever by one that does not: `call` must
-    make the owner's locks anew, and must not use what it shares with the parent. The last to ask is called first.
+    In the child only the thread that forked exists, and another thread of the parent may have held any lock: `call`
+    must make the owner's locks anew, and must not use sockets or files that it shares with the parent. Later
+    registrations are called first.
     """
     _told_of_forks[owner] = call
 
@@ -85,7 +87,7 @@ def after_fork(owner: T, call: Callable[[T], None]) -> None:
 def wait_for_dropped(most: int = 1, seconds: float = 10) -> None:
     """Wait until no more than `most` dropped resources are being let go, for so many seconds at most.
 
-    Who opens and drops faster than that would otherwise pile up threads and connections.
+    Without this, a program that opens and drops objects quickly would pile up threads and connections.
     """
     until = time.monotonic() + seconds
     for gone in list(_dropped.values())[: -most or None]:
@@ -95,18 +97,18 @@ def wait_for_dropped(most: int = 1, seconds: float = 10) -> None:
 def _drop(resource: Resource) -> None:
     """Begin to let a resource go whose owner is dropped.
 
-    A finalizer runs in whatever thread lets the last reference go, or collects garbage, and in the midst of anything:
-    it must not wait for anything, a lock included. Starting a `threading.Thread` waits for it.
+    A finalizer runs in the thread that drops the last reference or collects garbage, in the middle of any code: it must
+    not wait for anything, a lock included. Starting a `threading.Thread` waits until the thread runs.
     """
     if resource in _open:
         _dropped[resource] = threading.Event()
-        with suppress(RuntimeError):  # there is no further thread to be had: it is let go when the program ends
+        with suppress(RuntimeError):  # the system has no further thread: the resource is let go when the program ends
             _thread.start_new_thread(_begin_to_let_go, (resource,))
 
 
 def _begin_to_let_go(resource: Resource) -> None:
-    # The program waits for this thread, unlike for the one that we are in; and `threading` does not know the latter,
-    # so asking which thread this is would leave a dummy behind.
+    # We are in a thread that `threading` does not know: the program does not wait for it, and code that asks for the
+    # current thread would leave a dummy object behind. The program does wait for this second thread.
     with suppress(RuntimeError):  # as above
         threading.Thread(target=_let_go, args=[resource], name="let-go", daemon=False).start()
 
@@ -115,7 +117,7 @@ def _let_go(resource: Resource, *, at_exit: bool = False) -> None:
     try:
         _open.remove(resource)
     except KeyError:
-        return  # another thread does
+        return  # another thread lets it go: `remove` succeeds in one thread alone
     try:
         resource.let_go(at_exit=at_exit)
     except Exception:
@@ -126,10 +128,10 @@ def _let_go(resource: Resource, *, at_exit: bool = False) -> None:
 
 
 def _before_threads_end() -> None:
-    """Have what is on a schedule end as the program ends.
+    """Ask every resource to end, then wait for its jobs, while threads can still be started.
 
-    atexit calls its functions only when all threads have ended, and the threads of an executor end without its
-    scheduler being told.
+    atexit calls its functions only when all threads have ended, and the threads of an executor end without a notice to
+    its scheduler.
     """
     still_open = list(_open)
     for end in (*(each.ask_to_end for each in still_open), *(each.wait_for_schedule for each in still_open)):
@@ -162,5 +164,5 @@ os.register_at_fork(after_in_child=_in_forked_child)
 # RuntimeError: the program is ending already. AttributeError: a Python without this; then a task that comes due at the
 # program's end is dropped by the executor, and jobs on the schedule are not asked to end.
 with suppress(RuntimeError, AttributeError):
-    # What concurrent.futures uses for the same purpose. There is no public way.
+    # concurrent.futures uses this function for the same purpose. There is no public way.
     threading._register_atexit(_before_threads_end)  # type: ignore[attr-defined]  # noqa: SLF001

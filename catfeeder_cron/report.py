@@ -1,4 +1,4 @@
-"""What is told of a run, and of what stands in a job's way."""
+"""The report of a run, and the findings of a check."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ from catfeeder_cron.times import timestamp
 Outcome = Literal["succeeded", "failed", "skipped", "aborted", "timed_out"]
 Level = Literal["ok", "warning", "error"]
 Progress = Callable[[int, int], None]
-"""Is told how much of how much is done."""
+"""Called with the amount of work that is done and with the whole amount."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
 class JobReport:
-    """What is told of one run. `reason` says why it did not succeed, in one line."""
+    """The result of one run. `reason` says in one line why it did not succeed."""
 
     job: str
     outcome: Outcome
@@ -34,6 +34,7 @@ class JobReport:
     """Its number in the ledger, if it has one."""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields for the JSON output; `providers` only where the job works with OAuth providers."""
         return {
             "job": self.job,
             "outcome": self.outcome,
@@ -54,11 +55,12 @@ class JobReport:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found about its subject, in one line."""
+    """The result of a check about its subject, in one line."""
 
     level: Level
     subject: str
     message: str
 
     def as_json(self) -> dict[str, str]:
+        """Return the fields for the JSON output."""
         return {"level": self.level, "subject": self.subject, "message": self.message}

@@ -1,4 +1,4 @@
-"""How a run is asked to end early: by whom, and how the code that runs finds out."""
+"""Ends a run early: its own timeout or another thread requests the stop, and the run looks for the request."""
 
 import threading
 import time
@@ -12,15 +12,16 @@ from catfeeder_cron.errors import JobInterrupted, JobTimedOut
 
 
 class StopRequest:
-    """Asks a run to end early. Any thread may set it; the run looks at it between its batches.
+    """A request to a run to end early. Any thread may set it; the run looks at it between its batches.
 
-    The first reason stays.
+    A second request does not change the reason.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        # Held while the reason or the list of callbacks changes, so that no callback is added unseen while it is set.
-        # Callbacks are called outside of it: they may take locks of their own.
+        # Held by the thread that sets the reason and by one that adds or removes a callback: a callback that is added
+        # while the reason is set is called by one of the two threads. None is called while the lock is held, because
+        # callbacks may take locks of their own.
         self._lock = threading.Lock()
         self._reason: JobInterrupted | None = None
         self._callbacks: list[Callable[[], None]] = []
@@ -30,10 +31,11 @@ class StopRequest:
 
     @property
     def reason(self) -> JobInterrupted | None:
-        """Why the run is to end; None while it is not."""
+        """Return the reason why the run should end; None as long as it may go on."""
         return self._reason
 
     def set(self, reason: JobInterrupted) -> None:
+        """Request the stop, and call the callbacks in this thread. A second request does nothing."""
         with self._lock:
             if self._event.is_set():
                 return
@@ -45,8 +47,8 @@ class StopRequest:
 
     @contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Inside the `with` block, call `callback` once the request comes, in the thread that sets it, or now if it has
-        come already. It must not block.
+        """Inside the `with` block, call `callback` when the request comes, in the thread that sets it, or now if it has
+        come already. `callback` must not block.
         """
         with self._lock:
             self._callbacks.append(callback)
@@ -60,41 +62,42 @@ class StopRequest:
                 self._callbacks.remove(callback)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, at most until the request comes. True when it came."""
+        """Sleep for so many seconds, at most until the request comes. Return whether it came."""
         return self._event.wait(seconds)
 
     def raise_if_set(self) -> None:
+        """Raise the reason if the stop was requested."""
         if self._reason is not None and self._event.is_set():
             raise self._reason
 
 
 @dataclass(kw_only=True)
 class RunControl:
-    """What ends a run: its own time, or others by `stop`; and what it has done by then.
+    """The timeout, the stop request and the counts of one run.
 
-    The thread of the run looks at it and keeps `counts` up to date, so that an early end still tells what was done;
-    other threads may ask for the end and for the times.
+    The thread of the run looks at it between batches and keeps `counts` up to date, so that the report of a run that
+    ends early has them. Other threads may set `stop` and read the times.
     """
 
     timeout: timedelta
     stop: StopRequest = field(default_factory=StopRequest)
     confirm: Callable[[], None] = lambda: None
-    """Makes sure that the run still belongs to this process; sets `stop` when it doesn't."""
+    """Checks that the run still belongs to this process, and sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)
     _started: float = field(default_factory=time.monotonic)
 
     @property
     def stopping(self) -> bool:
-        """Whether the run should end: look between batches and requests."""
+        """Tell whether the run should end. Read it between batches and requests."""
         return bool(self.stop) or self.time_left() <= timedelta(0)
 
     def checkpoint(self) -> None:
-        """Raise JobAborted or JobTimedOut when the run should end. Call it where nothing is half done."""
+        """Raise JobAborted or JobTimedOut when the run should end. Call it where no work is half done."""
         self.confirm()
         self.raise_if_over()
 
     def raise_if_over(self) -> None:
-        """Do as `checkpoint`, without making sure that the run still belongs to this process."""
+        """Raise as `checkpoint` does, without checking that the run still belongs to this process."""
         self.stop.raise_if_set()
         self.require_in_time()
 
@@ -104,7 +107,7 @@ class RunControl:
             raise self.timed_out()
 
     def start_clock(self) -> None:
-        """Let the run's time begin now."""
+        """Measure the run's time from now on."""
         self._started = time.monotonic()
 
     def time_out(self) -> None:
@@ -112,11 +115,11 @@ class RunControl:
         self.stop.set(self.timed_out())
 
     def overdue(self) -> timedelta:
-        """How long ago the run's time was used up; negative while it isn't."""
+        """Return how long ago the run's time was used up; negative while it isn't."""
         return -self.time_left()
 
     def elapsed(self) -> timedelta:
-        """How long the run has taken so far."""
+        """Return how long the run has taken so far."""
         return timedelta(seconds=time.monotonic() - self._started)
 
     def time_left(self) -> timedelta:
@@ -129,27 +132,32 @@ class RunControl:
 
 
 def is_for_the_program(error: BaseException) -> bool:
-    """Whether an exception that comes up in a run is not the run's own, but is to end the program: Ctrl-C, or what the
-    program's handler of another signal raises. Python runs those handlers in the main thread, in the midst of anything.
+    """Tell whether an exception in a run is meant to end the program, not the run: a signal handler raised it.
+
+    Python calls signal handlers in the main thread, in the middle of any code; that of Ctrl-C raises KeyboardInterrupt.
     """
     return isinstance(error, KeyboardInterrupt | SystemExit) and threading.current_thread() is threading.main_thread()
 
 
 class CallableRun:
-    """One call of an operator's callable, as the process that it runs in sees it."""
+    """One call of an operator's callable, in the process that it runs in."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._on_stop: Callable[[], object] | None = None
-        self._lock = threading.Lock()  # between the thread that is told of the stop and the one that runs the callable
+        # Held by the worker's thread "calls" while it requests the stop, and by the callable's thread while it sets
+        # `_on_stop`: if both happen at once, the callback is called exactly once.
+        self._lock = threading.Lock()
         self.stop_was_seen = False
-        """Whether the callable has been answered that it should end."""
+        """Whether `stopping` has returned True to the callable, or its coroutine was cancelled."""
 
     @property
     def stop_requested(self) -> bool:
+        """Tell whether the callable should end."""
         return self._stop.is_set()
 
     def request_stop(self) -> None:
+        """Request the stop, and call the callback in this thread."""
         with self._lock:
             self._stop.set()
             if self._on_stop is not None:
@@ -157,7 +165,7 @@ class CallableRun:
 
     @contextmanager
     def on_stop(self, callback: Callable[[], object]) -> Iterator[None]:
-        """Inside the `with` block, call `callback` when the stop is requested, or now if it was."""
+        """Inside the `with` block, call `callback` when the stop is requested, or now if it was requested before."""
         with self._lock:
             self._on_stop = callback
             if self._stop.is_set():
@@ -173,16 +181,16 @@ _current: CallableRun | None = None
 
 
 def enter_callable_run(run: CallableRun) -> None:
-    """Let `stopping` speak of this run, in every thread of this process."""
+    """Have `stopping` answer for this run from now on, in every thread of this process."""
     global _current
     _current = run
 
 
 def stopping() -> bool:
-    """Whether the job or action that this code runs in should end: its time is up, or the daemon stops.
+    """Tell whether the job or action that this code runs in should end: its time is up, or the daemon stops.
 
-    It answers in every thread of the process in which a job's `call` or an action's handler runs; False elsewhere. What
-    does not end within ten seconds is killed.
+    It works in every thread of the process in which a job's `call` or an action's handler runs, and returns False
+    elsewhere. A callable that does not end within ten seconds after the request is killed.
     """
     run = _current
     if run is None or not run.stop_requested:

@@ -1,4 +1,4 @@
-"""Instants, lengths of time and clocks, as people, servers and machines tell them."""
+"""Reads and writes instants and durations, and reads the clock that goes on during suspension."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from email.utils import parsedate_to_datetime
 from typing import overload
 
 LONGEST = timedelta(days=36_500)
-"""Adding this to a time of our century overflows nowhere, and nobody means more."""
+"""The longest duration that settings may have. Adding it to a time of our century overflows nowhere."""
 
 _UNITS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
 _TEXT = re.compile(r"([0-9]{1,12})(\.[0-9]{1,9})?([smhd])")
@@ -20,12 +20,12 @@ def timestamp(instant: datetime) -> str: ...
 @overload
 def timestamp(instant: datetime | None) -> str | None: ...
 def timestamp(instant: datetime | None) -> str | None:
-    """ISO 8601 in UTC."""
+    """Return the instant as ISO 8601 in UTC, with a final Z."""
     return None if instant is None else instant.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def parse_duration(value: object) -> timedelta:
-    """Return the length of time, which is never negative. A ValueError's text says what is expected."""
+    """Return a duration between zero and LONGEST. Raises ValueError, whose text says which forms are expected."""
     try:
         duration = _parse(value)
     except (OverflowError, ValueError):
@@ -56,9 +56,9 @@ def format_duration(duration: timedelta) -> str:
 
 
 def elapsed_seconds() -> float:
-    """Seconds on a clock that nobody sets and that suspending the machine does not stop, unlike Linux's monotonic one.
+    """Return the seconds on a clock that is never set and that goes on while the machine is suspended.
 
-    A lease and a heartbeat grow old by it.
+    Linux's monotonic clock stops then. The age of leases and heartbeats is measured by this one.
     """
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -66,7 +66,7 @@ def elapsed_seconds() -> float:
 def retry_after_seconds(value: str | None, now: datetime, most: float) -> float | None:
     """Read a Retry-After header (RFC 9110, section 10.2.3: seconds or a date), at most `most` seconds.
 
-    None where there is none, or nonsense.
+    Returns None where there is no header, or it is neither.
     """
     value = (value or "").strip()
     if _RETRY_AFTER_SECONDS.fullmatch(value):

@@ -1,3 +1,3 @@
-"""The program's version: the only place where it stands."""
+"""Holds the program's version. It is written nowhere else."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Python functions that the configuration names: "package.module:function"."""
+"""Finds the Python functions that the configuration names: "package.module:function"."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -9,7 +9,7 @@ from catfeeder_cron.logs import one_line
 
 
 def find_callable(reference: str) -> Callable[..., Any]:
-    """Import "package.module:function". Raises ConfigurationError where that can't be done, in one line."""
+    """Import "package.module:function" and return it. Raises ConfigurationError, in one line, where that fails."""
     module_name, _, path = reference.partition(":")
     try:
         found: Any = import_module(module_name)

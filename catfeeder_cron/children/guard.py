@@ -1,8 +1,9 @@
-"""Watches over the process that runs an operator's callable, from outside of it, and ends all that it started.
+"""Watches over the process that runs an operator's callable, from outside of it, and ends everything that it started.
 
-It needs no cooperation of the callable: that may hold the interpreter's lock, block signals, close descriptors or leave
-processes behind. Everything that the worker starts stays the guard's descendant, even when it detaches itself, because
-the guard adopts orphans (PR_SET_CHILD_SUBREAPER). It ends as the worker ended, so the daemon sees one process.
+The guard needs no cooperation of the callable, which may hold the interpreter's lock, block signals, close descriptors
+or leave processes behind. Every process that the worker starts stays the guard's descendant, even when it detaches
+itself, because the guard adopts orphans (PR_SET_CHILD_SUBREAPER). The guard ends as the worker ended (exit status or
+signal), so the daemon sees one process.
 """
 
 import ctypes
@@ -17,19 +18,19 @@ from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# While there is a deadline it is looked at this often: no timer goes on while a machine is suspended.
+# The guard compares a deadline with the clock this often: no timer runs while a machine is suspended.
 _LOOK_SECONDS = 1.0
-# What can't be killed (it belongs to somebody else, or hangs in the kernel) is waited for this long.
+# The guard waits this long for a process that can't be killed: another user's, or one that hangs in the kernel.
 _KILL_SECONDS = 5.0
-# When memory runs out the kernel is to take the callable, not the daemon.
+# When memory runs out the kernel is to kill the callable, not the daemon.
 _OOM_SCORE = "500"
 
 
 def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
     """Fork, call `work` in the new process, and watch over it.
 
-    `parent` is the daemon's process id. From the descriptor `control` come lines with the seconds from now after which
-    everything is to be killed (0: never).
+    `parent` is the daemon's process id. Each line that comes from the descriptor `control` gives the seconds from now
+    after which the guard kills everything (0: never).
     """
     _die_with(parent, signal.SIGTERM)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -43,12 +44,14 @@ def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
         _die_with(guard, signal.SIGKILL)
         _be_first_when_memory_runs_out()
         work()
-    for number in range(3):  # the daemon is to see their end when the worker has closed its own
+    for number in range(3):  # the daemon is to see the end of these pipes when the worker has closed its copies
         os.close(number)
     _Guard(worker, control, alarm, alarm_write).watch()
 
 
 class _Guard:
+    """A loop in the process's only thread. Python writes each signal's number into the pipe `alarm`, which wakes it."""
+
     def __init__(self, worker: int, control: int, alarm: int, alarm_write: int) -> None:
         self._worker = worker
         self._control = control
@@ -61,6 +64,7 @@ class _Guard:
             signal.signal(number, lambda _number, _frame: None)
 
     def watch(self) -> NoReturn:
+        """Wait for the worker's end, the deadline, SIGTERM or the daemon's end; kill all descendants, and end."""
         while True:
             status = _reap(self._worker)
             if status is not None:
@@ -80,7 +84,7 @@ class _Guard:
         _die_by(signal.SIGTERM)
 
     def _take_orders(self) -> bool:
-        """Read the next deadlines; False when the daemon is gone."""
+        """Read the next deadlines; return False when the daemon is gone."""
         read = os.read(self._control, 4096)
         *lines, self._read = (self._read + read).split(b"\n")
         for line in lines:
@@ -93,12 +97,12 @@ class _Guard:
 
 
 def _elapsed_seconds() -> float:
-    """Seconds on a clock that goes on while the machine is suspended: a lease grows old by it."""
+    """Return seconds on a clock that goes on while the machine is suspended: a lease grows old by it."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _reap(worker: int) -> int | None:
-    """Take note of every process that has ended; return the worker's status if it is among them."""
+    """Reap every process that has ended; return the worker's status if it is one of them."""
     found = None
     with suppress(ChildProcessError):
         while True:
@@ -111,7 +115,7 @@ def _reap(worker: int) -> int | None:
 
 
 def _kill_descendants() -> None:
-    """Kill and reap until nobody is left. New ones may come up meanwhile: all of them end up as our children."""
+    """Kill and reap until no descendant is left. New ones may start meanwhile: each becomes a child of ours at last."""
     until = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < until:
         for pid in _descendants():
@@ -165,7 +169,7 @@ def _be_first_when_memory_runs_out() -> None:
 
 
 def _die_with(parent: int, number: signal.Signals) -> None:
-    """Get a signal when `parent` ends, now if it has ended already."""
+    """Have the kernel send us a signal when `parent` ends; end now if it has ended already."""
     _prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Which process a call goes to: one that did the same before, as long as it has idled for less than a minute."""
+"""Sends each call to a process that served the same key before, if one has idled for less than a minute."""
 
 import asyncio
 import logging
@@ -12,18 +12,23 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from catfeeder_cron.children.process import ChildProcess, NotBegun, Request, Returned
+from catfeeder_cron.children.messages import Request, Returned
+from catfeeder_cron.children.process import ChildProcess, NotBegun
 from catfeeder_cron.errors import CatfeederCronError
 
 STOP_GRACE = timedelta(seconds=10)
-"""How long a callable has to end after it was asked to."""
+"""How long a callable may take to end after it was asked to stop."""
 
 _IDLE = timedelta(seconds=60)
 _MOST_IDLE = 16
 
 
 class Call:
-    """A call under way. All methods may be called from any thread, and none waits."""
+    """A call under way. All methods may be called from any thread, and none waits.
+
+    The attributes belong to the loop's thread: the methods for other threads only pass their request on to it, so no
+    lock is needed. `future` is safe in any thread, and `was_killed` may be read anywhere once `future` is done.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, request: Request) -> None:
         self._loop = loop
@@ -32,26 +37,26 @@ class Call:
         self._seconds = 0.0
         self.request = request
         self.future: Future[Returned] = Future()
-        """Gets what ChildProcess.result returns or raises; it surely does after `ask_to_stop` or `kill`."""
+        """Gets the result or error of ChildProcess.result; after `ask_to_stop` or `kill` it surely gets one."""
         self.future.set_running_or_notify_cancel()  # only a kill ends it early
         self.was_killed = False
 
     def ask_to_stop(self) -> None:
-        """Ask it to stop, and kill it when it has not ended after STOP_GRACE."""
+        """Ask the callable to stop, and kill it when it has not ended after STOP_GRACE."""
         self._soon(self._ask_to_stop)
 
     def set_deadline(self, seconds: float) -> None:
-        """Have it killed after so many seconds even if this process is frozen or gone; 0 takes that back."""
+        """Have the guard kill it after so many seconds, even if this process is frozen or gone; 0 takes that back."""
         self._soon(self._set_deadline, seconds)
 
     def kill(self) -> None:
-        """End it and all that it has started."""
+        """Kill the callable and everything that it has started."""
         self._soon(self._kill)
 
-    # What follows is called in the loop's thread alone.
+    # The methods below are called in the loop's thread alone.
 
     def enter(self, child: ChildProcess) -> None:
-        """Send the call to this process, and all that was asked of it so far."""
+        """Send the call to this process, with the stop, the deadline or the kill that was requested before."""
         self._child = child
         child.send(self.request)
         if self._seconds:
@@ -62,6 +67,7 @@ class Call:
             child.kill()
 
     def leave(self) -> None:
+        """Forget the process, and take the deadline back: the process may serve another call next."""
         if self._child and self._seconds:
             self._child.set_deadline(0)
         self._child = None
@@ -90,16 +96,17 @@ class Call:
 
 
 class Children:
-    """The processes for an operator's callables, from the first call to `close`. Costs nothing before.
+    """Run the operator's callables in processes, which are started by the first calls and ended by `close`.
 
-    One that has had nothing to do for as long as `idle` is ended.
-    All methods may be called from any thread. A pool that is dropped ends its processes. When this process ends,
-    however that happens, they end too.
+    A process that has idled for as long as `idle` is ended. All methods may be called from any thread. A pool that is
+    dropped ends its processes. When this process ends, however that happens, they end too.
     """
 
     def __init__(self, idle: timedelta = _IDLE) -> None:
         self._idle = idle
-        self._lock = threading.Lock()  # between threads that make the first call, or close meanwhile
+        # Held by a thread that makes a call, retires or closes: of two first calls, one starts the loop's thread, and
+        # none reaches a loop that another thread closes meanwhile. Nothing waits for a process while it is held.
+        self._lock = threading.Lock()
         self._processes: _Processes | None = None
         self._closed = False
 
@@ -121,17 +128,18 @@ class Children:
     ) -> Call:
         """Call "package.module:function" in a process that only serves calls of this `key`.
 
-        The arguments must be picklable. What the callable prints goes to `on_line`, line by line; what it logs to the
-        logger of the same name here; both with the log context that holds now. Raises CatfeederCronError once closed.
+        The arguments must be picklable. `on_line` gets each line that the callable prints, and the logger of the same
+        name in this process gets each record that it logs; both see the log context of the moment of this call. Raises
+        CatfeederCronError once closed.
         """
         return self._begin(key, reference, (arguments, keywords or {}), on_line)
 
     def find(self, key: str, reference: str, *, on_line: Callable[[str], None]) -> Call:
-        """Only import "package.module:function"."""
+        """Import "package.module:function" in such a process, without calling it. Raises as `call` does."""
         return self._begin(key, reference, None, on_line)
 
     def retire(self) -> None:
-        """Let no process take a further call: the next ones import the operator's code anew."""
+        """Let no present process take a further call: later calls import the operator's code anew, in new processes."""
         with self._lock:
             if self._processes:
                 self._processes.soon(self._processes.retire)
@@ -174,8 +182,10 @@ def _log(record: logging.LogRecord) -> None:
 
 
 class _Processes:
-    """What happens in the thread of the event loop. It outlives every process: the kernel tells a process of its
-    parent's end when the thread that forked it has ended.
+    """The thread of the event loop, and all processes. `begin`, `soon`, `close` and `end_soon` are for other threads.
+
+    The thread outlives every process: the kernel tells a process of its parent's end when the thread that forked it has
+    ended. All attributes but `_loop` and `_thread` belong to this thread, so no lock is needed.
     """
 
     def __init__(self, idle: timedelta) -> None:
@@ -189,25 +199,29 @@ class _Processes:
         self._thread.start()
 
     def begin(self, key: str, request: Request) -> Call:
+        """Begin a call, and return at once."""
         call = Call(self._loop, request)
         # In an empty context: this thread's log context is for the call alone, not for the process that it starts.
         self._loop.call_soon_threadsafe(self._begin, key, call, context=Context())
         return call
 
     def soon(self, function: Callable[[], None]) -> None:
+        """Have the loop's thread call the function."""
         self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:
+        """Kill the calls under way, end every process, and wait for that, except in the loop's own thread."""
         self.end_soon()
         if self._thread is not threading.current_thread():
             self._thread.join()
 
     def end_soon(self) -> None:
-        """Begin to end, without waiting: called by the garbage collector, too."""
+        """Begin to end, without waiting: the garbage collector calls this too, in any thread."""
         with suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def retire(self) -> None:
+        """End the idle processes now, and the others after their call. Called in the loop's thread."""
         self._retired_at += 1
         for child in list(self._idle):
             self._end(child)
@@ -227,13 +241,13 @@ class _Processes:
     async def _perform(self, key: str, call: Call) -> None:
         try:
             returned = await self._result(key, call)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, who waits for the call must hear of it
+        except BaseException as error:  # noqa: BLE001 - the thread that waits for the call must get any error
             call.future.set_exception(error)
         else:
             call.future.set_result(returned)
 
     async def _result(self, key: str, call: Call) -> Returned:
-        """Make the call; once more where the process that was there had died in the meantime."""
+        """Make the call in an idle process, or in a new one if there is none, or if it died before the call began."""
         child = self._take_idle(key)
         if child is not None:
             with suppress(NotBegun):

@@ -1,7 +1,7 @@
-"""Calls an operator's functions, one at a time, in a process that nobody else needs.
+"""Calls an operator's functions, one at a time, in a process that does nothing else.
 
-A function may change anything here: replace the standard streams, configure logging, leave threads behind, fork. What
-the next call relies on is made good before it.
+A function may change anything here: replace the standard streams, configure logging, leave threads behind, fork.
+Before each call the worker restores the streams and the logging that the call relies on.
 """
 
 import faulthandler
@@ -29,9 +29,9 @@ _CLEAN_UP_SECONDS = 3
 
 
 def main() -> NoReturn:
-    """Answer every call that comes in on standard input, until that is closed."""
+    """Answer every call that comes in on standard input, until the daemon closes it."""
     channel = _Channel(os.dup(1), os.dup(2))
-    os.dup2(2, 1)  # what the callable prints, and what it starts prints, is no answer
+    os.dup2(2, 1)  # lines that the callable or its processes print are no answers
     calls = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # a callable that reads its standard input must not take our lines
@@ -41,13 +41,14 @@ def main() -> NoReturn:
 
 
 class _Channel:
-    """What this process tells the daemon: lines of JSON, and marks in its output."""
+    """Sends messages to the daemon: lines of JSON, and marks among the printed lines."""
 
     def __init__(self, answers: int, output: int) -> None:
         self._answers = answers
         self._output = output
         self._process = os.getpid()
-        # The lock of a logging handler, which is a new one after a fork: the callable's threads log while it answers.
+        # `send` holds this handler's lock while it writes, so that lines don't mix: the callable's threads log while
+        # the main thread answers. `logging` makes its handlers' locks anew after a fork, unlike a lock of our own.
         self.handler = _RecordHandler(self)
 
     def send(self, message: dict[str, object]) -> None:
@@ -61,24 +62,25 @@ class _Channel:
             self.handler.release()
 
     def mark(self, mark: str) -> None:
-        """Write a line among what is printed, so that the daemon knows that it has read all that was before."""
+        """Write a line among the printed ones, so that the daemon knows that it has read all lines before it."""
         with suppress(OSError):
             os.write(self._output, f"\n{mark}\n".encode())
 
     @property
     def is_ours(self) -> bool:
-        """False in a process that the callable has forked: that must not answer for us."""
+        """Tell whether this is the worker; False in a process that the callable has forked, which must not answer."""
         return os.getpid() == self._process
 
 
 class _RecordHandler(logging.Handler):
-    """Sends log records to the daemon, whose log they come to."""
+    """Sends log records to the daemon, which writes them to its log."""
 
     def __init__(self, channel: _Channel) -> None:
         super().__init__()
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send the record; in a process that the callable has forked, print it."""
         try:
             trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else record.exc_text
             text = record.getMessage()
@@ -93,6 +95,11 @@ class _RecordHandler(logging.Handler):
 
 
 class _Worker:
+    """Two threads: "calls" reads standard input and passes calls on by a queue; the main thread performs them.
+
+    "calls" also sets the current `_run`, before it puts the call into the queue, and requests its stop.
+    """
+
     def __init__(self, channel: _Channel, calls: int) -> None:
         self._channel = channel
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -101,12 +108,13 @@ class _Worker:
         threading.Thread(target=self._listen, args=[calls], name="calls", daemon=True).start()
 
     def work(self) -> NoReturn:
+        """Perform and answer calls until standard input is closed, then end the process."""
         while (message := self._waiting.get()) is not None:
             self._channel.send({"begun": message["mark"]})
             self._prepare(message)
             verdict = self._perform(message)
             if not self._channel.is_ours:
-                os._exit(0)  # a process that the callable has forked, and that came back from it
+                os._exit(0)  # this process was forked by the callable, and returned from it
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):  # closed, or replaced by anything
                     stream.flush()
@@ -115,11 +123,11 @@ class _Worker:
                 self._channel.send({"verdict": verdict, "stop_was_seen": self._run.stop_was_seen})
             except OSError:
                 os._exit(1)  # it has closed our descriptors
-        # Not os._exit: what the callables have registered with atexit is done.
+        # Not os._exit: functions that the callables have registered with atexit are to be called.
         sys.exit(0)
 
     def _listen(self, calls: int) -> None:
-        """Take in calls, and what is said of the one in hand. Runs in a thread of its own."""
+        """Take in calls, and requests to stop the current one. Runs in a thread of its own."""
         with open(calls, encoding="utf-8") as lines:
             for line in lines:
                 message = json.loads(line)
@@ -129,10 +137,10 @@ class _Worker:
                     # From here on a stop is meant for this call: they come one after the other.
                     self._run = CallableRun()
                     self._waiting.put(message)
-        self._waiting.put(None)  # the daemon has no use for us any more
+        self._waiting.put(None)  # the daemon needs this process no more
 
     def _prepare(self, message: dict[str, Any]) -> None:
-        """Make good what the call before may have changed."""
+        """Restore the streams and the logging, which the call before may have changed."""
         enter_callable_run(self._run)
         for name, number in (("stdout", 1), ("stderr", 2)):
             stream = getattr(sys, name)
@@ -176,8 +184,9 @@ class _Worker:
                 if not task.done():
                     run.stop_was_seen = True
                     task.cancel()
-                    loop.call_later(_CLEAN_UP_SECONDS, cancel)  # one that resists is asked again
+                    loop.call_later(_CLEAN_UP_SECONDS, cancel)  # again, if it ignores the first
 
+            # The thread "calls" calls this when the stop comes; the task belongs to the loop's thread.
             with run.on_stop(lambda: loop.call_soon_threadsafe(cancel)):
                 return await task
 
@@ -211,7 +220,7 @@ def _told(kind: str, text: str) -> dict[str, Any]:
 
 
 def _text_of(value: object) -> str:
-    """Return the text of something foreign, whose `__str__` may do anything."""
+    """Return the text of a foreign object, whose `__str__` may do anything."""
     try:
         return str(value)[:_LONGEST_TEXT]
     except BaseException as error:  # noqa: BLE001 - as above
@@ -223,7 +232,7 @@ def _trace_of(error: BaseException) -> str:
 
     trace = error.__traceback__
     if trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next  # from the callable on: that we called it is no news
+        trace = trace.tb_next  # from the callable on, without our own call of it
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:  # noqa: BLE001 - formatting asks the exception for its text

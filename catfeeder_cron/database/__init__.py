@@ -1,6 +1,19 @@
-"""PostgreSQL: one pool for the process, short transactions, psycopg's errors translated."""
+"""PostgreSQL: one pool for the process, short transactions, psycopg's errors translated.
 
+database      transactions and single statements, for the other wings
+pool          the address, the embedded server behind it, the pool, and waiting for a connection
+outages       whether the server answers; the log lines at the beginning and the end of an outage
+statements    composes statements
+conninfo      adds libpq's settings to the operator's address
+errors        translates psycopg's errors
+embedded      a private server in a folder; embedded_programs runs its programs
+catalog       reads PostgreSQL's catalog
+requirements  compares Cat Feeder's tables with a job's needs
+schema        creates and upgrades the daemon's tables, Cat Feeder's tables, and indexes
+"""
+
+from catfeeder_cron.database.database import Database
 from catfeeder_cron.database.errors import AllInUse, RollBack
-from catfeeder_cron.database.pool import Connection, Database, identifier, single
+from catfeeder_cron.database.statements import Connection, identifier, single
 
 __all__ = ["AllInUse", "Connection", "Database", "RollBack", "identifier", "single"]

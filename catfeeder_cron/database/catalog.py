@@ -1,21 +1,21 @@
-"""What PostgreSQL's catalog says of a web server's table: its leaves, a column's type, indexes and privileges."""
+"""Reads from PostgreSQL's catalog about a table of the web server: leaves, column types, indexes, privileges."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from psycopg import sql
 
-from catfeeder_cron.database import Connection, single
+from catfeeder_cron.database.statements import Connection, single
 from catfeeder_cron.errors import SchemaProblem, UndefinedObject
 
 
 class WantedIndex(NamedTuple):
-    """What makes a job cheap: an index on `column` of the table that `table` names in [database.tables]."""
+    """An index that makes a job cheap, on `column` of the table that `table` names in [database.tables]."""
 
     table: str
     column: str
     state: str | None = None
-    """Only the rows whose column "state" is this one are of interest."""
+    """The job reads only rows with this value in the column "state"; None: all rows."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,31 @@ class Leaf:
     name: str
     blocks: int
     estimated_rows: float
-    """As of the last ANALYZE, scaled to today's size; a guess of 50 rows a block where there was none."""
+    """The number at the last ANALYZE, scaled to today's size; without an ANALYZE, 50 rows a block."""
     indexed: bool
-    """A valid, complete B-tree index begins with the column that was asked about."""
+    """Whether a valid B-tree index leads to the rows that `leaves` was asked about."""
 
     def __str__(self) -> str:
         return self.identifier.as_string()
 
     @property
     def identifier(self) -> sql.Identifier:
+        """Return the qualified name, for a statement."""
         return sql.Identifier(self.schema, self.name)
 
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """A foreign key of another table that forbids to delete the rows it refers to."""
+    """A foreign key that forbids to delete the rows it refers to."""
 
     constraint: str
     schema: str
     table: str
     partitioned: bool
     of_itself: bool
-    """The table refers to itself."""
+    """Whether the table refers to itself."""
     indexed: bool
-    """An index leads from a referenced row to those that refer to it."""
+    """Whether an index leads from a referenced row to those that refer to it."""
     columns: tuple[tuple[str, str], ...]
     """Pairs of (its column, the referenced column)."""
 
@@ -75,7 +76,7 @@ _COLUMN_TYPES = """
     FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
     WHERE attrelid = %(oid)s AND attnum > 0 AND NOT attisdropped"""
 
-# Walks pg_inherits, so partitions of any depth and plain inheritance (TimescaleDB's chunks) come alike.
+# The recursive CTE walks pg_inherits, so it finds partitions of any depth and plain inheritance (TimescaleDB's chunks).
 _LEAVES = """
     WITH RECURSIVE tree AS (
         SELECT %(oid)s::oid AS oid
@@ -99,7 +100,7 @@ _LEAVES = """
     WHERE c.relkind = 'r'
     ORDER BY n.nspname, c.relname"""
 
-# The key that was declared, on the leaf or on a table that it is a partition of; not what PostgreSQL derives from it.
+# Keys as declared, for the leaf or for a table that it is a partition of; not those that PostgreSQL derives from them.
 _REFERENCES = """
     SELECT k.conname, n.nspname, r.relname, r.relkind = 'p', k.conrelid = k.confrelid,
            EXISTS (SELECT FROM pg_index i
@@ -114,7 +115,7 @@ _REFERENCES = """
       AND has_table_privilege(k.conrelid, 'SELECT') AND has_schema_privilege(r.relnamespace, 'USAGE')
     ORDER BY k.conname"""
 
-# DELETE can be granted on whole tables alone, the others on columns too.
+# DELETE can only be granted on a whole table, the other privileges on columns too.
 _MISSING_PRIVILEGES = """
     SELECT privilege FROM unnest(%(privileges)s::text[]) privilege
     WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(%(oid)s::oid, privilege)
@@ -122,12 +123,15 @@ _MISSING_PRIVILEGES = """
 
 
 def has_table(connection: Connection, schema: str, name: str) -> bool:
-    """Whether there is anything of this name."""
+    """Tell whether there is a table, or another relation, of this name."""
     return connection.execute(_TABLE, {"schema": schema, "name": name, "column": ""}).fetchone() is not None
 
 
 def find_table(connection: Connection, schema: str, name: str, column: str) -> tuple[int, str]:
-    """Return the table's oid and the column's type, a domain's base. Raises SchemaProblem where either is missing."""
+    """Return the table's oid and the column's type (for a domain its base type).
+
+    Raises SchemaProblem where the table or the column is missing, or the name is not that of a table.
+    """
     described = f'"{schema}"."{name}"'
     row = connection.execute(_TABLE, {"schema": schema, "name": name, "column": column}).fetchone()
     if row is None:
@@ -144,21 +148,21 @@ def find_table(connection: Connection, schema: str, name: str, column: str) -> t
 
 
 def column_types(connection: Connection, oid: int) -> dict[str, str]:
-    """Return the type of every column of a table by its name; of a domain, its base."""
+    """Return the type of every column of a table by its name; for a domain its base type."""
     return dict(connection.execute(_COLUMN_TYPES, {"oid": oid}).fetchall())
 
 
 def leaves(connection: Connection, oid: int, column: str, state: str | None = None) -> list[Leaf]:
-    """Return the tables that hold the rows of table `oid`, itself included where it does.
+    """Return the tables that hold the rows of table `oid`, which may be that table itself.
 
-    With `state` they are looked at for an index on `column` that leads to the rows of that state alone.
+    `Leaf.indexed` tells of an index on `column`; with `state`, of one on `column` that leads to the rows of that state.
     """
     parameters = {"oid": oid, "column": column, "state": state}
     return [Leaf(*row) for row in connection.execute(_LEAVES, parameters)]
 
 
 def foreign_keys(connection: Connection, leaf: Leaf) -> list[ForeignKey]:
-    """Return the foreign keys that keep rows of this leaf from being deleted, as far as we may read their tables."""
+    """Return the foreign keys that forbid to delete rows of this leaf, if this role may read their tables."""
     found = connection.execute(_REFERENCES, {"leaf": leaf.oid})
     return [
         ForeignKey(constraint, schema, table, partitioned, of_itself, indexed, tuple(zip(own, referenced, strict=True)))
@@ -167,7 +171,7 @@ def foreign_keys(connection: Connection, leaf: Leaf) -> list[ForeignKey]:
 
 
 def may_hide_rows(connection: Connection, leaf: Leaf) -> bool:
-    """Whether row-level security may keep rows from this role."""
+    """Tell whether row-level security may hide rows from this role."""
     return bool(single(connection, "SELECT row_security_active(%s::oid)", [leaf.oid])[0])
 
 

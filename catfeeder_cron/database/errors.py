@@ -1,4 +1,4 @@
-"""psycopg's errors told in the program's own: the one table in which they are translated."""
+"""Translates psycopg's errors into the program's own, in one table."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from catfeeder_cron.errors import (
 
 _UNDEFINED = (
     *(pg.UndefinedTable, pg.UndefinedColumn, pg.InvalidSchemaName),
-    # A column of another type, with which nothing can be compared, or to which nothing can be assigned.
+    # A column of another type: the server finds no operator for it, or can't assign our value to it.
     *(pg.UndefinedFunction, pg.DatatypeMismatch),
 )
 
@@ -27,16 +27,16 @@ CLOSED = "the program has closed its connections to the database, because it end
 
 
 class AllInUse(DatabaseUnavailable):
-    """The server is there, but every connection of this process stayed in use."""
+    """The server answers, but every connection of this process stayed in use."""
 
 
 class RollBack(Exception):
-    """Raised inside a transaction's block, it ends the block without an error, and nothing that was done is kept."""
+    """Raised inside a transaction's block, it rolls the transaction back and ends the block without an error."""
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise what psycopg raises inside the `with` block as one of ours."""
+    """Raise the errors that psycopg raises inside the `with` block as DatabaseErrors."""
     try:
         yield
     except (psycopg.Error, PoolClosed) as error:
@@ -46,7 +46,7 @@ def translated() -> Iterator[None]:
 
 
 def translate(error: Exception) -> DatabaseError:
-    """Tell psycopg's error in our terms: SQLSTATE, primary message and constraint, never DETAIL or the statement."""
+    """Return our error for psycopg's, with SQLSTATE, primary message and constraint, never DETAIL or the statement."""
     if isinstance(error, PoolClosed):
         return DatabaseUnavailable(CLOSED)
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
@@ -57,7 +57,7 @@ def translate(error: Exception) -> DatabaseError:
     match error:
         case pg.QueryCanceled():
             return StatementTimeout(message)
-        # The last: a row that has moved to another partition while it was waited for.
+        # SerializationFailure: the row moved to another partition while the statement waited for it.
         case pg.LockNotAvailable() | pg.DeadlockDetected() | pg.SerializationFailure():
             return LockTimeout(message)
         case pg.IntegrityError():

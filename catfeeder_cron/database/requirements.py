@@ -1,11 +1,12 @@
-"""Whether Cat Feeder's tables are as a job needs them, in words that say what helps: for `check` and every run."""
+"""Compares Cat Feeder's tables with the needs of a job, for `check` and before every run. Its errors name a remedy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, catalog
+from catfeeder_cron.config.settings import DatabaseTables
+from catfeeder_cron.database import catalog
 from catfeeder_cron.database.catalog import Leaf
+from catfeeder_cron.database.statements import Connection
 from catfeeder_cron.errors import JobSkipped, SchemaProblem
 
 _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precision")
@@ -13,21 +14,21 @@ _NUMBERS = ("smallint", "integer", "bigint", "numeric", "real", "double precisio
 
 @dataclass(frozen=True)
 class TableUse:
-    """What a job needs of a table of Cat Feeder's; `table` is its key in [database.tables]."""
+    """The needs of a job in one table of Cat Feeder's; `table` is its key in [database.tables]."""
 
     table: str
     privileges: tuple[str, ...]
     columns: tuple[str, ...]
     times: tuple[str, ...] = ()
-    """Columns that must hold times, beside those."""
+    """Further columns, which must hold times."""
     instants: tuple[str, ...] = ()
-    """Columns that must hold times of day too, which a date does not."""
+    """Further columns, which must hold times with a time of day, so no dates."""
     numbers: tuple[str, ...] = ()
-    """Columns that must hold numbers, beside those."""
+    """Further columns, which must hold numbers."""
     by_leaf: bool = False
-    """The job works on each partition itself, so it needs the privileges there and not on the whole."""
+    """The job works on each partition directly, so it needs the privileges there and not on the whole table."""
     optional: bool = False
-    """Without the table the job has nothing to do, which is no fault."""
+    """Where the table is missing, the job is skipped and does not fail."""
 
 
 def require_table(connection: Connection, tables: DatabaseTables, job_id: str, use: TableUse) -> list[str]:
@@ -60,7 +61,7 @@ def require_table(connection: Connection, tables: DatabaseTables, job_id: str, u
 
 
 def _remedy(use: TableUse, job_id: str, otherwise: str) -> str:
-    """Say what helps. A table that a job can do without may be another program's, which has taken its name."""
+    """Return the remedy. An optional table with the wrong columns may belong to another program that uses its name."""
     if not use.optional:
         return f"correct [database.tables], or {otherwise.removeprefix('correct ')}"
     return (
@@ -70,7 +71,10 @@ def _remedy(use: TableUse, job_id: str, otherwise: str) -> str:
 
 
 def require_tables(connection: Connection, tables: DatabaseTables, job_id: str, uses: Iterable[TableUse]) -> None:
-    """Raise SchemaProblem with all that keeps a job from its work, and JobSkipped where there is nothing to work on."""
+    """Raise SchemaProblem with all faults of the tables that a job uses.
+
+    Raises JobSkipped where the first table is optional and missing.
+    """
     found: dict[str, None] = {}
     is_there = False
     for use in uses:

@@ -92,7 +92,7 @@ def stop_server(mortal_server: EmbeddedServer) -> Iterator[Callable[[str], Calla
     """Stops the mortal server in one of PostgreSQL's ways ("fast", "immediate"); returns what starts it again."""
 
     def stop(how: str) -> Callable[[], None]:
-        mortal_server._run("pg_ctl", "stop", "-D", "data", "-m", how)
+        mortal_server._programs.run("pg_ctl", "stop", "-D", "data", "-m", how)
         return mortal_server._launch
 
     yield stop

@@ -229,7 +229,7 @@ def test_old_runs_are_forgotten_soon_after_the_start(office: Office, admin: psyc
 
 
 def stop(server: EmbeddedServer) -> None:
-    assert server._run("pg_ctl", "stop", "-D", "data", "-m", "fast", "-w").returncode == 0
+    assert server._programs.run("pg_ctl", "stop", "-D", "data", "-m", "fast", "-w").returncode == 0
 
 
 def test_a_run_that_ends_while_the_database_is_away_is_recorded_when_it_is_back(

@@ -167,7 +167,7 @@ def restart_in_the_middle(launch: Launch, server: EmbeddedServer, url: str, mode
     eventually(lambda: living(url) == 3)
     for pause in (0.0, 1.0, 4.0, 0.2):
         time.sleep(8)
-        assert server._run("pg_ctl", "stop", "-D", "data", "-m", mode, "-w").returncode == 0
+        assert server._programs.run("pg_ctl", "stop", "-D", "data", "-m", mode, "-w").returncode == 0
         time.sleep(pause)
         server._launch()
     time.sleep(25)

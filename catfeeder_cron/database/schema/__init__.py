@@ -4,34 +4,36 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import LiteralString
 
-from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database.database import Database
+from catfeeder_cron.database.statements import Connection, single
 from catfeeder_cron.errors import PermissionDenied, SchemaProblem
 
 _OLDEST_SERVER = 140000
 
-# One number for all who create or upgrade the schema; the lock ends with its transaction.
+# Every process that creates or upgrades the schema takes this lock, so that one of them does the work while the others
+# wait; the lock ends with its transaction.
 LOCK = "SELECT pg_advisory_xact_lock(7241386209)"
 
-# Reading the catalog's tables, because to_regclass would go by what the session has known since before it waited for
-# the lock.
+# This reads the catalog's tables: to_regclass would answer from the session's cache, which can be older than the wait
+# for the lock.
 _EXISTS = """
     SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                    WHERE n.nspname = 'catfeeder_cron' AND c.relname = 'schema_version')"""
 
 
 def _migrations() -> list[tuple[int, str, LiteralString]]:
-    """(version, name, SQL) of every numbered file, in order."""
+    """Return (version, name, SQL) of every numbered file, in order."""
     folder = sorted((file for file in files(__name__).joinpath("daemon").iterdir()), key=lambda file: file.name)
     return [(int(file.name[:4]), file.name, file.read_text("utf-8")) for file in folder]
 
 
 def known_version() -> int:
-    """Return the version that this program was written for."""
+    """Return the version of the schema that this program was written for."""
     return _migrations()[-1][0]
 
 
 def too_old(connection: Connection) -> str:
-    """Say what to do where the server is older than what the statements of this program need; else return nothing."""
+    """Return an error message for a server that is too old for this program's statements, else an empty text."""
     version, name = single(
         connection, "SELECT current_setting('server_version_num')::int, current_setting('server_version')"
     )
@@ -56,8 +58,9 @@ def installed_version(connection: Connection) -> int:
 def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
     """Apply the numbered files that are missing, in one transaction, and yield a line for each.
 
-    Safe when several processes do it at once: one works, the others find it done. Raises SchemaProblem
-    where the schema is newer than this program can serve, the server is too old, or the role may not create it.
+    Safe when several processes call it at once: one applies the files, the others wait and find nothing missing. Raises
+    SchemaProblem where the schema is newer than this program can serve, the server is too old, or the role may not
+    create it.
     """
     with database.transaction() as connection:
         if problem := too_old(connection):
@@ -75,7 +78,7 @@ def upgrade(database: Database, *, dry_run: bool = False) -> Iterator[str]:
 
 
 def require(database: Database) -> None:
-    """Raise SchemaProblem unless the schema is there and one that this program knows, for those who don't create it."""
+    """Raise SchemaProblem unless the schema is there and this program knows its version; create nothing."""
     with database.transaction() as connection:
         installed = installed_version(connection)
     refuse_unknown(installed)
@@ -85,14 +88,14 @@ def require(database: Database) -> None:
 
 
 def verb(dry_run: bool) -> str:
-    """Return the words with which a line of `init-db` begins."""
+    """Return the words that begin a line of `init-db`."""
     return "would create" if dry_run else "created"
 
 
 def ensure(database: Database) -> None:
-    """Make sure that this program's schema is there, creating or upgrading it if the role may.
+    """Create or upgrade this program's schema if that is needed.
 
-    Raises SchemaProblem that says that `init-db` is needed, or that this program is too old.
+    Raises SchemaProblem where the role may not do that (the message asks for `init-db`), or this program is too old.
     """
     with database.transaction() as connection:
         installed = installed_version(connection)
@@ -111,7 +114,7 @@ def ensure(database: Database) -> None:
 
 
 def refuse_unknown(installed: int) -> None:
-    """Raise SchemaProblem for a schema that is too new for this program: more than one version ahead."""
+    """Raise SchemaProblem for a schema that is more than one version newer than this program."""
     known = known_version()
     if installed > known + 1:
         raise SchemaProblem(

@@ -1,14 +1,16 @@
-"""The indexes that make the jobs cheap, created beside the running web server."""
+"""Creates the indexes that make the jobs cheap, while the web server runs."""
 
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 
 from psycopg import sql
 
-from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database, catalog, single
+from catfeeder_cron.config.settings import DatabaseTables
+from catfeeder_cron.database import catalog
 from catfeeder_cron.database.catalog import Leaf, WantedIndex
+from catfeeder_cron.database.database import Database
 from catfeeder_cron.database.schema import verb
+from catfeeder_cron.database.statements import single
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaProblem
 
 _STATE = """
@@ -16,7 +18,8 @@ _STATE = """
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = %s AND c.relname = %s"""
 
-# A number for each table. Without parameters, because the answer to a statement that has some keeps its snapshot up to
+# One lock for each table, so that one process at a time builds its indexes; a transaction that stays open meanwhile
+# holds it. The statement has no parameters, because the answer to a statement that has some keeps its snapshot up to
 # the next statement, and CREATE INDEX CONCURRENTLY waits for every snapshot that is older than its own.
 _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(7241386209 + {})"
 
@@ -32,9 +35,9 @@ def create_indexes(
     """Create the wanted indexes that are missing, on every leaf of a table, and yield a line for each.
 
     CONCURRENTLY: reading and writing go on, an interruption rolls nothing back, and no statement timeout applies.
-    What an interrupted try left is rebuilt; what another process is building is left to it. A table that is missing or
-    lacks the column is no failure unless its key is one of those `needed`. Raises SchemaProblem at the end, with a line
-    for each index that could not be created.
+    An invalid index of an interrupted try is rebuilt; an index that another process is building is left to it. A table
+    that is missing or lacks the column is no failure unless its key is in `needed`. Raises SchemaProblem at the end,
+    with a line for each index that could not be created.
     """
     problems = []
     for each in wanted:
@@ -86,8 +89,8 @@ def _create_index(database: Database, leaf: Leaf, wanted: WantedIndex, dry_run: 
 
 
 def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described: str) -> Iterator[str]:
-    # A name of our own, the same in every process, by which the removal of an invalid index goes. PostgreSQL cuts it
-    # off after 63 bytes, so what makes it unique comes first.
+    # Every process computes the same name, by which an invalid index is found and dropped. PostgreSQL cuts names off
+    # after 63 bytes, so the unique part comes first.
     where: sql.Composable = sql.SQL("")
     unique = [leaf.schema, leaf.name, wanted.column]
     if wanted.state is not None:

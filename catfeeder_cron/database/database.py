@@ -1,0 +1,145 @@
+"""Short transactions on the process's pool, with psycopg's errors translated.
+
+Nothing here holds on to a session: every setting is made with SET LOCAL, no statement is prepared on the server
+and no session-level lock is taken, so a transaction pooler such as PgBouncer may stand in between.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, LiteralString, Self
+
+import psycopg
+
+from catfeeder_cron.config.settings import DatabaseSettings
+from catfeeder_cron.database import statements
+from catfeeder_cron.database.errors import RollBack, translated
+from catfeeder_cron.database.outages import Outages
+from catfeeder_cron.database.pool import Pool
+from catfeeder_cron.database.statements import Connection
+from catfeeder_cron.errors import DatabaseError
+
+
+class Database:
+    """Open a pool of connections at the first use, and close it for good with `close`. Safe to use from any thread.
+
+    Every call after `close` raises DatabaseUnavailable. With an `embedded:PATH` address the first use starts that
+    private server, and `close` leaves it. A forked process opens a pool of its own at its first use there: the parent's
+    connections stay the parent's.
+    """
+
+    def __init__(self, settings: DatabaseSettings, application_name: str = "catfeeder-cron") -> None:
+        self._settings = settings
+        self._outages = Outages()
+        self._pool = Pool(settings, application_name, self._outages)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def trouble(self) -> str:
+        """Return why the server could not be reached when it was last needed, in one line; empty if it was reached."""
+        return self._outages.trouble
+
+    @property
+    def pool_use(self) -> dict[str, int]:
+        """Return how many connections are `in_use` and `idle`, and how many requests are `waiting` for one."""
+        return self._pool.use
+
+    @property
+    def statement_timeout(self) -> timedelta:
+        """Return how long a statement may take in a transaction that sets no timeout of its own."""
+        return self._settings.statement_timeout
+
+    @contextmanager
+    def transaction(self, *, timeout: timedelta | None = None, **local: str | int) -> Iterator[Connection]:
+        """Yield a connection inside a READ COMMITTED transaction; commit on success, roll back on an exception.
+
+        The session's time zone is UTC. A statement may take `timeout` (default: the configured
+        `statement_timeout`). `local` are further settings for SET LOCAL. Raises a DatabaseError for whatever
+        psycopg raises, and swallows RollBack.
+        """
+        limit = statements.milliseconds(self.statement_timeout if timeout is None else timeout)
+        local = {"statement_timeout": limit, "timezone": "UTC", "jit": "off", **local}
+        with self._outages.noticed(), translated(), self._begun(statements.begin(local)) as connection:
+            try:
+                yield connection
+            except BaseException as error:
+                # A ROLLBACK that fails must not hide the first error; the pool gives up such a connection.
+                with suppress(psycopg.Error):
+                    connection.execute("ROLLBACK")
+                if isinstance(error, RollBack):
+                    return
+                raise
+            if connection.execute("COMMIT").statusmessage == "ROLLBACK":
+                raise DatabaseError("nothing was committed: a statement of the transaction had failed unnoticed")
+
+    def query(self, statement: LiteralString, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """Run one statement as a transaction of its own, in one round trip, and return its rows.
+
+        After DatabaseUnavailable the server may have carried the statement out or not.
+        """
+        with self._alone(statement, parameters) as cursor:
+            return cursor.fetchall()
+
+    def execute(self, statement: LiteralString, parameters: Mapping[str, Any]) -> int:
+        """Run one statement as `query` does, but return how many rows were changed."""
+        with self._alone(statement, parameters) as cursor:
+            return cursor.rowcount
+
+    @contextmanager
+    def session(self) -> Iterator[Connection]:
+        """Yield a new connection outside the pool and outside any transaction (CREATE INDEX CONCURRENTLY)."""
+        with self._pool.session() as connection:
+            yield connection
+
+    def notifications(self, connection: Connection) -> list[str]:
+        """Return the payloads of the notifications that have arrived at a session. Raises DatabaseUnavailable."""
+        with translated():
+            return [notification.payload for notification in connection.notifies(timeout=0)]
+
+    def probe(self) -> None:
+        """Connect once outside the pool. Raises DatabaseUnavailable, which says why that can't be done."""
+        self._pool.probe()
+
+    def close(self) -> None:
+        """Close every connection; leave the embedded server, if this object started one. Idempotent."""
+        self._outages.close()  # first: a connection that breaks because the pool closes is no outage
+        self._pool.close()
+
+    @contextmanager
+    def _alone(
+        self, statement: LiteralString, parameters: Mapping[str, Any]
+    ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        with self._outages.noticed(), translated(), self._pool.connection() as connection:
+            try:
+                cursor = connection.execute(statement, parameters)
+            except psycopg.OperationalError:
+                if connection.closed:
+                    self._pool.drop_dead_connections()  # the others are likely to be dead as well
+                raise
+            self._outages.answered()
+            yield cursor
+
+    @contextmanager
+    def _begun(self, begin: bytes) -> Iterator[Connection]:
+        # BEGIN changes nothing, so it is also the test of a connection that a server restart may have killed in the
+        # pool: a dead one is dropped and the next is tried, at most once through the whole pool.
+        for attempt in range(self._settings.pool_max_size, -1, -1):
+            with self._pool.connection() as connection:
+                try:
+                    connection.execute(begin)
+                except psycopg.OperationalError:
+                    if attempt and connection.closed:
+                        self._outages.suspect()
+                        continue
+                    raise
+                self._outages.answered()
+                yield connection
+                return
