@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from threading import Lock
 
-from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NOT_FREE
+from catfeeder_cron.ledger.constants import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NOT_FREE
 
 
 @dataclass
