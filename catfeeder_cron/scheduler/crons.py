@@ -221,13 +221,13 @@ class Crons:
     def running(self) -> list[str]:
         """The ids of the jobs that this object is running."""
         runtime = self._here()
-        return runtime.supervisor.running if runtime else []
+        return runtime.supervisor.runs.job_ids if runtime else []
 
     @property
     def stuck(self) -> list[str]:
         """The ids of those of them that don't end though their time is up."""
         runtime = self._here()
-        return runtime.supervisor.stuck if runtime else []
+        return runtime.supervisor.timeouts.stuck if runtime else []
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -245,7 +245,7 @@ class Crons:
     def wait(self) -> None:
         """Return when no job is running."""
         if runtime := self._here():
-            runtime.supervisor.wait()
+            runtime.supervisor.runs.wait()
 
     def close(self, abandoned: str | None = None) -> None:
         """Stop, wait for the running jobs to end their batch, and close what this object opened. Idempotent.

@@ -65,7 +65,7 @@ class Executor:
     @property
     def stopping(self) -> bool:
         """Whether no run may begin any more."""
-        return self._supervisor.stopping
+        return self._supervisor.runs.stop_reason is not None
 
     def take_over(self, settings: Settings) -> None:
         """Put another configuration in force. An OAuth client that was handed in stays."""
@@ -143,7 +143,7 @@ class Executor:
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""
         if abandoned is None:
-            self._supervisor.wait()
+            self._supervisor.runs.wait()
         self._supervisor.close(abandoned)
         self._children.close()
 

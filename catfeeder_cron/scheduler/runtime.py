@@ -71,7 +71,7 @@ class Runtime:
 
     def request_stop(self, reason: JobInterrupted) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""
-        self.supervisor.request_stop(reason)
+        self.supervisor.runs.request_stop(reason)
 
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the running jobs, and close everything that was not given. Idempotent.
@@ -99,5 +99,5 @@ class Runtime:
     def let_go(self, *, at_exit: bool) -> None:
         self.request_stop(JobAborted(_PROGRAM_ENDS if at_exit else _DROPPED))
         if at_exit:
-            self.supervisor.wait(_EXIT_SECONDS)
+            self.supervisor.runs.wait(_EXIT_SECONDS)
         self.close(abandoned=_PROGRAM_ENDS if at_exit else None)
