@@ -1,11 +1,8 @@
 """The configured jobs: on a schedule, or one of them now."""
 
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -13,23 +10,19 @@ from typing import Any, Self, final
 from catfeeder_cron import lifecycle
 from catfeeder_cron.config import JobSettings, Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
+from catfeeder_cron.errors import CatfeederCronError, JobAborted
 from catfeeder_cron.job import Job
 from catfeeder_cron.jobs import built_in, load_settings
-from catfeeder_cron.ledger import Ledger
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.scheduler.admission import STOPPING, Admission
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.scheduler.runtime import Given, Runtime
 
 log = get_logger("catfeeder_cron.scheduler")
-
-_TRY_AGAIN_SECONDS = 0.5
-_STOPPING = "the process was asked to stop"
-_CLOSED = "this Crons object is closed; make a new one"
 
 
 @final
@@ -70,13 +63,7 @@ class Crons:
         self._tasks = background_tasks
         self._runtime: Runtime | None = None
         self._tell_closed: Callable[[], None] = lambda: None
-        # Held while something is begun, and while the object is marked as closed: nothing begins after that. Its holder
-        # may take it again: the handler of a signal may ask for a stop in the midst of anything.
-        self._lock = threading.RLock()
-        self._closed = False
-        self._stop_requested = threading.Event()
-        self._in_use = False
-        self._is_the_parents = False  # it was in use when this process was forked
+        self._admission = Admission()
         lifecycle.after_fork(self, Crons._after_fork)
         if debug:
             show_debug_records()
@@ -117,7 +104,7 @@ class Crons:
 
     def listen(self, listener: RunListener) -> None:
         """Have the listener told what becomes of the runs of this object, from now on."""
-        with self._lock:
+        with self._admission.lock:
             self._given = replace(self._given, listeners=(*self._given.listeners, listener))
             if self._runtime is not None:
                 self._runtime.listeners.add(listener)
@@ -129,9 +116,9 @@ class Crons:
         """
         try:
             runtime = self._open()
-            with self._lock:
-                self._use()
-                self._refuse_if_stopping()
+            with self._admission.lock:
+                self._admission.use()
+                self._admission.refuse_if_stopping()
                 scheduled = runtime.schedule()
                 self._refuse_if_closed_meanwhile(runtime)
         except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
@@ -146,10 +133,10 @@ class Crons:
         A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
         """
         runtime = self._open()
-        with self._lock:
-            self._use()
+        with self._admission.lock:
+            self._admission.use()
         _log_warnings(settings)
-        runtime.job_scheduler.reload(settings)
+        runtime.reload(settings)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -192,21 +179,12 @@ class Crons:
         ledger can't be reached.
         """
         runtime = self._open()
-        with self._lock:
-            self._use()
+        with self._admission.lock:
+            self._admission.use()
         if dry_run:
             return runtime.executor.dry_run(job_id, progress)
-        self._refuse_if_stopping()
-        job, _ = runtime.executor.find(job_id)
-        claim = partial(runtime.ledger.claim_manual, job_id, shared=job.shared)
-        runtime.supervisor.beat()
-        runtime.supervisor.start()
-        deadline = time.monotonic() + wait.total_seconds()
-        while (report := runtime.executor.run(job_id, claim, progress)) is None:
-            if time.monotonic() >= deadline:
-                raise JobIsRunning(_where_it_runs(job_id, runtime.ledger))
-            self._stop_requested.wait(_TRY_AGAIN_SECONDS)
-        return report
+        self._admission.refuse_if_stopping()
+        return runtime.run_manually(job_id, progress, wait, self._admission.stop_requested)
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -237,10 +215,10 @@ class Crons:
 
     def request_stop(self) -> None:
         """Ask the running jobs to end after the batch in hand, and let none begin."""
-        with self._lock:  # one that is being opened meanwhile finds out in the end
-            self._stop_requested.set()
+        with self._admission.lock:  # one that is being opened meanwhile finds out in the end
+            self._admission.stop_requested.set()
             if runtime := self._here():
-                runtime.request_stop(JobAborted(_STOPPING))
+                runtime.request_stop(JobAborted(STOPPING))
 
     def wait(self) -> None:
         """Return when no job is running."""
@@ -252,8 +230,8 @@ class Crons:
 
         With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
         """
-        with self._lock:
-            self._closed = True
+        with self._admission.lock:
+            self._admission.closed = True
         self.request_stop()
         if runtime := self._here():
             runtime.close(abandoned)
@@ -262,14 +240,14 @@ class Crons:
     def _open(self) -> Runtime:
         if self._runtime is None:
             lifecycle.wait_for_dropped()
-        with self._lock:
-            self._refuse_the_parents()
+        with self._admission.lock:
+            self._admission.refuse_the_parents()
             if self._runtime is None:
-                self._refuse_if_closed()
+                self._admission.refuse_if_closed()
                 self._runtime = self._make_runtime()
                 self._tell_closed = lifecycle.keep(self, self._runtime)
-                if self._stop_requested.is_set():
-                    self._runtime.request_stop(JobAborted(_STOPPING))
+                if self._admission.stop_requested.is_set():
+                    self._runtime.request_stop(JobAborted(STOPPING))
             return self._runtime
 
     def _make_runtime(self) -> Runtime:
@@ -284,45 +262,22 @@ class Crons:
 
     def _here(self) -> Runtime | None:
         """Return what there is to ask in this process."""
-        return None if self._is_the_parents else self._runtime
-
-    def _use(self) -> None:
-        """Take note, under the lock, that something begins that has threads or connections. Raises JobAborted."""
-        self._refuse_the_parents()
-        self._refuse_if_closed()
-        self._in_use = True
-
-    def _refuse_the_parents(self) -> None:
-        if self._is_the_parents:
-            raise CatfeederCronError(f"this Crons object can't be used: {lifecycle.FORKED}")
-
-    def _refuse_if_stopping(self) -> None:
-        if self._stop_requested.is_set():
-            raise JobAborted(_STOPPING)
+        return None if self._admission.is_the_parents else self._runtime
 
     def _refuse_if_closed_meanwhile(self, runtime: Runtime) -> None:
         """Take back what was begun while a signal's handler, in this very thread, has closed the object."""
-        if self._closed:
+        if self._admission.closed:
             runtime.close()
-            raise JobAborted(_CLOSED)
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise JobAborted(_CLOSED)
+            self._admission.refuse_if_closed()
 
     def _after_fork(self) -> None:
-        """Leave to the parent what was in use; make anew what a thread may have held that does not exist here.
+        """Leave to the parent what was in use, and forget what was only opened.
 
-        What was only opened is opened anew: to the other processes this one must be another one than its parent.
+        The latter is opened again when it is needed: this process has an identity of its own in the ledger.
         """
-        self._is_the_parents = self._is_the_parents or self._in_use
-        if not self._is_the_parents:
+        self._admission.after_fork()
+        if not self._admission.is_the_parents:
             self._runtime = None
-        self._lock = threading.RLock()
-        stop_requested = self._stop_requested.is_set()
-        self._stop_requested = threading.Event()
-        if stop_requested:
-            self._stop_requested.set()
 
     def _load(self, path: Path | str | None) -> Settings:
         return load_settings(None if path is None else Path(path), jobs=self._given.jobs)
@@ -339,11 +294,3 @@ class Crons:
 def _log_warnings(settings: Settings) -> None:
     for warning in settings.warnings:
         log.warning("configuration_warning", warning=warning)
-
-
-def _where_it_runs(job_id: str, ledger: Ledger) -> str:
-    found = ledger.under_way(job_id)
-    if found is None:
-        return f"{job_id} was running elsewhere a moment ago; try again"
-    host, pid, started_at = found
-    return f"{job_id} is running already: on {host}, pid {pid}, since {started_at:%Y-%m-%d %H:%M:%S %Z}"

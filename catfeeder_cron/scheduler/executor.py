@@ -11,13 +11,14 @@ from typing import Any
 from catfeeder_cron import logs
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
-from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.database.requirements import require_tables
 from catfeeder_cron.errors import (
     CatfeederCronError,
     DatabaseError,
+    DatabaseUnavailable,
     JobAborted,
+    JobInterrupted,
     JobSkipped,
     JobTimedOut,
     SchemaProblem,
@@ -35,6 +36,7 @@ from catfeeder_cron.scheduler.supervisor import Supervisor
 log = get_logger("catfeeder_cron.runs")
 # By itself, so that a command that prints the result can leave it out.
 log_of_results = get_logger("catfeeder_cron.results")
+log_of_slots = get_logger("catfeeder_cron.scheduler")
 
 
 class Executor:
@@ -48,8 +50,8 @@ class Executor:
         supervisor: Supervisor,
         oauth: OAuthClient | None = None,
     ) -> None:
-        self._settings = settings
-        self._jobs = jobs
+        # Replaced as a whole: a thread that reads it while another takes over a configuration gets one or the other.
+        self._in_force = settings, jobs
         self._database = database
         self._supervisor = supervisor
         self._owns_oauth = oauth is None
@@ -60,30 +62,29 @@ class Executor:
     @property
     def settings(self) -> Settings:
         """The configuration that is in force."""
-        return self._settings
+        return self._in_force[0]
 
     @property
     def stopping(self) -> bool:
         """Whether no run may begin any more."""
         return self._supervisor.runs.stop_reason is not None
 
-    def take_over(self, settings: Settings) -> None:
-        """Put another configuration in force. An OAuth client that was handed in stays."""
-        if self._owns_oauth and settings.oauth != self._settings.oauth:
+    def take_over(self, settings: Settings, jobs: Mapping[str, Job[Any]]) -> None:
+        """Put another configuration in force, with all its jobs. An OAuth client that was handed in stays."""
+        if self._owns_oauth and settings.oauth != self.settings.oauth:
             self._oauth = OAuthClient(settings.oauth)
-        self._settings = settings
+        self._in_force = settings, jobs
         self._children.retire()  # what they have imported may be another by now
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
-        settings = self._settings.require_job(job_id)
-        if isinstance(settings, CustomJobSettings):
-            return custom_job(job_id, settings), settings
-        return self._jobs[job_id], settings
+        settings, jobs = self._in_force
+        job_settings = settings.require_job(job_id)
+        return jobs[job_id], job_settings
 
     def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
         """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
-        settings = self._settings
+        settings = self.settings
         return JobContext(
             database=self._database,
             tables=settings.database.tables,
@@ -119,6 +120,20 @@ class Executor:
             self._supervisor.end(run, broken_off(job, context, error, run.run_id))
             raise
 
+    def run_scheduled(
+        self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None
+    ) -> JobReport | None:
+        """Do as `run` for the schedule: log what prevents the run, and return None, in place of raising it."""
+        try:
+            return self.run(job_id, claim, slot=slot)
+        except UnknownJob:
+            return None  # a reload has removed it at this moment
+        except (DatabaseUnavailable, JobInterrupted):
+            return None  # logged already; the slot is accounted for when the database, or a daemon, is back
+        except CatfeederCronError as error:
+            log_of_slots.error("slot_not_claimed", job=job_id, reason=str(error))
+            return None
+
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
         """Have a job count what it would do. That is claimed by nobody, and leaves no trace. Raises UnknownJob."""
         job, settings = self.find(job_id)
@@ -133,7 +148,7 @@ class Executor:
         """
         try:
             with self._database.transaction() as connection:
-                require_tables(connection, self._settings.database.tables, job_id, self.find(job_id)[0].tables)
+                require_tables(connection, self.settings.database.tables, job_id, self.find(job_id)[0].tables)
         except SchemaProblem as found:
             return str(found)
         except (DatabaseError, JobSkipped):
@@ -151,7 +166,7 @@ class Executor:
         if not isinstance(settings, CustomJobSettings) or not settings.retries:
             return None
         try:
-            before = self._settings.schedule(job_id).next_after(datetime.now(UTC))
+            before = self.settings.schedule(job_id).next_after(datetime.now(UTC))
         except UnknownJob:  # a reload has removed it
             return None
         return Retries(settings.retries, settings.retry_after, before)
