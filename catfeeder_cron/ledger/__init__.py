@@ -1,4 +1,4 @@
-"""What all daemons know in common: which slots are claimed, which runs are open, what became of them."""
+"""The ledger that all daemons share: which slots are claimed, which runs are open, and how runs ended."""
 
 from catfeeder_cron.ledger.constants import (
     DEAD_AFTER_SECONDS,

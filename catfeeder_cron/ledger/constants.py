@@ -1,4 +1,4 @@
-"""The intervals that all processes keep, and the reasons that the history gives for what did not run or end."""
+"""The intervals that all processes keep, and the reasons that the history gives for missed slots and dead runs."""
 
 HEARTBEAT_SECONDS = 10
 # Three missed heartbeats.

@@ -1,7 +1,7 @@
-"""What ran, what did not and why: slots are claimed, runs recorded and dead processes' runs closed in PostgreSQL.
+"""Claims slots, records runs and closes the runs of dead processes, in PostgreSQL.
 
-Every method is one statement, which PostgreSQL carries out whole or not at all however its caller ends. They agree on
-the server's clock. Any number of processes may call them at once.
+Every method but `prepare` and `become_daemon` is one statement, which PostgreSQL carries out whole or not at all,
+however its caller ends. All use the server's clock. Any number of processes may call them at once.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from catfeeder_cron.report import JobReport
 
 
 class Ledger:
-    """The ledger of one database, as seen by one process."""
+    """The ledger of one database, for one process. All methods may be called from any thread."""
 
     def __init__(self, database: Database, process: Process) -> None:
         self._database = database
@@ -33,9 +33,9 @@ class Ledger:
         self._process = replace(self._process, kind="daemon")
 
     def register(self, triggers: dict[str, str], disabled: list[str]) -> dict[str, datetime]:
-        """Open an account for every enabled job (its trigger in words by its id), close that of a disabled one.
+        """Open an account for every enabled job (`triggers` has their descriptions), close those of disabled jobs.
 
-        Returns until when the slots of each are accounted for: a new one's until now.
+        Returns until when the slots of each enabled job are accounted for: those of a new one until now.
         """
         parameters = {"jobs": list(triggers), "triggers": list(triggers.values()), "disabled": disabled}
         return dict(self._database.query(statements.REGISTER, parameters))
@@ -51,11 +51,11 @@ class Ledger:
         *,
         shared: bool = False,
     ) -> SlotClaim:
-        """Move the account of `job` on to `slot`, if it stands where it is `known` to: what comes between was `missed`.
+        """Account for the slots of `job` up to `slot`, if they were accounted for until `known`.
 
-        Of all processes that try, one may run the slot; of a shared job each may, once. Without a `trigger` nobody
-        does, and `missed` covers the slot itself. An account that stands short of the slot afterwards was moved
-        meanwhile: try again.
+        The slots in between were `missed`. Of all processes that try, one may run the slot; of a shared job each may,
+        once. Without a `trigger` no process runs it, and `missed` covers the slot itself. If the answer lies before the
+        slot, another process has changed the account: try again.
         """
         parameters = {
             "job": job,
@@ -84,7 +84,7 @@ class Ledger:
         return self._claim_without_slot(job, "schedule", shared)
 
     def claim_retry(self, job: str) -> int | None:
-        """Claim the retry of a run that failed; None when it is not due or another's, or the job runs or is paused."""
+        """Claim the retry of a failed run; None if it is not due or taken, or the job runs or is paused."""
         rows = self._database.query(statements.CLAIM_RETRY, self._process.parameters() | {"job": job})
         return rows[0][0] if rows else None
 
@@ -99,10 +99,10 @@ class Ledger:
         return rows[0] if rows else None
 
     def close(self, run_id: int, report: JobReport, retries: Retries | None = None) -> Closed:
-        """Record how a run ended, and have it made again if it failed and `retries` says so.
+        """Record how a run ended, and schedule a retry if it failed and `retries` says so.
 
-        Runs between slots that follow each other, and succeed, become one row: `runs` says how many, the counts are
-        their sums. It begins anew every hour.
+        Consecutive runs between slots that succeed become one row per hour: `runs` says how many, the counts are their
+        sums.
         """
         parameters = {
             "run_id": run_id,
@@ -118,7 +118,7 @@ class Ledger:
         return Closed(bool(by_another), retry_in)
 
     def beat(self) -> Heartbeat:
-        """Say that this process lives, and close what dead ones left open."""
+        """Tell the other processes that this one lives, and close the open runs of dead ones."""
         parameters: dict[str, Any] = {
             "died": DIED,
             "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
@@ -128,14 +128,14 @@ class Ledger:
         try:
             ((open_runs, closed, retries),) = self._database.query(statements.BEAT, parameters)
         except AllInUse:
-            # By long statements of the jobs, which must not make others take this process for dead.
+            # Long statements of the jobs hold all connections. The other processes must not take this one for dead.
             with self._database.session() as connection:
                 ((open_runs, closed, retries),) = connection.execute(statements.BEAT, parameters).fetchall()
         soon = {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()}
         return Heartbeat(set(open_runs), closed, soon)
 
     def leave(self) -> None:
-        """Take this process off the list of the living."""
+        """Remove this process from the list of the living ones."""
         self._database.execute(statements.LEAVE, self._process.parameters())
 
     def forget(self, keep: timedelta) -> int:

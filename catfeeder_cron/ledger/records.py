@@ -15,7 +15,7 @@ Trigger = Literal["schedule", "manual", "catch_up", "retry"]
 
 @dataclass(frozen=True)
 class Process:
-    """Who we are to the others: a new identity for every process, since host names and pids come again."""
+    """The identity of this process in the ledger. It is new for every process: host names and pids are used again."""
 
     kind: Literal["daemon", "run-once"]
     daemon: UUID = field(default_factory=uuid4)
@@ -23,6 +23,7 @@ class Process:
     pid: int = field(default_factory=os.getpid)
 
     def parameters(self) -> dict[str, Any]:
+        """Return the parameters of the statements that name this process."""
         return {"daemon": self.daemon, "kind": self.kind, "host": self.host, "pid": self.pid, "version": __version__}
 
 
@@ -40,37 +41,39 @@ class Retries:
 
     most: int
     after: timedelta
-    """The pause before the first; before each further one it is twice as long, an hour at most."""
+    """The pause before the first retry; before each further one it is twice as long, an hour at most."""
     before: datetime | None
     """The next slot, which takes the place of a retry."""
 
 
 @dataclass(frozen=True)
 class Closed:
-    """What came of recording how a run ended."""
+    """The answer to the record of how a run ended."""
 
     by_another: bool
-    """It was closed before, by somebody who had taken this process for dead."""
+    """Another process had closed the run before, because it took this one for dead."""
     retry_in: timedelta | None
-    """When it is to be made again, if it is."""
+    """How soon the run is retried; None if it is not."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a process learns when it tells that it lives."""
+    """The answer to a heartbeat."""
 
     open_runs: set[int]
-    """Its own: one that was thought to be and is not was closed by somebody else."""
+    """The open runs of this process. One that is missing here was closed by another process."""
     closed: list[str]
-    """In words, the runs of dead processes that were closed."""
+    """Descriptions of the runs of dead processes that this heartbeat has closed."""
     retries: dict[str, timedelta]
-    """The jobs that are to be retried before the next heartbeat, and in how long."""
+    """The jobs that are to be retried before the next heartbeat, and how soon."""
 
 
 @dataclass(frozen=True)
 class SlotClaim:
-    """What came of claiming a slot: where the job's account stands, and the run if it is the caller's."""
+    """The answer to the claim of a slot: until when the job's slots are accounted for, and the run of the caller."""
 
     accounted_until: datetime
     run_id: int | None
+    """None if the caller does not get the run."""
     too_early: bool
+    """The slot lies more than an hour ahead of the database's clock."""

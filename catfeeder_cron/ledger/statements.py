@@ -1,9 +1,9 @@
 """The SQL statements of the ledger. Each is atomic, and any number of processes may run it at once."""
 
-# One row of `schedule` serves as the lock: who moves it from where everybody thinks it stands has claimed the slot, and
-# accounts for those before it in the same breath, so that no death in between leaves any of them out.
-# A job that is paused, or still running, makes the slot a missed one. A stretch grows while the reason stays the same.
-# A clock far ahead must not take slots from the others: their time has not come.
+# One row of `schedule` serves as the lock: the process that moves it on from the value that all have read has claimed
+# the slot. The same statement accounts for the slots before it, so that a death in between leaves none of them out.
+# A slot of a job that is paused, or still running, becomes a missed one. A stretch grows while its reason stays.
+# A process whose clock is far ahead must not take slots from the others: the slots are not due yet.
 CLAIM = """
     WITH advanced AS (
         INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
@@ -57,7 +57,7 @@ CLAIM = """
         ON CONFLICT DO NOTHING)
     SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
 
-# A run without a slot. By hand it takes no notice of a pause; woken it does, as those of the schedule do.
+# A run without a slot. A manual run ignores a pause; a woken run respects it, as runs of the schedule do.
 CLAIM_WITHOUT_SLOT = """
     INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
     SELECT %(job)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
@@ -67,8 +67,8 @@ CLAIM_WITHOUT_SLOT = """
     ON CONFLICT DO NOTHING
     RETURNING run_id"""
 
-# The row of `schedule` is locked until the run is there, so of many that try one gets it. A pause makes it a skipped
-# run; while the job runs (by hand), it waits.
+# The row of `schedule` is locked until the run is added, so only one of many processes gets it. A pause makes it a
+# skipped run; while the job runs (by hand), the retry waits.
 CLAIM_RETRY = """
     WITH due AS MATERIALIZED (
         SELECT retry_slot FROM catfeeder_cron.schedule
@@ -89,13 +89,13 @@ CLAIM_RETRY = """
         WHERE job = %(job)s AND EXISTS (SELECT FROM added))
     SELECT run_id FROM added WHERE outcome IS NULL"""
 
-# What keeps this process from running the job: of a shared one its own run alone.
+# The run that keeps this process from running the job: of a shared job only a run of this process does.
 UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs
     WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
 
-# Repeated after an answer that was lost, it finds its own work done. A run between slots takes in the one before it, if
-# that was of this kind, too: where there is always something due, there would be a row for every second.
+# It may be repeated after a lost answer: then it finds the run closed and changes nothing. A run between slots takes in
+# the run before it if that was between slots, too: a job that always has something due would add a row every second.
 CLOSE = """
     WITH earlier AS (
         SELECT before.* FROM catfeeder_cron.job_runs this, LATERAL (
@@ -139,8 +139,8 @@ CLOSE = """
                WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
            (SELECT retry_in FROM awaited)"""
 
-# After a restart of the server nobody has been heard of for a while, so nobody is taken for dead until everybody had
-# the time to come back.
+# It says that this process lives, closes the runs of dead ones, and reads the runs and retries of this one.
+# After a restart of the server all heartbeats are old, so no process counts as dead until all had time to come back.
 BEAT = """
     WITH beat AS (
         INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version)
@@ -164,8 +164,8 @@ BEAT = """
 
 LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
 
-# A changed trigger starts a new account: the slots it would have had before were never due. So does one that stands in
-# the future, where a clock that was wrong has left it.
+# A changed trigger starts a new account: its slots before the change were never due. An account that lies in the
+# future, where a wrong clock has left it, starts anew as well.
 REGISTER = """
     WITH dropped AS (DELETE FROM catfeeder_cron.schedule WHERE job = ANY(%(disabled)s))
     INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
@@ -178,7 +178,7 @@ REGISTER = """
                                THEN excluded.accounted_until ELSE s.accounted_until END
     RETURNING job, accounted_until"""
 
-# By its end, because a stretch of missed slots goes on growing.
+# It goes by the end of a run, because a stretch of missed slots still grows.
 FORGET = """
     DELETE FROM catfeeder_cron.job_runs WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM catfeeder_cron.job_runs
