@@ -51,7 +51,7 @@ class Admission:
             raise JobAborted(STOPPING)
 
     def after_fork(self) -> None:
-        """Leave to the parent what was in use; replace locks that a thread may hold which does not exist here."""
+        """Leave an object in use to the parent; replace locks that a thread may hold which does not exist here."""
         self._is_the_parents = self._is_the_parents or self._in_use
         self.lock = threading.RLock()
         stop_requested = self.stop_requested.is_set()

@@ -1,4 +1,4 @@
-"""The configured jobs: on a schedule, or one of them now."""
+"""Runs the configured jobs: on a schedule, or one of them now."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,17 +29,18 @@ log = get_logger("catfeeder_cron.scheduler")
 class Crons:
     """The jobs of a configuration.
 
-    What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
-    `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
-    the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
-    `debug` makes the debug records of this package visible, as in BackgroundTasks.
+    The object opens from the configuration, at the first use, each part that is not handed in, and closes it in `close`
+    (or at the end of a `with` block); parts that are handed in stay open. `config` is a Settings object or the path of
+    a file; by default the file is found as the command line finds it. `jobs` are all jobs that exist beside those of
+    the configuration, by default the built-in ones. `debug` makes the debug records of this package visible, as in
+    BackgroundTasks.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
 
-    All methods may be called from any thread, whether or not an event loop runs there. An object that is dropped lets
-    go of all that it has opened within seconds, and a BackgroundTasks that was handed in loses its tasks; running jobs
-    are asked to end and recorded. So it does at the end of the program. In a forked process, an object that was in use
-    before the fork does nothing but say so: make it, or use it for the first time, after the fork.
+    All methods may be called from any thread, whether or not an event loop runs there. When the object is dropped, or
+    the program ends, everything that it has opened is closed within seconds, and a BackgroundTasks that was handed in
+    loses its tasks; running jobs are asked to end and recorded. In a forked process, an object that was in use before
+    the fork refuses to work, with an error that says so: make it, or use it for the first time, after the fork.
     """
 
     def __init__(
@@ -81,12 +82,12 @@ class Crons:
 
     @property
     def success(self) -> int:
-        """What the methods that don't raise return when it went well."""
+        """The value that the methods which don't raise return for a success."""
         return self._success
 
     @property
     def error(self) -> int:
-        """What the methods that don't raise return when it did not."""
+        """The value that the methods which don't raise return for a failure."""
         return self._error
 
     @property
@@ -96,23 +97,23 @@ class Crons:
 
     @property
     def background_tasks(self) -> BackgroundTasks:
-        """What keeps the schedule: what was handed in, or else what this object opened.
+        """The BackgroundTasks that keeps the schedule: the one that was handed in, or one that this object opens.
 
-        Raises ConfigurationError, as it is opened from the configuration.
+        Raises ConfigurationError: the object is opened from the configuration.
         """
         return self._given.background_tasks or self._open().tasks
 
     def listen(self, listener: RunListener) -> None:
-        """Have the listener told what becomes of the runs of this object, from now on."""
+        """Tell the listener about the runs of this object, from now on."""
         with self._admission.lock:
             self._given = replace(self._given, listeners=(*self._given.listeners, listener))
             if self._runtime is not None:
                 self._runtime.listeners.add(listener)
 
     def inject_crons(self) -> int:
-        """Put every enabled job on the schedule, in place of what an earlier call put there.
+        """Schedule every enabled job, in place of those that an earlier call scheduled.
 
-        A BackgroundTasks that this object opened is started too; one that was handed in is its owner's to start.
+        This starts the BackgroundTasks that this object opened; the owner starts one that was handed in.
         """
         try:
             runtime = self._open()
@@ -121,16 +122,16 @@ class Crons:
                 self._admission.refuse_if_stopping()
                 scheduled = runtime.schedule()
                 self._refuse_if_closed_meanwhile(runtime)
-        except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
+        except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
         log.debug("jobs_scheduled", jobs=list(runtime.job_scheduler.schedules))
         return self._success if scheduled else self._error
 
     def reload(self, settings: Settings) -> None:
-        """Go on with another configuration. Running jobs keep the settings that they began with.
+        """Put another configuration in force. Running jobs keep the settings that they began with.
 
-        A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
+        A job whose trigger does not change keeps its slots. Settings that can't change in a running process stay.
         """
         runtime = self._open()
         with self._admission.lock:
@@ -172,10 +173,10 @@ class Crons:
         wait: timedelta = timedelta(0),
         progress: Progress = no_progress,
     ) -> JobReport:
-        """Run a job now in this thread, enabled or not, and return what is to be told of it.
+        """Run a job now in this thread, enabled or not, and return its report.
 
-        A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning where it still runs
-        after `wait`, in whatever process, JobAborted after `request_stop` or `close`, and a DatabaseError where the
+        A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning if the job still
+        runs after `wait`, in whatever process, JobAborted after `request_stop` or `close`, and a DatabaseError if the
         ledger can't be reached.
         """
         runtime = self._open()
@@ -203,19 +204,19 @@ class Crons:
 
     @property
     def stuck(self) -> list[str]:
-        """The ids of those of them that don't end though their time is up."""
+        """The ids of those running jobs that don't end though their time is up."""
         runtime = self._here()
         return runtime.supervisor.timeouts.stuck if runtime else []
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """The schedules of the jobs that `inject_crons` has put on it."""
+        """The schedules of the jobs that `inject_crons` has scheduled, by their ids."""
         runtime = self._here()
         return runtime.job_scheduler.schedules if runtime else {}
 
     def request_stop(self) -> None:
-        """Ask the running jobs to end after the batch in hand, and let none begin."""
-        with self._admission.lock:  # one that is being opened meanwhile finds out in the end
+        """Ask the running jobs to end after their current batch, and let none begin."""
+        with self._admission.lock:  # a thread that is opening the runtime looks at the request afterwards
             self._admission.stop_requested.set()
             if runtime := self._here():
                 runtime.request_stop(JobAborted(STOPPING))
@@ -226,9 +227,9 @@ class Crons:
             runtime.supervisor.runs.wait()
 
     def close(self, abandoned: str | None = None) -> None:
-        """Stop, wait for the running jobs to end their batch, and close what this object opened. Idempotent.
+        """Stop, wait for the running jobs to end their batch, and close all that this object opened. Idempotent.
 
-        With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
+        With `abandoned` it does not wait for the running jobs, but records them as aborted for this reason.
         """
         with self._admission.lock:
             self._admission.closed = True
@@ -261,17 +262,17 @@ class Crons:
         return Runtime(settings, self._given, self._tasks)
 
     def _here(self) -> Runtime | None:
-        """Return what there is to ask in this process."""
+        """Return the runtime, if it was opened and belongs to this process."""
         return None if self._admission.is_the_parents else self._runtime
 
     def _refuse_if_closed_meanwhile(self, runtime: Runtime) -> None:
-        """Take back what was begun while a signal's handler, in this very thread, has closed the object."""
+        """Close the runtime again if a signal's handler, in this thread, has closed the object in between."""
         if self._admission.closed:
             runtime.close()
             self._admission.refuse_if_closed()
 
     def _after_fork(self) -> None:
-        """Leave to the parent what was in use, and forget what was only opened.
+        """Leave a runtime in use to the parent, and forget one that was only opened.
 
         The latter is opened again when it is needed: this process has an identity of its own in the ledger.
         """

@@ -1,6 +1,6 @@
-"""One run of a configured job in this process: what it is given, and how it ended.
+"""Makes one run of a configured job in this process, and reports how it ended.
 
-This is the one place where a job's errors are decided on.
+No other module decides which outcome an error of a job leads to.
 """
 
 import time
@@ -34,7 +34,7 @@ from catfeeder_cron.scheduler.listeners import Run
 from catfeeder_cron.scheduler.supervisor import Supervisor
 
 log = get_logger("catfeeder_cron.runs")
-# By itself, so that a command that prints the result can leave it out.
+# A logger of its own, so that a command that prints the result can silence it.
 log_of_results = get_logger("catfeeder_cron.results")
 log_of_slots = get_logger("catfeeder_cron.scheduler")
 
@@ -74,7 +74,7 @@ class Executor:
         if self._owns_oauth and settings.oauth != self.settings.oauth:
             self._oauth = OAuthClient(settings.oauth)
         self._in_force = settings, jobs
-        self._children.retire()  # what they have imported may be another by now
+        self._children.retire()  # the modules that they have imported may have changed
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -83,7 +83,7 @@ class Executor:
         return jobs[job_id], job_settings
 
     def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
-        """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
+        """Return the context of a run of a job, for its `slot` or for none. Raises UnknownJob."""
         settings = self.settings
         return JobContext(
             database=self._database,
@@ -104,9 +104,9 @@ class Executor:
         progress: Progress = no_progress,
         slot: datetime | None = None,
     ) -> JobReport | None:
-        """Do the run that `claim` gets, in this thread, and return what is to be told of it; None when it gets none.
+        """Make the run that `claim` gets, in this thread, and return its report; None when it gets none.
 
-        Raises UnknownJob, what Supervisor.begin raises, and what `claim` does.
+        Raises UnknownJob and the errors of Supervisor.begin and of `claim`.
         """
         job, settings = self.find(job_id)
         context = self.context(job_id, progress, slot)
@@ -116,14 +116,14 @@ class Executor:
         try:
             return self._work(run, job, context)
         except BaseException as error:
-            # Whatever it is and wherever it came up, the run must not stay open. One that has ended stays as it is.
+            # The run must not stay open, whatever was raised and wherever. A run that has ended is not changed.
             self._supervisor.end(run, broken_off(job, context, error, run.run_id))
             raise
 
     def run_scheduled(
         self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None
     ) -> JobReport | None:
-        """Do as `run` for the schedule: log what prevents the run, and return None, in place of raising it."""
+        """Do as `run`, but log an error that prevents the run, and return None."""
         try:
             return self.run(job_id, claim, slot=slot)
         except UnknownJob:
@@ -135,14 +135,14 @@ class Executor:
             return None
 
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
-        """Have a job count what it would do. That is claimed by nobody, and leaves no trace. Raises UnknownJob."""
+        """Have a job count what it would do, without a claim or a trace in the ledger. Raises UnknownJob."""
         job, settings = self.find(job_id)
         context = self.context(job_id, progress)
         context.dry_run = True
         return run_job(job, context, settings)
 
     def explain(self, job_id: str, problem: CatfeederCronError) -> str:
-        """Say why a job could not do something: in the words of `check` where its tables are not as it needs them.
+        """Return why a job failed: the message of `check` if its tables are not as it needs them, else the problem's.
 
         Raises UnknownJob.
         """
@@ -187,10 +187,10 @@ def run_job(
     *,
     known_reason: str | None = None,
 ) -> JobReport:
-    """Run `job` in this thread and return what is to be told of it. Raises only what is to end the program.
+    """Run `job` in this thread and return its report. Raises only exceptions that are to end the program.
 
-    What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
-    That it was skipped for `known_reason`, as the run before it, is no news.
+    The report of a job that ended early counts the work that it had done by then. `run_id` is the run's number in the
+    ledger. A run that is skipped for `known_reason`, as the run before it was, is logged at debug level only.
     """
     started_at, begun = datetime.now(UTC), time.monotonic()
     with logs.context(job=job.id, **({} if run_id is None else {"run_id": run_id})):
@@ -213,7 +213,7 @@ def run_job(
 
 
 def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id: int) -> JobReport:
-    """Return the report of a run that `run_job` did not come back from, because of this error."""
+    """Return the report of a run that this error ended inside or outside of `run_job`."""
     kind = type(error).__name__
     ends_program = is_for_the_program(error)
     return JobReport(
@@ -229,7 +229,7 @@ def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id:
 
 
 def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> JobReport:
-    """Return the report of a run that did not come to be."""
+    """Return the report of a run that did not begin."""
     return JobReport(job_id, outcome, reason, {}, datetime.now(UTC), timedelta(0), dry_run)
 
 
@@ -253,15 +253,15 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         if is_for_the_program(error):
             raise
         log.exception("job_raised")
-        # Its text may hold anything, and everybody may read the history.
+        # Its text may hold secrets, and everybody may read the history.
         return "failed", f"{type(error).__name__}: see the log for the traceback"
     return "succeeded", None
 
 
 def _tell(report: JobReport, known_reason: str | None) -> None:
-    """Log the one canonical event of a run. A run that found nothing to do is no news.
+    """Log the one canonical event of a run, at debug level if the run found nothing to do.
 
-    A job that counts nothing, such as a custom callable, has done what it does whenever it succeeds.
+    A job that counts nothing, such as a custom callable, has done something whenever it succeeds.
     """
     did_something = any(report.counts.values()) if report.counts else report.outcome == "succeeded"
     fields = {

@@ -90,7 +90,7 @@ class JobScheduler(RunListener):
             self._open_accounts(changed, gone)
 
     def beat(self, reached: bool, /) -> None:
-        """Open the accounts at the first heartbeat and after each return, and catch up on what is overdue."""
+        """Open the accounts at the first heartbeat and after each return, and catch up on overdue slots."""
         if not reached:
             return
         with self._lock:

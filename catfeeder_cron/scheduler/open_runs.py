@@ -126,7 +126,7 @@ class OpenRuns:
 
 
 def aborted(run: Run, reason: str) -> JobReport:
-    """Return the report of a run that is aborted now, with what it had done."""
+    """Return the report of a run that is aborted now, with the counts of its work so far."""
     return aborted_report(run.job_id, reason, dict(run.control.counts), run.control.elapsed())
 
 

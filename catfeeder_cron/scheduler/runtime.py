@@ -1,7 +1,7 @@
-"""What runs the jobs of one configuration: opened together, closed together.
+"""Wires the parts that run the jobs of one configuration: they are opened together and closed together.
 
-Threads, tasks and callbacks refer to it and to its parts as they like. None of them refers to the Crons that has opened
-it, so that a Crons can be dropped, and this let go.
+Threads, tasks and callbacks may refer to the runtime and to its parts. None of them refers to the Crons that opened
+it, so that a dropped Crons is collected, and its runtime closed.
 """
 
 import threading
@@ -40,7 +40,7 @@ _PROGRAM_ENDS = "the program is ending"
 
 @dataclass(frozen=True)
 class Given:
-    """What a Crons was given, and so is not closed with the rest; and what it wants to be told."""
+    """The parts that a Crons was given, which its runtime does not close, and the listeners."""
 
     jobs: Mapping[str, Job[Any]]
     database: Database | None = None
@@ -50,7 +50,10 @@ class Given:
 
 
 class Runtime:
-    """It is a lifecycle.Resource. All methods may be called from any thread. Nothing connects before it has to."""
+    """The parts of one configuration, as a lifecycle.Resource.
+
+    All methods may be called from any thread. No connection is opened before it is needed.
+    """
 
     def __init__(self, settings: Settings, given: Given, tasks: BackgroundTasks) -> None:
         self._owns_database = given.database is None
@@ -82,7 +85,7 @@ class Runtime:
         return scheduled and started
 
     def reload(self, settings: Settings) -> None:
-        """Put another configuration in force. Raises what JobScheduler.reload raises."""
+        """Put another configuration in force. Raises the errors of JobScheduler.reload."""
         self.job_scheduler.reload(settings, _all_jobs(self._jobs, settings))
 
     def run_manually(
@@ -90,7 +93,7 @@ class Runtime:
     ) -> JobReport:
         """Run a job now in this thread, and return its report.
 
-        Raises JobIsRunning where it still runs after `wait`, in whatever process, and what Executor.run raises.
+        Raises JobIsRunning where it still runs after `wait`, in whatever process, and the errors of Executor.run.
         """
         job, _ = self.executor.find(job_id)
         claim = partial(self.ledger.claim_manual, job_id, shared=job.shared)
@@ -104,13 +107,13 @@ class Runtime:
         return report
 
     def request_stop(self, reason: JobInterrupted) -> None:
-        """Ask the running jobs to end after the batch in hand, and let none begin."""
+        """Ask the running jobs to end after their current batch, and let none begin."""
         self.supervisor.runs.request_stop(reason)
 
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the running jobs, and close everything that was not given. Idempotent.
 
-        With `abandoned` they are not waited for, but recorded as aborted for this reason.
+        With `abandoned` it does not wait for the running jobs, but records them as aborted for this reason.
         """
         if self._owns_tasks:
             self.tasks.safe_stop(wait=abandoned is None)
@@ -121,17 +124,18 @@ class Runtime:
         if self._owns_database:
             self.database.close()
 
-    # What `lifecycle` asks for.
+    # The methods of a lifecycle.Resource.
 
     def ask_to_end(self) -> None:
-        # What another thread of the program runs by hand is that thread's affair for as long as it lives.
+        """Ask scheduled runs to end. Runs by hand, in other threads of the program, go on."""
         if self._is_scheduled:
             self.request_stop(JobAborted(_PROGRAM_ENDS))
 
     def wait_for_schedule(self) -> None:
-        """Leave that to the BackgroundTasks."""
+        """Do nothing: the BackgroundTasks waits for its tasks."""
 
     def let_go(self, *, at_exit: bool) -> None:
+        """Stop the runs and close everything; `at_exit`, record runs that last longer than 5 seconds as aborted."""
         self.request_stop(JobAborted(_PROGRAM_ENDS if at_exit else _DROPPED))
         if at_exit:
             self.supervisor.runs.wait(_EXIT_SECONDS)

@@ -32,7 +32,7 @@ ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
 class Supervisor:
-    """Keeps a heartbeat going in a thread of its own from `start` to `close`, and tells `listeners` what happens.
+    """Keeps a heartbeat going in a thread of its own from `start` to `close`, and tells `listeners` about each event.
 
     `runs` are the open runs, `timeouts` ends them in time. All methods may be called from any thread.
     """
@@ -51,7 +51,7 @@ class Supervisor:
         # take it again: a signal's handler may close this in the middle of a start.
         self._starting = threading.RLock()
         # Held during a heartbeat, by the heartbeat's thread or by one that begins or confirms a run: heartbeats come
-        # one after the other, and none after the end was announced.
+        # one after the other, and none begins after the end was announced.
         self._beating = threading.Lock()
         # Held while ended runs are recorded, by whichever thread does it: each is recorded once, in order.
         self._recording = threading.Lock()

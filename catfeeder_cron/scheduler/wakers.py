@@ -37,7 +37,7 @@ class JobWakers(RunListener):
                     self._start(job_id)
 
     def ended(self, run: Run, report: JobReport, /) -> None:
-        """Have the job's waker look again: what the run left undone may be due before the next slot."""
+        """Have the job's waker look again: rows that the run left undone may be due before the next slot."""
         if run.job_id in self._wakers:
             self._wakers[run.job_id].run_ended(fruitful=any(report.counts.values()))
 
