@@ -139,7 +139,7 @@ CLOSE = """
                WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
            (SELECT retry_in FROM awaited)"""
 
-# It says that this process lives, closes the runs of dead ones, and reads the runs and retries of this one.
+# It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.
 # After a restart of the server all heartbeats are old, so no process counts as dead until all had time to come back.
 BEAT = """
     WITH beat AS (

@@ -57,7 +57,7 @@ class Supervisor:
         self._recording = threading.Lock()
         self._last_beat = _NEVER
         self._next_forget = elapsed_seconds()
-        self._complaint = ""
+        self._logged_failure = ""
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -172,14 +172,14 @@ class Supervisor:
         except (DatabaseUnavailable, JobInterrupted):
             return False  # the database has logged its outage once; or this was closed meanwhile
         except CatfeederCronError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.error("heartbeat_failed", reason=self._complaint)
+            if str(error) != self._logged_failure:
+                self._logged_failure = str(error)
+                log.error("heartbeat_failed", reason=self._logged_failure)
             return False
         except Exception:
             log.exception("heartbeat_failed")
             return False
-        self._complaint = ""
+        self._logged_failure = ""
         return True
 
     def _send_heartbeat(self) -> Heartbeat:

@@ -60,7 +60,7 @@ class Waker:
         self._closing = False
         self._pause = _SHORTEST_PAUSE_SECONDS
         self._ran_at = float("-inf")
-        self._complaint = ""
+        self._logged_failure = ""
         self._polling = False  # as far as the log says
         self._read_end, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Held while a thread writes to the pipe or closes it: its number must not be used once another file has it.
@@ -164,7 +164,7 @@ class Waker:
                     self._pause = min(2 * self._pause, _POLL_SECONDS)
                 self._ran_at = time.monotonic()
                 self._run()
-            self._complaint = ""
+            self._logged_failure = ""
 
     def _wait(self, connection: Connection | None, seconds: float) -> bool:
         """Wait for a notification or a byte in the pipe; return whether there was a notification."""
@@ -185,7 +185,7 @@ class Waker:
             log.info("notifications_arrive_again", job=self._job_id)
         self._polling = bool(polling_because)
 
-    def _log_failure(self, complaint: str) -> None:
-        if complaint != self._complaint:
-            self._complaint = complaint
-            log.error("waker_failed", job=self._job_id, reason=complaint)
+    def _log_failure(self, reason: str) -> None:
+        if reason != self._logged_failure:
+            self._logged_failure = reason
+            log.error("waker_failed", job=self._job_id, reason=reason)
