@@ -1,6 +1,6 @@
-"""What all daemons know in common: which slots are claimed, which runs are open, what became of them."""
+"""The ledger that all daemons share: which slots are claimed, which runs are open, and how runs ended."""
 
-from catfeeder_cron.ledger.ledger import (
+from catfeeder_cron.ledger.constants import (
     DEAD_AFTER_SECONDS,
     DIED,
     HEARTBEAT_SECONDS,
@@ -8,14 +8,9 @@ from catfeeder_cron.ledger.ledger import (
     NO_DATABASE,
     NOT_FREE,
     STILL_RUNNING,
-    Heartbeat,
-    Ledger,
-    Missed,
-    Process,
-    Retries,
-    SlotClaim,
-    Trigger,
 )
+from catfeeder_cron.ledger.ledger import Ledger
+from catfeeder_cron.ledger.records import Heartbeat, Missed, Process, Retries, SlotClaim, Trigger
 
 __all__ = [
     "DEAD_AFTER_SECONDS",

@@ -1,4 +1,4 @@
-"""What the ledger tells: past runs, and the slots that went by."""
+"""Reads past runs and missed slots from the ledger."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +15,7 @@ _RUNS = """
     WHERE %(job)s::text IS NULL OR job = %(job)s
     ORDER BY run_id DESC LIMIT %(limit)s"""
 
-# A look into the index for each job, however long the history is.
+# One step into an index for each job, however long the history is.
 _LAST = """
     SELECT job, started_at, outcome FROM unnest(%(jobs)s::text[]) AS each(job), LATERAL (
         SELECT started_at, outcome FROM catfeeder_cron.job_runs r
@@ -27,8 +27,7 @@ _DURATIONS = """
     FROM catfeeder_cron.job_runs
     WHERE outcome = 'succeeded' AND runs = 1 AND (%(job)s::text IS NULL OR job = %(job)s) GROUP BY job ORDER BY job"""
 
-
-# Each of the two is one step into an index, whatever the history's length.
+# Each of the two columns is one step into an index, however long the history is.
 _ACCOUNTS = """
     SELECT job, s.accounted_until,
            (SELECT r.finished_at FROM catfeeder_cron.job_runs r
@@ -58,9 +57,11 @@ class PastRun:
 
     @property
     def duration(self) -> timedelta | None:
+        """The time from start to end; None while the run is under way, and for missed slots."""
         return None if self.missed or self.finished_at is None else self.finished_at - self.started_at
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields of one line of `history --json`."""
         return {
             "run_id": self.run_id,
             "job": self.job,
@@ -101,12 +102,13 @@ class Durations:
 
 
 def past_runs(database: Database, job: str | None, limit: int) -> list[PastRun]:
-    """Return what there is of one job or of all, newest first."""
+    """Return the last runs and missed stretches of one job or of all, newest first, up to `limit`."""
     rows = database.query(_RUNS, {"job": job, "limit": limit})
     return [PastRun(*row) for row in rows]
 
 
 def durations(database: Database, job: str | None) -> list[Durations]:
+    """Return the durations of one job or of all, in the order of their ids."""
     return [Durations(*row) for row in database.query(_DURATIONS, {"job": job})]
 
 

@@ -1,288 +1,24 @@
-"""What ran, what did not and why: slots are claimed, runs recorded and dead processes' runs closed in PostgreSQL.
+"""Claims slots, records runs and closes the runs of dead processes, in PostgreSQL.
 
-Every method is one statement, which PostgreSQL carries out whole or not at all however its caller ends. They agree on
-the server's clock. Any number of processes may call them at once.
+Every method but `prepare` and `become_daemon` is one statement, which PostgreSQL carries out whole or not at all,
+however its caller ends. All use the server's clock. Any number of processes may call them at once.
 """
 
-import os
-import platform
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Literal
-from uuid import UUID, uuid4
+from typing import Any
 
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.database import AllInUse, Database, schema
+from catfeeder_cron.ledger import statements
+from catfeeder_cron.ledger.constants import DEAD_AFTER_SECONDS, DIED, HEARTBEAT_SECONDS, STILL_RUNNING
+from catfeeder_cron.ledger.records import Closed, Heartbeat, Missed, Process, Retries, SlotClaim, Trigger
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.schedule import Slots
-from catfeeder_cron.version import __version__
-
-HEARTBEAT_SECONDS = 10
-# Three missed heartbeats.
-DEAD_AFTER_SECONDS = 30
-
-Trigger = Literal["schedule", "manual", "catch_up", "retry"]
-
-DIED = "its process died or lost the database"
-STILL_RUNNING = "still running"
-NO_DAEMON = "no daemon alive"
-NO_DATABASE = "database unreachable"
-NOT_FREE = "no daemon was free"
-
-
-@dataclass(frozen=True)
-class Process:
-    """Who we are to the others: a new identity for every process, since host names and pids come again."""
-
-    kind: Literal["daemon", "run-once"]
-    daemon: UUID = field(default_factory=uuid4)
-    host: str = field(default_factory=platform.node)
-    pid: int = field(default_factory=os.getpid)
-
-    def parameters(self) -> dict[str, Any]:
-        return {"daemon": self.daemon, "kind": self.kind, "host": self.host, "pid": self.pid, "version": __version__}
-
-
-@dataclass(frozen=True)
-class Missed:
-    """A stretch of slots that did not run, and why."""
-
-    slots: Slots
-    reason: str
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How often a run that failed is made again, and how soon."""
-
-    most: int
-    after: timedelta
-    """The pause before the first; before each further one it is twice as long, an hour at most."""
-    before: datetime | None
-    """The next slot, which takes the place of a retry."""
-
-
-@dataclass(frozen=True)
-class Closed:
-    """What came of recording how a run ended."""
-
-    by_another: bool
-    """It was closed before, by somebody who had taken this process for dead."""
-    retry_in: timedelta | None
-    """When it is to be made again, if it is."""
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What a process learns when it tells that it lives."""
-
-    open_runs: set[int]
-    """Its own: one that was thought to be and is not was closed by somebody else."""
-    closed: list[str]
-    """In words, the runs of dead processes that were closed."""
-    retries: dict[str, timedelta]
-    """The jobs that are to be retried before the next heartbeat, and in how long."""
-
-
-@dataclass(frozen=True)
-class SlotClaim:
-    """What came of claiming a slot: where the job's account stands, and the run if it is the caller's."""
-
-    accounted_until: datetime
-    run_id: int | None
-    too_early: bool
-
-
-# One row of `schedule` serves as the lock: who moves it from where everybody thinks it stands has claimed the slot, and
-# accounts for those before it in the same breath, so that no death in between leaves any of them out.
-# A job that is paused, or still running, makes the slot a missed one. A stretch grows while the reason stays the same.
-# A clock far ahead must not take slots from the others: their time has not come.
-_CLAIM = """
-    WITH advanced AS (
-        INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s < now() + interval '1 hour'
-        ON CONFLICT (job) DO UPDATE
-        SET accounted_until = excluded.accounted_until, retry_slot = NULL, retry_at = NULL
-        WHERE s.accounted_until = %(known)s
-        RETURNING accounted_until),
-    account AS (
-        SELECT accounted_until FROM advanced
-        UNION ALL
-        SELECT accounted_until FROM catfeeder_cron.schedule
-        WHERE job = %(job)s AND NOT EXISTS (SELECT FROM advanced)),
-    ours AS (
-        SELECT FROM account
-        WHERE %(trigger)s::text IS NOT NULL AND accounted_until >= %(slot)s
-          AND (%(shared)s OR EXISTS (SELECT FROM advanced))),
-    paused AS (
-        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
-        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
-    claimed AS (
-        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, host, pid, daemon)
-        SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s FROM ours
-        WHERE NOT EXISTS (SELECT FROM paused)
-        ON CONFLICT DO NOTHING
-        RETURNING run_id),
-    stretch AS (
-        SELECT first, last, missed, reason, false AS shared
-        FROM unnest(%(firsts)s::timestamptz[], %(lasts)s::timestamptz[], %(counts)s::int[], %(reasons)s::text[])
-             AS gap(first, last, missed, reason)
-        WHERE EXISTS (SELECT FROM advanced)
-        UNION ALL
-        SELECT %(slot)s, %(slot)s, 1, coalesce(paused.reason, %(still_running)s), %(shared)s AND paused.reason IS NULL
-        FROM ours LEFT JOIN paused ON true
-        WHERE NOT EXISTS (SELECT FROM claimed) AND (paused.reason IS NULL OR EXISTS (SELECT FROM advanced))
-          AND NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
-                          WHERE job = %(job)s AND slot = %(slot)s AND daemon = %(daemon)s)),
-    grown AS (
-        UPDATE catfeeder_cron.job_runs r
-        SET last_slot = s.last, missed = r.missed + s.missed, finished_at = now()
-        FROM (SELECT * FROM stretch ORDER BY first LIMIT 1) s
-        WHERE r.job = %(job)s AND r.last_slot = %(known)s AND r.missed IS NOT NULL AND r.reason = s.reason
-          AND r.shared = s.shared AND (NOT s.shared OR r.daemon = %(daemon)s)
-        RETURNING s.first),
-    added AS (
-        INSERT INTO catfeeder_cron.job_runs
-            (job, slot, last_slot, missed, trigger, shared, outcome, reason, host, pid, daemon, finished_at)
-        SELECT %(job)s, first, last, missed, 'schedule', shared, 'skipped', reason,
-               %(host)s, %(pid)s, %(daemon)s, now()
-        FROM stretch WHERE first NOT IN (SELECT first FROM grown)
-        ON CONFLICT DO NOTHING)
-    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
-
-# A run without a slot. By hand it takes no notice of a pause; woken it does, as those of the schedule do.
-_CLAIM_WITHOUT_SLOT = """
-    INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
-    SELECT %(job)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
-    WHERE %(trigger)s = 'manual'
-       OR NOT EXISTS (SELECT FROM catfeeder_cron.pauses
-                      WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()))
-    ON CONFLICT DO NOTHING
-    RETURNING run_id"""
-
-# The row of `schedule` is locked until the run is there, so of many that try one gets it. A pause makes it a skipped
-# run; while the job runs (by hand), it waits.
-_CLAIM_RETRY = """
-    WITH due AS MATERIALIZED (
-        SELECT retry_slot FROM catfeeder_cron.schedule
-        WHERE job = %(job)s AND retry_at <= now() AND accounted_until = retry_slot FOR UPDATE),
-    paused AS (
-        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
-        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
-    added AS (
-        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, host, pid, daemon, outcome, reason, finished_at)
-        SELECT %(job)s, retry_slot, 'retry', %(host)s, %(pid)s, %(daemon)s,
-               CASE WHEN paused.reason IS NOT NULL THEN 'skipped' END, paused.reason,
-               CASE WHEN paused.reason IS NOT NULL THEN now() END
-        FROM due LEFT JOIN paused ON true
-        ON CONFLICT DO NOTHING
-        RETURNING run_id, outcome),
-    done AS (
-        UPDATE catfeeder_cron.schedule SET retry_slot = NULL, retry_at = NULL
-        WHERE job = %(job)s AND EXISTS (SELECT FROM added))
-    SELECT run_id FROM added WHERE outcome IS NULL"""
-
-# What keeps this process from running the job: of a shared one its own run alone.
-_UNDER_WAY = """
-    SELECT host, pid, started_at FROM catfeeder_cron.job_runs
-    WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
-
-# Repeated after an answer that was lost, it finds its own work done. A run between slots takes in the one before it, if
-# that was of this kind, too: where there is always something due, there would be a row for every second.
-_CLOSE = """
-    WITH earlier AS (
-        SELECT before.* FROM catfeeder_cron.job_runs this, LATERAL (
-            SELECT * FROM catfeeder_cron.job_runs r
-            WHERE r.job = this.job AND r.daemon = this.daemon AND r.run_id < this.run_id
-            ORDER BY r.run_id DESC LIMIT 1) before
-        WHERE this.run_id = %(run_id)s AND this.outcome IS NULL AND %(outcome)s = 'succeeded'
-          AND (this.slot, this.trigger) IS NOT DISTINCT FROM (NULL, 'schedule')
-          AND (before.slot, before.trigger, before.outcome) IS NOT DISTINCT FROM (NULL, 'schedule', 'succeeded')
-          AND before.started_at > now() - interval '1 hour'
-        FOR UPDATE OF this),
-    taken_in AS (
-        DELETE FROM catfeeder_cron.job_runs WHERE run_id IN (SELECT run_id FROM earlier)
-        RETURNING started_at, runs, counts),
-    closed AS (
-        UPDATE catfeeder_cron.job_runs
-        SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, finished_at = now(),
-            started_at = coalesce((SELECT started_at FROM taken_in), started_at),
-            runs = runs + coalesce((SELECT runs FROM taken_in), 0),
-            counts = (SELECT coalesce(jsonb_object_agg(key, number), '{}')
-                      FROM (SELECT key, sum(value::bigint) AS number
-                            FROM (SELECT * FROM jsonb_each_text(%(counts)s)
-                                  UNION ALL
-                                  SELECT each.* FROM taken_in, jsonb_each_text(taken_in.counts) AS each) both_of
-                            GROUP BY key) summed)
-        WHERE run_id = %(run_id)s AND outcome IS NULL
-        RETURNING job, slot),
-    retry AS (
-        SELECT job, slot, now() + interval '1 second' * (1 + random() / 4)
-                   * least(3600, extract(epoch FROM %(retry_after)s::interval) * 2 ^ least(made, 30)) AS retry_at
-        FROM closed, LATERAL (SELECT count(*) AS made FROM catfeeder_cron.job_runs r
-                              WHERE r.job = closed.job AND r.slot = closed.slot AND r.trigger = 'retry') AS so_far
-        WHERE %(outcome)s IN ('failed', 'timed_out') AND made < %(retries)s),
-    awaited AS (
-        UPDATE catfeeder_cron.schedule s SET retry_slot = retry.slot, retry_at = retry.retry_at
-        FROM retry WHERE s.job = retry.job AND s.accounted_until = retry.slot
-            AND (retry.retry_at < %(retry_before)s OR %(retry_before)s::timestamptz IS NULL)
-        RETURNING s.retry_at - now() AS retry_in)
-    SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
-               SELECT FROM catfeeder_cron.job_runs
-               WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
-           (SELECT retry_in FROM awaited)"""
-
-# After a restart of the server nobody has been heard of for a while, so nobody is taken for dead until everybody had
-# the time to come back.
-_BEAT = """
-    WITH beat AS (
-        INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version)
-        VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s)
-        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind),
-    closed AS (
-        UPDATE catfeeder_cron.job_runs r
-        SET outcome = 'aborted', reason = %(died)s, finished_at = now()
-        WHERE r.outcome IS NULL AND r.daemon <> %(daemon)s
-          AND pg_postmaster_start_time() < now() - %(dead_after)s
-          AND NOT EXISTS (SELECT FROM catfeeder_cron.daemons d
-                          WHERE d.daemon = r.daemon AND d.heartbeat_at > now() - %(dead_after)s)
-        RETURNING r.job, r.host, r.pid, r.run_id),
-    gone AS (
-        DELETE FROM catfeeder_cron.daemons d
-        WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s)
-    SELECT array(SELECT run_id FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND daemon = %(daemon)s),
-           array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed),
-           (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule
-            WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot)"""
-
-_LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
-
-# A changed trigger starts a new account: the slots it would have had before were never due. So does one that stands in
-# the future, where a clock that was wrong has left it.
-_REGISTER = """
-    WITH dropped AS (DELETE FROM catfeeder_cron.schedule WHERE job = ANY(%(disabled)s))
-    INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-    SELECT job, trigger, now() FROM unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger) ORDER BY job
-    ON CONFLICT (job) DO UPDATE SET
-        trigger = excluded.trigger,
-        retry_slot = CASE WHEN s.trigger = excluded.trigger THEN s.retry_slot END,
-        retry_at = CASE WHEN s.trigger = excluded.trigger THEN s.retry_at END,
-        accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + interval '1 hour'
-                               THEN excluded.accounted_until ELSE s.accounted_until END
-    RETURNING job, accounted_until"""
-
-# By its end, because a stretch of missed slots goes on growing.
-_FORGET = """
-    DELETE FROM catfeeder_cron.job_runs WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM catfeeder_cron.job_runs
-        WHERE finished_at < now() - %(keep)s
-          AND (outcome NOT IN ('failed', 'aborted', 'timed_out') OR finished_at < now() - 3 * %(keep)s)
-        LIMIT 5000 FOR UPDATE SKIP LOCKED))"""
 
 
 class Ledger:
-    """The ledger of one database, as seen by one process."""
+    """The ledger of one database, for one process. All methods may be called from any thread."""
 
     def __init__(self, database: Database, process: Process) -> None:
         self._database = database
@@ -297,12 +33,12 @@ class Ledger:
         self._process = replace(self._process, kind="daemon")
 
     def register(self, triggers: dict[str, str], disabled: list[str]) -> dict[str, datetime]:
-        """Open an account for every enabled job (its trigger in words by its id), close that of a disabled one.
+        """Open an account for every enabled job (`triggers` has their descriptions), close those of disabled jobs.
 
-        Returns until when the slots of each are accounted for: a new one's until now.
+        Returns until when the slots of each enabled job are accounted for: those of a new one until now.
         """
         parameters = {"jobs": list(triggers), "triggers": list(triggers.values()), "disabled": disabled}
-        return dict(self._database.query(_REGISTER, parameters))
+        return dict(self._database.query(statements.REGISTER, parameters))
 
     def claim(
         self,
@@ -315,11 +51,11 @@ class Ledger:
         *,
         shared: bool = False,
     ) -> SlotClaim:
-        """Move the account of `job` on to `slot`, if it stands where it is `known` to: what comes between was `missed`.
+        """Account for the slots of `job` up to `slot`, if they were accounted for until `known`.
 
-        Of all processes that try, one may run the slot; of a shared job each may, once. Without a `trigger` nobody
-        does, and `missed` covers the slot itself. An account that stands short of the slot afterwards was moved
-        meanwhile: try again.
+        The slots in between were `missed`. Of all processes that try, one may run the slot; of a shared job each may,
+        once. Without a `trigger` no process runs it, and `missed` covers the slot itself. If the answer lies before the
+        slot, another process has changed the account: try again.
         """
         parameters = {
             "job": job,
@@ -334,7 +70,9 @@ class Ledger:
             "shared": shared,
             "still_running": STILL_RUNNING,
         }
-        ((accounted_until, run_id, too_early),) = self._database.query(_CLAIM, self._process.parameters() | parameters)
+        ((accounted_until, run_id, too_early),) = self._database.query(
+            statements.CLAIM, self._process.parameters() | parameters
+        )
         return SlotClaim(accounted_until or known, run_id, too_early)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
@@ -346,25 +84,25 @@ class Ledger:
         return self._claim_without_slot(job, "schedule", shared)
 
     def claim_retry(self, job: str) -> int | None:
-        """Claim the retry of a run that failed; None when it is not due or another's, or the job runs or is paused."""
-        rows = self._database.query(_CLAIM_RETRY, self._process.parameters() | {"job": job})
+        """Claim the retry of a failed run; None if it is not due or taken, or the job runs or is paused."""
+        rows = self._database.query(statements.CLAIM_RETRY, self._process.parameters() | {"job": job})
         return rows[0][0] if rows else None
 
     def _claim_without_slot(self, job: str, trigger: Trigger, shared: bool) -> int | None:
         parameters = self._process.parameters() | {"job": job, "trigger": trigger, "shared": shared}
-        rows = self._database.query(_CLAIM_WITHOUT_SLOT, parameters)
+        rows = self._database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
         return rows[0][0] if rows else None
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
         """Return host, pid and start of the run of `job` that keeps this process from running it."""
-        rows = self._database.query(_UNDER_WAY, self._process.parameters() | {"job": job})
+        rows = self._database.query(statements.UNDER_WAY, self._process.parameters() | {"job": job})
         return rows[0] if rows else None
 
     def close(self, run_id: int, report: JobReport, retries: Retries | None = None) -> Closed:
-        """Record how a run ended, and have it made again if it failed and `retries` says so.
+        """Record how a run ended, and schedule a retry if it failed and `retries` says so.
 
-        Runs between slots that follow each other, and succeed, become one row: `runs` says how many, the counts are
-        their sums. It begins anew every hour.
+        Consecutive runs between slots that succeed become one row per hour: `runs` says how many, the counts are their
+        sums.
         """
         parameters = {
             "run_id": run_id,
@@ -376,11 +114,11 @@ class Ledger:
             "retry_after": retries.after if retries else timedelta(0),
             "retry_before": retries.before if retries else None,
         }
-        ((by_another, retry_in),) = self._database.query(_CLOSE, parameters)
+        ((by_another, retry_in),) = self._database.query(statements.CLOSE, parameters)
         return Closed(bool(by_another), retry_in)
 
     def beat(self) -> Heartbeat:
-        """Say that this process lives, and close what dead ones left open."""
+        """Tell the other processes that this one lives, and close the open runs of dead ones."""
         parameters: dict[str, Any] = {
             "died": DIED,
             "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
@@ -388,18 +126,18 @@ class Ledger:
         }
         parameters |= self._process.parameters()
         try:
-            ((open_runs, closed, retries),) = self._database.query(_BEAT, parameters)
+            ((open_runs, closed, retries),) = self._database.query(statements.BEAT, parameters)
         except AllInUse:
-            # By long statements of the jobs, which must not make others take this process for dead.
+            # Long statements of the jobs hold all connections. The other processes must not take this one for dead.
             with self._database.session() as connection:
-                ((open_runs, closed, retries),) = connection.execute(_BEAT, parameters).fetchall()
+                ((open_runs, closed, retries),) = connection.execute(statements.BEAT, parameters).fetchall()
         soon = {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()}
         return Heartbeat(set(open_runs), closed, soon)
 
     def leave(self) -> None:
-        """Take this process off the list of the living."""
-        self._database.execute(_LEAVE, self._process.parameters())
+        """Remove this process from the list of the living ones."""
+        self._database.execute(statements.LEAVE, self._process.parameters())
 
     def forget(self, keep: timedelta) -> int:
         """Delete up to 5,000 runs older than `keep`, failures after three times as long; return how many."""
-        return self._database.execute(_FORGET, {"keep": keep})
+        return self._database.execute(statements.FORGET, {"keep": keep})

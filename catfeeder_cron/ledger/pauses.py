@@ -1,7 +1,7 @@
-"""Pausing jobs, for all daemons and over restarts.
+"""Pauses jobs, for all daemons and across restarts.
 
-The statement that claims a slot looks at the pauses itself, so a pause is in force for every daemon as soon as it is
-committed; nobody needs to be told.
+The statement that claims a slot reads the pauses itself, so a pause is in force for every daemon as soon as it is
+committed.
 """
 
 import platform
@@ -41,9 +41,9 @@ class JobPause:
 
 
 def pause(database: Database, jobs: list[str], duration: timedelta | None, because: str | None) -> None:
-    """Pause these jobs, all of them where none is named; a pause that is there already is replaced.
+    """Pause these jobs, all of them where none is named; replace their earlier pauses.
 
-    What is running goes on. Slots that come up meanwhile are accounted for as paused.
+    Runs that are under way go on. Slots that come up in a pause are accounted for as paused.
     """
     reason = one_line(because) if because else None
     parameters = {"jobs": jobs or [ALL_JOBS], "duration": duration, "because": reason, "host": platform.node()}
@@ -51,9 +51,10 @@ def pause(database: Database, jobs: list[str], duration: timedelta | None, becau
 
 
 def resume(database: Database, jobs: list[str]) -> list[str]:
-    """End the pauses of these jobs, every pause where none is named, and return whose pauses were in force."""
+    """End the pauses of these jobs, or all; return the jobs whose pauses were in force."""
     return [job for (job,) in database.query(_RESUME, {"jobs": jobs, "all": not jobs})]
 
 
 def in_force(database: Database) -> list[JobPause]:
+    """Return the pauses that are in force, in the order of their jobs' ids."""
     return [JobPause(*row) for row in database.query(_IN_FORCE, {})]

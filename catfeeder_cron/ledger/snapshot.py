@@ -1,4 +1,4 @@
-"""What the ledger says of the jobs right now, for those who ask often and can't wait."""
+"""Reads the state of the jobs from the ledger, for callers that ask often and can't wait."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ _QUERY_TIMEOUT = timedelta(seconds=2)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`trouble` says why the ledger could not be read."""
+    """The accounts of the jobs, or in `trouble` why the ledger could not be read."""
 
     reachable: bool
     trouble: str | None = None
@@ -28,14 +28,16 @@ _NO_ANSWER = Snapshot(reachable=False, trouble=f"the database has not answered f
 
 
 class SnapshotReader:
-    """Asks the ledger when it is asked, in one thread and at most every two seconds, however many wait for it.
+    """Reads the ledger on demand, in one thread and at most every two seconds, however many threads wait for it.
 
-    A database that hangs holds up that thread alone.
+    A database that hangs holds up that one thread only. All methods may be called from any thread.
     """
 
     def __init__(self, database: Database, jobs: Callable[[], list[str]]) -> None:
         self._database = database
         self._jobs = jobs
+        # Held by the threads that ask, for the moment in which one of them starts the thread that reads. The reading
+        # thread does not take it: it sets the snapshot before `_answered`, and the others read it after that.
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._answered.set()
@@ -43,7 +45,7 @@ class SnapshotReader:
         self._read_at = float("-inf")
 
     def now(self) -> Snapshot:
-        """Return what it said at most two seconds ago, within two seconds."""
+        """Return a snapshot that is at most two seconds old, within two seconds."""
         with self._lock:
             if self._answered.is_set() and time.monotonic() - self._read_at > _FRESH_SECONDS:
                 self._answered.clear()

@@ -1,4 +1,4 @@
-"""When a job is due: its slots, the same in every process on every machine."""
+"""Computes when a job is due: its slots are equal in every process on every machine."""
 
 from catfeeder_cron.schedule.schedules import (
     EPOCH,

@@ -1,17 +1,17 @@
-"""Expressions of crontab(5): which times they match, and when they fire next in a time zone.
+"""Parses expressions of crontab(5), and computes when they fire in a time zone.
 
-The fields mean what Vixie's cron makes of them: weekdays are counted from Sunday (0 and 7), a day of the
+The fields have their meaning in Vixie's cron: weekdays are counted from Sunday (0 and 7), a day of the
 month and a weekday are alternatives unless one of them begins with `*`, and a step needs a range or a `*`
-before it. What cron's parser refuses (`5/15`, `sat-sun`, `L`, `?`, a sixth field) is refused here too.
+before it. This parser refuses all that cron's parser refuses (`5/15`, `sat-sun`, `L`, `?`, a sixth field).
 
 Where local time jumps by at most three hours, as at the start and the end of daylight saving time (cron(8)):
 
 - An expression whose minute or hour begins with `*` follows elapsed time: it fires at every minute whose
-  wall clock matches, and knows neither the skipped hour nor that an hour comes twice.
-- Any other has fixed times of day. The fixed times in a skipped hour become one, right after the gap; those
-  in a repeated hour count in its first pass.
+  wall clock matches: not in a skipped hour, and twice in a repeated one.
+- Any other expression has fixed times of day. Those in a skipped hour become one, right after the gap; those in a
+  repeated hour fire in its first pass only.
 
-A longer jump (a country that crosses the date line) is a new clock, which every expression simply follows.
+Every expression follows a longer jump (a country that crosses the date line) as a new clock.
 """
 
 import re
@@ -149,7 +149,7 @@ class Crontab:
         Raises OverflowError or ValueError where there is none before the year 10000.
         """
         earliest = _whole_minute(instant) + MINUTE
-        start = earliest - LONGEST_DST_JUMP  # a jump before `earliest` may still have a say
+        start = earliest - LONGEST_DST_JUMP  # a jump before `earliest` may still matter
         offset = _offset(start, zone)
         opens = start + offset  # the wall clock from which on this offset's matches count
         while True:
@@ -167,7 +167,7 @@ class Crontab:
             start, offset = change, new
 
     def count(self, after: datetime, until: datetime, zone: ZoneInfo) -> int:
-        """Return how often it fires in (`after`, `until`], at the cost of a few microseconds a day."""
+        """Return how often it fires in (`after`, `until`]. It takes a few microseconds per day between them."""
         total = 0
         start, end = _whole_minute(after), _whole_minute(until)
         while start < end:

@@ -1,7 +1,7 @@
-"""When a job is due: its slots, the same in every process on every machine.
+"""Computes when a job is due: its slots are equal in every process on every machine.
 
-A slot is an instant in UTC that follows from the configuration alone, from neither a start time nor a
-previous run, so any number of daemons agree on them without talking.
+A slot is an instant in UTC that follows from the configuration alone, from neither a start time nor a previous run, so
+any number of daemons agree on the slots without communication.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _WEEK = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Slots:
-    """A sum of consecutive slots."""
+    """The first, the last and the number of consecutive slots."""
 
     first: datetime
     last: datetime
@@ -30,10 +30,10 @@ class Slots:
 
 
 class Schedule(Protocol):
-    """All slots of one job. Instants that are handed in must be aware; those that come back are in UTC."""
+    """All slots of one job. Arguments must be aware datetimes; results are in UTC."""
 
     def next_after(self, instant: datetime) -> datetime | None:
-        """Return the first slot strictly after `instant`; None when there is none any more."""
+        """Return the first slot strictly after `instant`; None when no slot is left."""
 
     def between(self, after: datetime, until: datetime) -> Slots | None:
         """Sum up the slots in (`after`, `until`] without listing them; None when there is none."""
@@ -57,15 +57,18 @@ class IntervalSchedule:
         return stable_hash(self.job_id) % (self.interval // MICROSECOND)
 
     def next_after(self, instant: datetime) -> datetime:
+        """Do as Schedule.next_after."""
         return self._slot(self._index(instant) + 1)
 
     def between(self, after: datetime, until: datetime) -> Slots | None:
+        """Do as Schedule.between."""
         before, last = self._index(after), self._index(until)
         if last <= before:
             return None
         return Slots(self._slot(before + 1), self._slot(last), last - before)
 
     def describe(self) -> str:
+        """Do as Schedule.describe."""
         return f"every {format_duration(self.interval)}"
 
     def _index(self, instant: datetime) -> int:
@@ -84,21 +87,24 @@ class CronSchedule:
     zone: ZoneInfo
 
     def next_after(self, instant: datetime) -> datetime:
+        """Do as Schedule.next_after."""
         return self.crontab.next_after(instant, self.zone)
 
     def between(self, after: datetime, until: datetime) -> Slots | None:
+        """Do as Schedule.between."""
         first = self.next_after(after)
         if first > until:
             return None
         return Slots(first, self._last_before(until), self.crontab.count(after, until, self.zone))
 
     def describe(self) -> str:
+        """Do as Schedule.describe."""
         return f"cron {self.crontab.expression} ({self.zone.key})"
 
     def _last_before(self, until: datetime) -> datetime:
         """Return the last slot at or before `until`; there must be one.
 
-        It looks into the last hour, then ever further back, so as to meet few slots of any expression.
+        It searches the last hour, then twice as far back each time, so that it passes few slots of any expression.
         """
         span = timedelta(hours=1)
         while (slot := self.next_after(until.astimezone(UTC) - span)) > until:
@@ -110,22 +116,25 @@ class CronSchedule:
 
 @dataclass(frozen=True)
 class DateSchedule:
-    """A single slot."""
+    """One slot at a fixed instant."""
 
     instant: datetime
 
     def next_after(self, instant: datetime) -> datetime | None:
+        """Do as Schedule.next_after."""
         return self.instant if instant < self.instant else None
 
     def between(self, after: datetime, until: datetime) -> Slots | None:
+        """Do as Schedule.between."""
         return Slots(self.instant, self.instant, 1) if after < self.instant <= until else None
 
     def describe(self) -> str:
+        """Do as Schedule.describe."""
         return f"once at {self.instant.isoformat().removesuffix('+00:00')}Z"
 
 
 def longest_gap(schedule: Schedule, after: datetime) -> timedelta | None:
-    """Return how far apart two slots in a row lie at most, as the first two and the week from `after` on show.
+    """Return the longest time between two consecutive slots, from the first two and those of the week from `after` on.
 
     None for a schedule that has one slot or none.
     """
@@ -138,5 +147,5 @@ def longest_gap(schedule: Schedule, after: datetime) -> timedelta | None:
 
 
 def stable_hash(text: str) -> int:
-    """Return a number of 64 bits that is the same in every process."""
+    """Return a number of 64 bits that is equal in every process for equal texts."""
     return int.from_bytes(sha256(text.encode()).digest()[:8])

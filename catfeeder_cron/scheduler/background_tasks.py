@@ -1,8 +1,8 @@
-"""Python functions run on a schedule, in threads of this process.
+"""Runs Python functions on a schedule, in threads of this process.
 
-`BackgroundTasks` wraps an APScheduler scheduler and takes away what is easy to get wrong with it: an interval
-of 0 becomes one second, a late run is dropped, an id used twice shows only at the start, a stopped scheduler
-starts again without its jobs, and waiting for running jobs deadlocks as soon as one of them touches the schedule.
+`BackgroundTasks` wraps an APScheduler scheduler and prevents its pitfalls: an interval of 0 becomes one second, a late
+run is dropped, a duplicate id raises only at the start, a stopped scheduler starts again without its jobs, and waiting
+for running jobs deadlocks as soon as one of them changes the schedule.
 """
 
 import functools
@@ -70,22 +70,21 @@ class BackgroundTasks:
     """Run functions at intervals, by cron fields or once at a date.
 
     Tasks run in up to `max_workers` threads. By default a further thread keeps the schedule; with `blocking` the
-    thread that calls `start` does. A task that raises, `SystemExit` included, is logged with its traceback by the
-    logger `apscheduler.executors.default`, and everything goes on. A run that is late takes place nevertheless,
-    several that are due at once become one, and a task never overlaps itself, unless its options say otherwise.
+    thread that calls `start` does. A task that raises, even `SystemExit`, is logged with its traceback by the logger
+    `apscheduler.executors.default`, and the schedule goes on. A late run still takes place, several runs of a task that
+    are due at once become one, and a task never overlaps itself, unless its options say otherwise.
 
     The thread that keeps the schedule looks for due tasks at least every `turn_every_seconds`, paused or not, however
     busy the workers are.
 
-    The `safe_*` methods log what goes wrong and return `success` or `error`; the others raise. `debug` makes the debug
-    records of this package visible: by the handlers that the program's logging has, on standard error where it has
-    none. They tell of each start, stop, pause and resume, and of each task that is added, submitted to a worker,
-    finished or failed.
+    The `safe_*` methods log errors and return `success` or `error`; the others raise. `debug` makes the debug records
+    of this package visible: by the handlers of the program's logging, on standard error where it has none. They report
+    each start, stop, pause and resume, and each task that is added, submitted to a worker, finished or failed.
 
-    All methods may be called from any thread, and from within tasks. Leaving a `with` block stops the scheduler,
-    entering doesn't start it. An object that is dropped, or left when the program ends, shuts its scheduler down, and
-    the end of the program waits for the tasks that run; a task that refers to the object keeps it alive. In a forked
-    process, an object that was started before is not running and can't be started: make, or start, it after the fork.
+    All methods may be called from any thread, and from within tasks. The end of a `with` block stops the scheduler, its
+    beginning doesn't start it. When the object is dropped, or the program ends, its scheduler shuts down, and the end
+    of the program waits for running tasks; a task that refers to the object keeps it alive. In a forked process, an
+    object that was started before the fork is not running and can't be started: make or start it after the fork.
     """
 
     def __init__(
@@ -104,6 +103,7 @@ class BackgroundTasks:
         self._debug = debug
         self._blocking = blocking
         self._max_workers = max_workers
+        # Held while a state or a task changes, by any thread and by running tasks. Its holder may take it again.
         self._lock = threading.RLock()
         self._looping = False  # a blocking start() has not returned yet
         self._drained = threading.Event()  # unset while a stop() waits for running tasks
@@ -128,9 +128,9 @@ class BackgroundTasks:
         lifecycle.after_fork(self, BackgroundTasks._after_fork)
 
     def on_turn(self, call: Callable[[], None]) -> None:
-        """Have the thread that keeps the schedule call this whenever it has looked for due tasks.
+        """Have the thread that keeps the schedule call `call` each time that it has looked for due tasks.
 
-        It must neither block nor raise.
+        `call` must neither block nor raise.
         """
         self._scheduler.on_turn = call
 
@@ -151,12 +151,12 @@ class BackgroundTasks:
 
     @property
     def success(self) -> int:
-        """What the `safe_*` methods return when it went well."""
+        """The value that the `safe_*` methods return for a success."""
         return self._success
 
     @property
     def error(self) -> int:
-        """What the `safe_*` methods return when it did not."""
+        """The value that the `safe_*` methods return for a failure."""
         return self._error
 
     @property
@@ -197,7 +197,7 @@ class BackgroundTasks:
         or an APScheduler trigger. `options` are further ones of the trigger, and APScheduler's `id`, `name`,
         `max_instances`, `coalesce`, `misfire_grace_time`, `next_run_time` and `replace_existing` of the task.
 
-        Raises ValueError, and adds nothing, when any of it can't be used or the id is taken.
+        Raises ValueError, and adds nothing, when an argument can't be used or the id is taken.
         """
         if seconds is not None:
             options["seconds"] = seconds
@@ -222,7 +222,7 @@ class BackgroundTasks:
         seconds: float | None = None,
         **options: Any,
     ) -> Job | int:
-        """Do as `add_task`, but log what is wrong and return `error` instead of raising."""
+        """Do as `add_task`, but log an error and return `error` instead of raising."""
         try:
             return self.add_task(func, args, kwargs, trigger, seconds, **options)
         except ValueError as error:
@@ -230,7 +230,7 @@ class BackgroundTasks:
             return self._error
 
     def remove_task(self, job_id: str) -> None:
-        """Take a task off the schedule; a run that has begun goes on. Raises UnknownJob."""
+        """Remove a task; a run that has begun goes on. Raises UnknownJob."""
         try:
             with self._lock:
                 if self._is_the_parents:
@@ -240,9 +240,9 @@ class BackgroundTasks:
             raise UnknownJob(f"can't remove the task {job_id!r}: no task has this id") from error
 
     def remove_tasks_of(self, owner: object, *job_ids: str) -> None:
-        """Take off the schedule every task whose function is a method of `owner`; with `job_ids`, only these of them.
+        """Remove every task whose function is a method of `owner`; with `job_ids`, only those of them with these ids.
 
-        Tasks of the same ids that somebody else has put in their place stay.
+        A task that another owner has added under one of these ids stays.
         """
         with self._lock:
             for task in self.tasks:
@@ -252,8 +252,8 @@ class BackgroundTasks:
     def start(self) -> None:
         """Start the schedule; with `blocking`, return only when a `stop` from another thread is complete.
 
-        After a stop it goes on with the tasks that it had: what fell due in between runs once, at once.
-        Raises RuntimeError when it is running, or when the last stop is not over yet.
+        After a stop the schedule goes on with its tasks: each that fell due in between runs once, at once.
+        Raises RuntimeError when the scheduler is running, or when its last stop is not over yet.
         """
         with self._changing("start"):
             if not self.running and not self._drained.is_set():
@@ -278,17 +278,17 @@ class BackgroundTasks:
             log.debug("scheduler_paused")
 
     def resume(self) -> None:
-        """End a pause: what fell due in it runs once, at once. Raises RuntimeError when not running."""
+        """End a pause: each task that fell due in it runs once, at once. Raises RuntimeError when not running."""
         with self._changing("resume"):
             self._scheduler.resume()
             log.debug("scheduler_resumed")
 
     def stop(self, wait: bool = True) -> None:
-        """Begin no further runs and, with `wait`, return when none is running any more. The tasks are kept.
+        """Begin no further runs and, with `wait`, return when no task is running. The tasks stay on the schedule.
 
-        A run that has waited for a free worker counts as running; one that is not waited for doesn't keep its task
-        from running again after a new start. Raises RuntimeError when not running (a stop that another thread has
-        begun is not waited for), and when a task asks to wait, since that would be for itself.
+        A run that waits for a free worker counts as running. Without `wait`, a task may run again after a new start
+        while its old run goes on. Raises RuntimeError when not running, even while the stop of another thread still
+        waits, and when a task asks to wait, since it would wait for itself.
         """
         if wait and hasattr(self._worker, "ours"):
             raise RuntimeError("can't stop the scheduler: a task can't wait for itself, use stop(wait=False)")
@@ -310,26 +310,26 @@ class BackgroundTasks:
             self._drained.set()
 
     def replace_worker(self) -> None:
-        """Allow one thread more, in place of one that a task holds for ever."""
+        """Allow one more thread, in place of one that a task holds for ever."""
         with self._lock:
             pool = self._executor._pool  # noqa: SLF001 - neither library has a public way
             pool._max_workers += 1  # noqa: SLF001
             pool._adjust_thread_count()  # noqa: SLF001 - for a task that waits already
 
     def safe_start(self) -> int:
-        """Do as `start`; one that is running already is a success."""
+        """Do as `start`, but return `success` or `error`; a scheduler that runs already is a success."""
         return self._safely("start", self.start, harmless=SchedulerAlreadyRunningError)
 
     def safe_pause(self) -> int:
-        """Do as `pause`."""
+        """Do as `pause`, but return `success` or `error`."""
         return self._safely("pause", self.pause)
 
     def safe_resume(self) -> int:
-        """Do as `resume`."""
+        """Do as `resume`, but return `success` or `error`."""
         return self._safely("resume", self.resume)
 
     def safe_stop(self, wait: bool = True) -> int:
-        """Do as `stop`; one that is not running is a success."""
+        """Do as `stop`, but return `success` or `error`; a scheduler that does not run is a success."""
         return self._safely("stop", lambda: self.stop(wait), harmless=SchedulerNotRunningError)
 
     def _put(
@@ -361,7 +361,7 @@ class BackgroundTasks:
         )
 
     def _renew(self, tasks: list[Job]) -> None:
-        """Make a scheduler that was shut down fit for a new start: it has lost its workers and its jobs."""
+        """Prepare a scheduler that was shut down for a new start: it has lost its workers and its jobs."""
         self._executor = self._new_executor()
         self._scheduler.remove_executor("default", shutdown=False)
         self._scheduler.add_executor(self._executor, "default")
@@ -370,7 +370,7 @@ class BackgroundTasks:
 
     @contextmanager
     def _changing(self, action: str) -> Iterator[None]:
-        """One change of state at a time, with APScheduler's errors translated."""
+        """Allow one change of state at a time, and translate APScheduler's errors."""
         with self._lock:
             if self._is_the_parents:
                 not_running = None if action == "start" else SchedulerNotRunningError()
@@ -383,7 +383,7 @@ class BackgroundTasks:
                 raise RuntimeError(f"can't {action} the scheduler: it is not running") from error
 
     def _after_fork(self) -> None:
-        """Make anew what a thread may have held that does not exist in this process, which was just forked."""
+        """Replace, in a forked process, the locks that a thread may hold which does not exist here."""
         self._is_the_parents = self._is_the_parents or self._scheduler.running or self._looping
         self._lock = threading.RLock()
         self._drained = threading.Event()
@@ -399,7 +399,7 @@ class BackgroundTasks:
     ) -> int:
         try:
             change()
-        except Exception as error:  # noqa: BLE001 - to raise nothing is what the safe methods are for
+        except Exception as error:  # noqa: BLE001 - the safe methods promise to raise nothing
             if not isinstance(error.__cause__, harmless):
                 log.error("scheduler_not_changed", action=action, reason=str(error))
                 return self._error
@@ -411,7 +411,7 @@ def _log_event(event: JobEvent) -> None:
 
 
 def _check_call(func: object, args: object, kwargs: object) -> None:
-    """Refuse what APScheduler would find out too late, or would take for something else."""
+    """Refuse arguments that APScheduler would refuse too late, or would misunderstand."""
     if not callable(func):
         raise ValueError(f"expected a callable, got {func!r}")  # noqa: TRY004 - one kind of error for the caller
     if inspect.iscoroutinefunction(func):

@@ -1,11 +1,8 @@
-"""The configured jobs: on a schedule, or one of them now."""
+"""Runs the configured jobs: on a schedule, or one of them now."""
 
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -13,40 +10,37 @@ from typing import Any, Self, final
 from catfeeder_cron import lifecycle
 from catfeeder_cron.config import JobSettings, Settings
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import CatfeederCronError, JobAborted, JobIsRunning
+from catfeeder_cron.errors import CatfeederCronError, JobAborted
 from catfeeder_cron.job import Job
 from catfeeder_cron.jobs import built_in, load_settings
-from catfeeder_cron.ledger import Ledger
 from catfeeder_cron.logs import get_logger, show_debug_records
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import JobReport, Progress, no_progress
 from catfeeder_cron.schedule import Schedule
+from catfeeder_cron.scheduler.admission import STOPPING, Admission
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.listeners import RunListener
 from catfeeder_cron.scheduler.runtime import Given, Runtime
 
 log = get_logger("catfeeder_cron.scheduler")
 
-_TRY_AGAIN_SECONDS = 0.5
-_STOPPING = "the process was asked to stop"
-_CLOSED = "this Crons object is closed; make a new one"
-
 
 @final
 class Crons:
     """The jobs of a configuration.
 
-    What is not handed in is opened from the configuration at its first use and closed by `close` (or by leaving a
-    `with` block); what is handed in stays its owner's. `config` is a Settings object or the path of a file; by default
-    the file is looked up as the command line does. `jobs` are those that there are, by default the built-in ones.
-    `debug` makes the debug records of this package visible, as in BackgroundTasks.
+    The object opens from the configuration, at the first use, each part that is not handed in, and closes it in `close`
+    (or at the end of a `with` block); parts that are handed in stay open. `config` is a Settings object or the path of
+    a file; by default the file is found as the command line finds it. `jobs` are all jobs that exist beside those of
+    the configuration, by default the built-in ones. `debug` makes the debug records of this package visible, as in
+    BackgroundTasks.
 
     `inject_crons` and the methods named after jobs return `success` or `error` and log the reason; the others raise.
 
-    All methods may be called from any thread, whether or not an event loop runs there. An object that is dropped lets
-    go of all that it has opened within seconds, and a BackgroundTasks that was handed in loses its tasks; running jobs
-    are asked to end and recorded. So it does at the end of the program. In a forked process, an object that was in use
-    before the fork does nothing but say so: make it, or use it for the first time, after the fork.
+    All methods may be called from any thread, whether or not an event loop runs there. When the object is dropped, or
+    the program ends, everything that it has opened is closed within seconds, and a BackgroundTasks that was handed in
+    loses its tasks; running jobs are asked to end and recorded. In a forked process, an object that was in use before
+    the fork refuses to work, with an error that says so: make it, or use it for the first time, after the fork.
     """
 
     def __init__(
@@ -70,13 +64,7 @@ class Crons:
         self._tasks = background_tasks
         self._runtime: Runtime | None = None
         self._tell_closed: Callable[[], None] = lambda: None
-        # Held while something is begun, and while the object is marked as closed: nothing begins after that. Its holder
-        # may take it again: the handler of a signal may ask for a stop in the midst of anything.
-        self._lock = threading.RLock()
-        self._closed = False
-        self._stop_requested = threading.Event()
-        self._in_use = False
-        self._is_the_parents = False  # it was in use when this process was forked
+        self._admission = Admission()
         lifecycle.after_fork(self, Crons._after_fork)
         if debug:
             show_debug_records()
@@ -94,12 +82,12 @@ class Crons:
 
     @property
     def success(self) -> int:
-        """What the methods that don't raise return when it went well."""
+        """The value that the methods which don't raise return for a success."""
         return self._success
 
     @property
     def error(self) -> int:
-        """What the methods that don't raise return when it did not."""
+        """The value that the methods which don't raise return for a failure."""
         return self._error
 
     @property
@@ -109,47 +97,47 @@ class Crons:
 
     @property
     def background_tasks(self) -> BackgroundTasks:
-        """What keeps the schedule: what was handed in, or else what this object opened.
+        """The BackgroundTasks that keeps the schedule: the one that was handed in, or one that this object opens.
 
-        Raises ConfigurationError, as it is opened from the configuration.
+        Raises ConfigurationError: the object is opened from the configuration.
         """
         return self._given.background_tasks or self._open().tasks
 
     def listen(self, listener: RunListener) -> None:
-        """Have the listener told what becomes of the runs of this object, from now on."""
-        with self._lock:
+        """Tell the listener about the runs of this object, from now on."""
+        with self._admission.lock:
             self._given = replace(self._given, listeners=(*self._given.listeners, listener))
             if self._runtime is not None:
                 self._runtime.listeners.add(listener)
 
     def inject_crons(self) -> int:
-        """Put every enabled job on the schedule, in place of what an earlier call put there.
+        """Schedule every enabled job, in place of those that an earlier call scheduled.
 
-        A BackgroundTasks that this object opened is started too; one that was handed in is its owner's to start.
+        This starts the BackgroundTasks that this object opened; the owner starts one that was handed in.
         """
         try:
             runtime = self._open()
-            with self._lock:
-                self._use()
-                self._refuse_if_stopping()
+            with self._admission.lock:
+                self._admission.use()
+                self._admission.refuse_if_stopping()
                 scheduled = runtime.schedule()
                 self._refuse_if_closed_meanwhile(runtime)
-        except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread is to be had
+        except (CatfeederCronError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error("jobs_not_scheduled", reason=str(error))
             return self._error
         log.debug("jobs_scheduled", jobs=list(runtime.job_scheduler.schedules))
         return self._success if scheduled else self._error
 
     def reload(self, settings: Settings) -> None:
-        """Go on with another configuration. Running jobs keep the settings that they began with.
+        """Put another configuration in force. Running jobs keep the settings that they began with.
 
-        A job whose trigger stays the same keeps its slots. What can't be changed in a running process stays as it is.
+        A job whose trigger does not change keeps its slots. Settings that can't change in a running process stay.
         """
         runtime = self._open()
-        with self._lock:
-            self._use()
+        with self._admission.lock:
+            self._admission.use()
         _log_warnings(settings)
-        runtime.job_scheduler.reload(settings)
+        runtime.reload(settings)
 
     def check_actions(self) -> int:
         """Run the due rows of "Actions" now."""
@@ -185,28 +173,19 @@ class Crons:
         wait: timedelta = timedelta(0),
         progress: Progress = no_progress,
     ) -> JobReport:
-        """Run a job now in this thread, enabled or not, and return what is to be told of it.
+        """Run a job now in this thread, enabled or not, and return its report.
 
-        A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning where it still runs
-        after `wait`, in whatever process, JobAborted after `request_stop` or `close`, and a DatabaseError where the
+        A dry run leaves no trace in the ledger. Raises UnknownJob, ConfigurationError, JobIsRunning if the job still
+        runs after `wait`, in whatever process, JobAborted after `request_stop` or `close`, and a DatabaseError if the
         ledger can't be reached.
         """
         runtime = self._open()
-        with self._lock:
-            self._use()
+        with self._admission.lock:
+            self._admission.use()
         if dry_run:
             return runtime.executor.dry_run(job_id, progress)
-        self._refuse_if_stopping()
-        job, _ = runtime.executor.find(job_id)
-        claim = partial(runtime.ledger.claim_manual, job_id, shared=job.shared)
-        runtime.supervisor.beat()
-        runtime.supervisor.start()
-        deadline = time.monotonic() + wait.total_seconds()
-        while (report := runtime.executor.run(job_id, claim, progress)) is None:
-            if time.monotonic() >= deadline:
-                raise JobIsRunning(_where_it_runs(job_id, runtime.ledger))
-            self._stop_requested.wait(_TRY_AGAIN_SECONDS)
-        return report
+        self._admission.refuse_if_stopping()
+        return runtime.run_manually(job_id, progress, wait, self._admission.stop_requested)
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
@@ -221,39 +200,39 @@ class Crons:
     def running(self) -> list[str]:
         """The ids of the jobs that this object is running."""
         runtime = self._here()
-        return runtime.supervisor.running if runtime else []
+        return runtime.supervisor.runs.job_ids if runtime else []
 
     @property
     def stuck(self) -> list[str]:
-        """The ids of those of them that don't end though their time is up."""
+        """The ids of those running jobs that don't end though their time is up."""
         runtime = self._here()
-        return runtime.supervisor.stuck if runtime else []
+        return runtime.supervisor.timeouts.stuck if runtime else []
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """The schedules of the jobs that `inject_crons` has put on it."""
+        """The schedules of the jobs that `inject_crons` has scheduled, by their ids."""
         runtime = self._here()
         return runtime.job_scheduler.schedules if runtime else {}
 
     def request_stop(self) -> None:
-        """Ask the running jobs to end after the batch in hand, and let none begin."""
-        with self._lock:  # one that is being opened meanwhile finds out in the end
-            self._stop_requested.set()
+        """Ask the running jobs to end after their current batch, and let none begin."""
+        with self._admission.lock:  # a thread that is opening the runtime looks at the request afterwards
+            self._admission.stop_requested.set()
             if runtime := self._here():
-                runtime.request_stop(JobAborted(_STOPPING))
+                runtime.request_stop(JobAborted(STOPPING))
 
     def wait(self) -> None:
         """Return when no job is running."""
         if runtime := self._here():
-            runtime.supervisor.wait()
+            runtime.supervisor.runs.wait()
 
     def close(self, abandoned: str | None = None) -> None:
-        """Stop, wait for the running jobs to end their batch, and close what this object opened. Idempotent.
+        """Stop, wait for the running jobs to end their batch, and close all that this object opened. Idempotent.
 
-        With `abandoned` the running jobs are not waited for, but recorded as aborted for this reason.
+        With `abandoned` it does not wait for the running jobs, but records them as aborted for this reason.
         """
-        with self._lock:
-            self._closed = True
+        with self._admission.lock:
+            self._admission.closed = True
         self.request_stop()
         if runtime := self._here():
             runtime.close(abandoned)
@@ -262,14 +241,14 @@ class Crons:
     def _open(self) -> Runtime:
         if self._runtime is None:
             lifecycle.wait_for_dropped()
-        with self._lock:
-            self._refuse_the_parents()
+        with self._admission.lock:
+            self._admission.refuse_the_parents()
             if self._runtime is None:
-                self._refuse_if_closed()
+                self._admission.refuse_if_closed()
                 self._runtime = self._make_runtime()
                 self._tell_closed = lifecycle.keep(self, self._runtime)
-                if self._stop_requested.is_set():
-                    self._runtime.request_stop(JobAborted(_STOPPING))
+                if self._admission.stop_requested.is_set():
+                    self._runtime.request_stop(JobAborted(STOPPING))
             return self._runtime
 
     def _make_runtime(self) -> Runtime:
@@ -283,46 +262,23 @@ class Crons:
         return Runtime(settings, self._given, self._tasks)
 
     def _here(self) -> Runtime | None:
-        """Return what there is to ask in this process."""
-        return None if self._is_the_parents else self._runtime
-
-    def _use(self) -> None:
-        """Take note, under the lock, that something begins that has threads or connections. Raises JobAborted."""
-        self._refuse_the_parents()
-        self._refuse_if_closed()
-        self._in_use = True
-
-    def _refuse_the_parents(self) -> None:
-        if self._is_the_parents:
-            raise CatfeederCronError(f"this Crons object can't be used: {lifecycle.FORKED}")
-
-    def _refuse_if_stopping(self) -> None:
-        if self._stop_requested.is_set():
-            raise JobAborted(_STOPPING)
+        """Return the runtime, if it was opened and belongs to this process."""
+        return None if self._admission.is_the_parents else self._runtime
 
     def _refuse_if_closed_meanwhile(self, runtime: Runtime) -> None:
-        """Take back what was begun while a signal's handler, in this very thread, has closed the object."""
-        if self._closed:
+        """Close the runtime again if a signal's handler, in this thread, has closed the object in between."""
+        if self._admission.closed:
             runtime.close()
-            raise JobAborted(_CLOSED)
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise JobAborted(_CLOSED)
+            self._admission.refuse_if_closed()
 
     def _after_fork(self) -> None:
-        """Leave to the parent what was in use; make anew what a thread may have held that does not exist here.
+        """Leave a runtime in use to the parent, and forget one that was only opened.
 
-        What was only opened is opened anew: to the other processes this one must be another one than its parent.
+        The latter is opened again when it is needed: this process has an identity of its own in the ledger.
         """
-        self._is_the_parents = self._is_the_parents or self._in_use
-        if not self._is_the_parents:
+        self._admission.after_fork()
+        if not self._admission.is_the_parents:
             self._runtime = None
-        self._lock = threading.RLock()
-        stop_requested = self._stop_requested.is_set()
-        self._stop_requested = threading.Event()
-        if stop_requested:
-            self._stop_requested.set()
 
     def _load(self, path: Path | str | None) -> Settings:
         return load_settings(None if path is None else Path(path), jobs=self._given.jobs)
@@ -339,11 +295,3 @@ class Crons:
 def _log_warnings(settings: Settings) -> None:
     for warning in settings.warnings:
         log.warning("configuration_warning", warning=warning)
-
-
-def _where_it_runs(job_id: str, ledger: Ledger) -> str:
-    found = ledger.under_way(job_id)
-    if found is None:
-        return f"{job_id} was running elsewhere a moment ago; try again"
-    host, pid, started_at = found
-    return f"{job_id} is running already: on {host}, pid {pid}, since {started_at:%Y-%m-%d %H:%M:%S %Z}"

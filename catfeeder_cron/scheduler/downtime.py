@@ -1,16 +1,18 @@
-"""Why a slot went by: what this process knows of its own life and of the database's."""
+"""Knows why slots passed without a run: since when this process is alive, and when the database was away."""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from threading import Lock
 
-from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NOT_FREE
+from catfeeder_cron.ledger.constants import DEAD_AFTER_SECONDS, NO_DAEMON, NO_DATABASE, NOT_FREE
 
 
 @dataclass
 class Downtime:
-    """Instants are the process's wall clock. `seen` and `missed` tell of every contact with the database that worked or
-    did not. Safe to use from any thread.
+    """The outages of this process and of the database, by the process's wall clock.
+
+    Every part that asks the database calls `seen` after an answer and `missed` after a failure. All methods may be
+    called from any thread.
     """
 
     alive_since: datetime
@@ -18,15 +20,17 @@ class Downtime:
     _outage: tuple[datetime, datetime] | None = None
     _in_outage: bool = False
     _returns: int = 0
+    # Held for a moment by the thread that has met or missed the database, or that asks.
     _lock: Lock = field(default_factory=Lock)
 
     @property
     def returns(self) -> int:
-        """How often the database was met for the first time, or again after an outage, a freeze or a clock put back."""
+        """How often the database answered first, or again after an outage, a freeze or a clock put back."""
         with self._lock:
             return self._returns
 
     def seen(self, now: datetime) -> None:
+        """Note that the database has answered."""
         with self._lock:
             last_seen, self._last_seen = self._last_seen, now
             if self._in_outage:
@@ -39,6 +43,7 @@ class Downtime:
             self._returns += 1
 
     def missed(self) -> None:
+        """Note that the database could not be reached."""
         with self._lock:
             self._in_outage = True
 

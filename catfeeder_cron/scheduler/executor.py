@@ -1,6 +1,6 @@
-"""One run of a configured job in this process: what it is given, and how it ended.
+"""Makes one run of a configured job in this process, and reports how it ended.
 
-This is the one place where a job's errors are decided on.
+No other module decides which outcome an error of a job leads to.
 """
 
 import time
@@ -11,13 +11,14 @@ from typing import Any
 from catfeeder_cron import logs
 from catfeeder_cron.children.pool import Children
 from catfeeder_cron.config import CustomJobSettings, JobSettings, Settings
-from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.database.requirements import require_tables
 from catfeeder_cron.errors import (
     CatfeederCronError,
     DatabaseError,
+    DatabaseUnavailable,
     JobAborted,
+    JobInterrupted,
     JobSkipped,
     JobTimedOut,
     SchemaProblem,
@@ -33,8 +34,9 @@ from catfeeder_cron.scheduler.listeners import Run
 from catfeeder_cron.scheduler.supervisor import Supervisor
 
 log = get_logger("catfeeder_cron.runs")
-# By itself, so that a command that prints the result can leave it out.
+# A logger of its own, so that a command that prints the result can silence it.
 log_of_results = get_logger("catfeeder_cron.results")
+log_of_slots = get_logger("catfeeder_cron.scheduler")
 
 
 class Executor:
@@ -48,8 +50,8 @@ class Executor:
         supervisor: Supervisor,
         oauth: OAuthClient | None = None,
     ) -> None:
-        self._settings = settings
-        self._jobs = jobs
+        # Replaced as a whole: a thread that reads it while another takes over a configuration gets one or the other.
+        self._in_force = settings, jobs
         self._database = database
         self._supervisor = supervisor
         self._owns_oauth = oauth is None
@@ -60,30 +62,29 @@ class Executor:
     @property
     def settings(self) -> Settings:
         """The configuration that is in force."""
-        return self._settings
+        return self._in_force[0]
 
     @property
     def stopping(self) -> bool:
         """Whether no run may begin any more."""
-        return self._supervisor.stopping
+        return self._supervisor.runs.stop_reason is not None
 
-    def take_over(self, settings: Settings) -> None:
-        """Put another configuration in force. An OAuth client that was handed in stays."""
-        if self._owns_oauth and settings.oauth != self._settings.oauth:
+    def take_over(self, settings: Settings, jobs: Mapping[str, Job[Any]]) -> None:
+        """Put another configuration in force, with all its jobs. An OAuth client that was handed in stays."""
+        if self._owns_oauth and settings.oauth != self.settings.oauth:
             self._oauth = OAuthClient(settings.oauth)
-        self._settings = settings
-        self._children.retire()  # what they have imported may be another by now
+        self._in_force = settings, jobs
+        self._children.retire()  # the modules that they have imported may have changed
 
     def find(self, job_id: str) -> tuple[Job[Any], JobSettings]:
         """Return a job and its settings. Raises UnknownJob, which names the nearest id."""
-        settings = self._settings.require_job(job_id)
-        if isinstance(settings, CustomJobSettings):
-            return custom_job(job_id, settings), settings
-        return self._jobs[job_id], settings
+        settings, jobs = self._in_force
+        job_settings = settings.require_job(job_id)
+        return jobs[job_id], job_settings
 
     def context(self, job_id: str, progress: Progress = no_progress, slot: datetime | None = None) -> JobContext:
-        """Return what a run of a job is given, for its `slot` or for none. Raises UnknownJob."""
-        settings = self._settings
+        """Return the context of a run of a job, for its `slot` or for none. Raises UnknownJob."""
+        settings = self.settings
         return JobContext(
             database=self._database,
             tables=settings.database.tables,
@@ -103,9 +104,9 @@ class Executor:
         progress: Progress = no_progress,
         slot: datetime | None = None,
     ) -> JobReport | None:
-        """Do the run that `claim` gets, in this thread, and return what is to be told of it; None when it gets none.
+        """Make the run that `claim` gets, in this thread, and return its report; None when it gets none.
 
-        Raises UnknownJob, what Supervisor.begin raises, and what `claim` does.
+        Raises UnknownJob and the errors of Supervisor.begin and of `claim`.
         """
         job, settings = self.find(job_id)
         context = self.context(job_id, progress, slot)
@@ -115,25 +116,39 @@ class Executor:
         try:
             return self._work(run, job, context)
         except BaseException as error:
-            # Whatever it is and wherever it came up, the run must not stay open. One that has ended stays as it is.
+            # The run must not stay open, whatever was raised and wherever. A run that has ended is not changed.
             self._supervisor.end(run, broken_off(job, context, error, run.run_id))
             raise
 
+    def run_scheduled(
+        self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None
+    ) -> JobReport | None:
+        """Do as `run`, but log an error that prevents the run, and return None."""
+        try:
+            return self.run(job_id, claim, slot=slot)
+        except UnknownJob:
+            return None  # a reload has removed it at this moment
+        except (DatabaseUnavailable, JobInterrupted):
+            return None  # logged already; the slot is accounted for when the database, or a daemon, is back
+        except CatfeederCronError as error:
+            log_of_slots.error("slot_not_claimed", job=job_id, reason=str(error))
+            return None
+
     def dry_run(self, job_id: str, progress: Progress = no_progress) -> JobReport:
-        """Have a job count what it would do. That is claimed by nobody, and leaves no trace. Raises UnknownJob."""
+        """Have a job count what it would do, without a claim or a trace in the ledger. Raises UnknownJob."""
         job, settings = self.find(job_id)
         context = self.context(job_id, progress)
         context.dry_run = True
         return run_job(job, context, settings)
 
     def explain(self, job_id: str, problem: CatfeederCronError) -> str:
-        """Say why a job could not do something: in the words of `check` where its tables are not as it needs them.
+        """Return why a job failed: the message of `check` if its tables are not as it needs them, else the problem's.
 
         Raises UnknownJob.
         """
         try:
             with self._database.transaction() as connection:
-                require_tables(connection, self._settings.database.tables, job_id, self.find(job_id)[0].tables)
+                require_tables(connection, self.settings.database.tables, job_id, self.find(job_id)[0].tables)
         except SchemaProblem as found:
             return str(found)
         except (DatabaseError, JobSkipped):
@@ -143,7 +158,7 @@ class Executor:
     def close(self, abandoned: str | None = None) -> None:
         """Wait for the runs to end; with `abandoned` record them instead, as aborted for this reason. Idempotent."""
         if abandoned is None:
-            self._supervisor.wait()
+            self._supervisor.runs.wait()
         self._supervisor.close(abandoned)
         self._children.close()
 
@@ -151,7 +166,7 @@ class Executor:
         if not isinstance(settings, CustomJobSettings) or not settings.retries:
             return None
         try:
-            before = self._settings.schedule(job_id).next_after(datetime.now(UTC))
+            before = self.settings.schedule(job_id).next_after(datetime.now(UTC))
         except UnknownJob:  # a reload has removed it
             return None
         return Retries(settings.retries, settings.retry_after, before)
@@ -172,10 +187,10 @@ def run_job(
     *,
     known_reason: str | None = None,
 ) -> JobReport:
-    """Run `job` in this thread and return what is to be told of it. Raises only what is to end the program.
+    """Run `job` in this thread and return its report. Raises only exceptions that are to end the program.
 
-    What the job had done before it ended early stands in the report's counts. `run_id` is its number in the ledger.
-    That it was skipped for `known_reason`, as the run before it, is no news.
+    The report of a job that ended early counts the work that it had done by then. `run_id` is the run's number in the
+    ledger. A run that is skipped for `known_reason`, as the run before it was, is logged at debug level only.
     """
     started_at, begun = datetime.now(UTC), time.monotonic()
     with logs.context(job=job.id, **({} if run_id is None else {"run_id": run_id})):
@@ -198,7 +213,7 @@ def run_job(
 
 
 def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id: int) -> JobReport:
-    """Return the report of a run that `run_job` did not come back from, because of this error."""
+    """Return the report of a run that this error ended inside or outside of `run_job`."""
     kind = type(error).__name__
     ends_program = is_for_the_program(error)
     return JobReport(
@@ -214,7 +229,7 @@ def broken_off(job: Job[Any], context: JobContext, error: BaseException, run_id:
 
 
 def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> JobReport:
-    """Return the report of a run that did not come to be."""
+    """Return the report of a run that did not begin."""
     return JobReport(job_id, outcome, reason, {}, datetime.now(UTC), timedelta(0), dry_run)
 
 
@@ -238,15 +253,15 @@ def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple
         if is_for_the_program(error):
             raise
         log.exception("job_raised")
-        # Its text may hold anything, and everybody may read the history.
+        # Its text may hold secrets, and everybody may read the history.
         return "failed", f"{type(error).__name__}: see the log for the traceback"
     return "succeeded", None
 
 
 def _tell(report: JobReport, known_reason: str | None) -> None:
-    """Log the one canonical event of a run. A run that found nothing to do is no news.
+    """Log the one canonical event of a run, at debug level if the run found nothing to do.
 
-    A job that counts nothing, such as a custom callable, has done what it does whenever it succeeds.
+    A job that counts nothing, such as a custom callable, has done something whenever it succeeds.
     """
     did_something = any(report.counts.values()) if report.counts else report.outcome == "succeeded"
     fields = {

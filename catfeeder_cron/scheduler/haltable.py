@@ -1,4 +1,4 @@
-"""APScheduler's schedulers with a loop that nothing stops but `halt`, and that can be halted at any moment."""
+"""APScheduler's schedulers, with a loop that only `halt` ends, and that `halt` can end at any moment."""
 
 import threading
 from collections.abc import Callable
@@ -18,46 +18,47 @@ _AFTER_FAILURE_SECONDS = 10.0
 
 
 class TaskThreads(ThreadPoolExecutor):  # type: ignore[misc]  # APScheduler has no types
-    """Threads that run tasks, until the program ends."""
+    """The threads that run tasks. It ignores tasks that come due while the program ends."""
 
     def _do_submit_job(self, job: Job, run_times: list[datetime]) -> None:
         try:
             super()._do_submit_job(job, run_times)
         except RuntimeError as error:
-            # The program is ending, and takes away the means to run something before its schedulers hear of it.
+            # The interpreter ends its executors before it tells the schedulers.
             if "shutdown" not in str(error):
                 raise
 
 
 class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no types
-    """What both kinds of scheduler do otherwise than APScheduler's.
+    """Changes APScheduler's loop and its end, for both kinds of scheduler.
 
-    It is a lifecycle.Resource: a BackgroundTasks that is dropped while it runs is halted, and does not wait for tasks.
+    It is a lifecycle.Resource: if a running BackgroundTasks is dropped, its scheduler halts without waiting for tasks.
     """
 
     def __init__(self, longest_sleep: float, **options: Any) -> None:
-        # Held while the loop looks for due tasks and while it is halted, so that neither comes in between the other.
+        # Held by the loop's thread while it looks for due tasks, and by the thread that halts it: neither may come
+        # between the steps of the other.
         self._turn = threading.RLock()
         self.on_turn: Callable[[], None] | None = None
         self._longest_sleep = longest_sleep
         super().__init__(**options)
 
     def _process_jobs(self) -> float:
-        """Submit what is due, and return how many seconds the loop may sleep.
+        """Submit the due tasks, and return how many seconds the loop may sleep.
 
-        The sleep is measured by a clock that neither a change of the system's time nor a suspended machine moves
-        on. After either of them a long sleep would last far beyond the next run.
+        The clock that measures the sleep ignores a change of the system's time and stops while the machine is
+        suspended: after either, a long sleep would last far beyond the next run.
         """
         try:
             with self._turn:
                 until_next_run = super()._process_jobs() if self.running else None
-        except Exception:  # of a trigger: foreign code
+        except Exception:  # of a trigger, which is foreign code
             log.exception("due_tasks_not_found")
             until_next_run = _AFTER_FAILURE_SECONDS
-        self._tell_turn()
+        self._call_on_turn()
         return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
 
-    def _tell_turn(self) -> None:
+    def _call_on_turn(self) -> None:
         if self.on_turn:
             try:
                 self.on_turn()
@@ -67,9 +68,8 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
     def halt(self) -> list[Job]:
         """Shut down without waiting for running jobs, and return the jobs that have a run ahead of them.
 
-        APScheduler's own `shutdown` may come while the loop is busy with a job that has no further run: the loop
-        then dies because it no longer finds that job, which would also be among those returned here. A second call
-        returns none.
+        APScheduler's own `shutdown` may come while the loop handles a job that has no further run: then the loop fails
+        because it does not find that job, and the job would be returned here. A second call returns none.
         """
         with self._turn:
             if not self.running:
@@ -79,17 +79,20 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
         return jobs
 
     def ask_to_end(self) -> None:
+        """Halt."""
         self.halt()
 
     def wait_for_schedule(self) -> None:
+        """Wait for the tasks that run."""
         for executor in self._executors.values():
             executor.shutdown(wait=True)
 
     def let_go(self, *, at_exit: bool) -> None:  # noqa: ARG002 - there is nothing to wait for
+        """Halt, without waiting for tasks."""
         self.halt()
 
     def renew_locks(self) -> None:
-        """Make the locks anew, in a forked process: a thread that is not there may hold them for ever."""
+        """Replace the locks, in a forked process: a thread that does not exist there may hold them for ever."""
         self._turn = threading.RLock()
         self._executors_lock = self._create_lock()
         self._jobstores_lock = self._create_lock()
@@ -97,9 +100,10 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
 
 
 class ThreadScheduler(Scheduler, BackgroundScheduler):  # type: ignore[misc]
-    """Keeps the schedule in a thread of its own."""
+    """A scheduler with a thread of its own."""
 
     def halt(self) -> list[Job]:
+        """Do as the base class, and wait for the thread, unless this is that thread."""
         thread = self._thread
         jobs = super().halt()
         if thread is not None and thread is not threading.current_thread():
@@ -108,13 +112,14 @@ class ThreadScheduler(Scheduler, BackgroundScheduler):  # type: ignore[misc]
 
 
 class ForegroundScheduler(Scheduler):
-    """A blocking scheduler whose `start` returns, so that it can be made under a lock, and whose `loop` blocks.
+    """A blocking scheduler whose `start` returns, so that it can be called under a lock, and whose `loop` blocks.
 
-    APScheduler loses a task that is added by another thread just while it starts.
+    Without the lock, APScheduler loses a task that another thread adds just while it starts.
     """
 
     def _main_loop(self) -> None:
         pass
 
     def loop(self) -> None:
+        """Keep the schedule in this thread, until another thread calls `halt`."""
         super()._main_loop()

@@ -1,7 +1,7 @@
-"""Who is told of the runs of this process: pings, wakers, the status, the metrics, in one list."""
+"""Tells the listeners what happens to the runs of this process: pings, wakers, the status, the metrics, in one list."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 from catfeeder_cron.config import JobSettings
@@ -21,46 +21,67 @@ class Run:
     job_id: str
     settings: JobSettings
     control: RunControl
-    stuck_told_at: timedelta | None = field(default=None)
+    stuck_reported_at: timedelta | None = None
+    """How far it was beyond its timeout when it was last reported as stuck."""
 
 
 class RunListener:
-    """Every method does nothing; a listener overrides those that it wants to know of.
+    """Base class of the listeners. Every method does nothing; a listener overrides those that it needs.
 
-    They are called in whatever thread it happens in, several at once maybe, and must not block. What they raise is
-    logged and ends neither a run nor the heartbeats, but for CatfeederCronError from `beat`: that fails the heartbeat,
-    and the next one comes again.
+    Each method is called in the thread in which its event happens, maybe in several threads at once, and must not
+    block. An exception is logged, and ends neither a run nor the heartbeats, except for CatfeederCronError from
+    `beat(True)`: the heartbeat counts as failed then, and the next one calls `beat` again.
     """
 
     def began(self, run: Run, /) -> None:
-        """A run has begun; it is in the thread that does the run."""
+        """Learn that a run has begun. It is called in the thread of the run."""
 
     def ended(self, run: Run, report: JobReport, /) -> None:
-        """A run has ended, and is about to be recorded. No other run of the job begins before it is."""
+        """Learn that a run has ended, before it is recorded. No other run of the job begins before that."""
 
     def stuck(self, run: Run, /) -> None:
-        """A run does not end though its time is up. Told once for each."""
+        """Learn that a run does not end though its time is up. It is called once for each run."""
 
     def retry(self, job_id: str, retry_in: timedelta, /) -> None:
-        """A run that failed, in whatever process, is to be made again so soon. Told several times maybe."""
+        """Learn that a run that failed, in whatever process, is due again so soon. It may be called repeatedly."""
 
     def beat(self, reached: bool, /) -> None:
-        """A heartbeat was due; `reached` says whether the database took it."""
+        """Learn that a heartbeat was due; `reached` says whether the database took it."""
 
 
-class Listeners:
-    """All that are told. One may be added at any time, from any thread."""
+class Listeners(RunListener):
+    """Passes each event on to every listener. A listener may be added at any time, from any thread."""
 
     def __init__(self, *listeners: RunListener) -> None:
-        # Replaced, never changed: another thread may be telling those that are in it.
+        # Replaced, never changed: another thread may be going through it at this moment.
         self._listeners = listeners
 
     def add(self, listener: RunListener) -> None:
-        """Tell this one too, from now on."""
+        """Pass events on to this listener too, from now on."""
         self._listeners = (*self._listeners, listener)
 
-    def tell(self, event: Callable[[RunListener], None], *, pass_on: type[CatfeederCronError] | None = None) -> None:
-        """Call `event` with each of them; raise what is to end the program, and the errors to be passed on."""
+    def began(self, run: Run, /) -> None:
+        """Pass this on."""
+        self._tell(lambda listener: listener.began(run))
+
+    def ended(self, run: Run, report: JobReport, /) -> None:
+        """Pass this on."""
+        self._tell(lambda listener: listener.ended(run, report))
+
+    def stuck(self, run: Run, /) -> None:
+        """Pass this on."""
+        self._tell(lambda listener: listener.stuck(run))
+
+    def retry(self, job_id: str, retry_in: timedelta, /) -> None:
+        """Pass this on."""
+        self._tell(lambda listener: listener.retry(job_id, retry_in))
+
+    def beat(self, reached: bool, /) -> None:
+        """Pass this on. Raises CatfeederCronError of a listener if the heartbeat has reached the database."""
+        self._tell(lambda listener: listener.beat(reached), pass_on=CatfeederCronError if reached else None)
+
+    def _tell(self, event: Callable[[RunListener], None], *, pass_on: type[CatfeederCronError] | None = None) -> None:
+        """Call `event` with each listener. Raises exceptions that are to end the program, and those to be passed on."""
         for listener in self._listeners:
             try:
                 event(listener)

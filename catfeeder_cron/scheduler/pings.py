@@ -1,6 +1,6 @@
-"""Signs of life for services that notice when a job stays away, in the convention of Healthchecks.
+"""Sends pings to services that notice when a job does not run, by the convention of Healthchecks.
 
-urllib instead of httpx: this is one request without an answer that matters, and httpx logs the address of each.
+It uses urllib, not httpx: the answer of the one request does not matter, and httpx logs the address of each request.
 """
 
 import queue
@@ -25,54 +25,57 @@ Signal = Literal["start", "success", "fail"]
 _TIMEOUT_SECONDS = 10
 _MOST_WAITING = 100
 _LONGEST_TEXT = 10_000
-# All printable characters of ASCII but space: what is quoted already stays as it is.
+# All printable characters of ASCII but space, so that quoting leaves a quoted address unchanged.
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class Pings(RunListener):
-    """Sends in order, with a thread for each job; a ping that can't be sent is logged and delays nobody.
+    """Sends the pings of each job in order, in a thread for each job.
 
-    The address of a check is its secret, so it is never told.
+    A ping that can't be sent is logged, and delays no run. The address of a check is a secret, so it is never logged.
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, _Line] = {}
+        self._queues: dict[str, _PingQueue] = {}
+        # Held by the thread of a run while it finds or makes its job's queue, and by the thread that closes all.
         self._lock = threading.Lock()
 
     def began(self, run: Run, /) -> None:
+        """Send the ping of a start."""
         self._send(run, "start")
 
     def ended(self, run: Run, report: JobReport, /) -> None:
+        """Send the ping of a success or a failure, with the reason."""
         self._send(run, "success" if report.outcome in ("succeeded", "skipped") else "fail", report.reason or "")
 
     def _send(self, run: Run, signal: Signal, text: str = "") -> None:
-        """Have a ping sent, if the job has an address for it. Returns at once."""
+        """Queue a ping, if the job has an address for it. Return at once."""
         url = run.settings.ping_url
         if url is None:
             return
         try:
             with self._lock:
-                line = self._lines.get(run.job_id)
-                if line is None:
-                    line = self._lines[run.job_id] = _Line(run.job_id)
-        except RuntimeError as error:  # there is no thread to be had
+                pings = self._queues.get(run.job_id)
+                if pings is None:
+                    pings = self._queues[run.job_id] = _PingQueue(run.job_id)
+        except RuntimeError as error:  # no thread can be started
             log.warning("ping_not_sent", job=run.job_id, signal=signal, reason=str(error))
         else:
-            line.put((url, signal, text))
+            pings.put((url, signal, text))
 
     def close(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
-        """Send what is waiting, for this long at most."""
+        """Send the pings that are waiting, for this long at most."""
         with self._lock:
-            lines, self._lines = list(self._lines.values()), {}
+            queues, self._queues = list(self._queues.values()), {}
         until = time.monotonic() + timeout_seconds
-        for line in lines:
-            line.end()
-        for line in lines:
-            line.join(max(0.0, until - time.monotonic()))
+        for pings in queues:
+            pings.end()
+        for pings in queues:
+            pings.join(max(0.0, until - time.monotonic()))
 
 
-class _Line:
-    """The pings of one job: a check that hangs holds up no other job's."""
+class _PingQueue:
+    """The pings of one job, sent by a thread of their own: a check that hangs delays no other job's pings."""
 
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
@@ -102,12 +105,12 @@ class _Line:
             except HTTPError as refusal:
                 log.warning("ping_refused", job=self._job_id, signal=signal, status=refusal.code)
                 refusal.close()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the job's run is worth more
+            except Exception as error:  # noqa: BLE001 - no failure of a ping may harm the job's run
                 log.warning("ping_not_sent", job=self._job_id, signal=signal, reason=_kind(error))
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """Takes a redirect for a refusal: what it leads to need not be the check."""
+    """Treats a redirect as a refusal: its target need not be the check."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -121,13 +124,13 @@ def _post(address: str, body: bytes) -> None:
 
 
 def _address(url: str, signal: Signal) -> str:
-    """Return where a signal goes: for start and failure a path below the check's, before its query."""
+    """Return the address of a signal: for start and failure a path below the check's, before its query."""
     parts = urlsplit(quote(url, safe=_PRINTABLE))
     path = parts.path if signal == "success" else f"{parts.path.rstrip('/')}/{signal}"
     return urlunsplit(parts._replace(path=path, fragment=""))
 
 
 def _kind(error: Exception) -> str:
-    """Say what kind of error it is: its text may hold the address."""
+    """Return the name of the error's class: its text may hold the address."""
     cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     return type(cause).__name__

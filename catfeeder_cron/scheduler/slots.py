@@ -1,4 +1,4 @@
-"""From a schedule to a run: which slot of a job is due, who gets it, and what becomes of those that went by."""
+"""Claims the slots of a job that are due, and accounts for those that passed without a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ def _now() -> datetime:
 
 @dataclass
 class JobSlots:
-    """The slots of one job, as this process sees them. Safe to use from any thread."""
+    """The slots of one job, as this process sees them. All methods may be called from any thread."""
 
     job_id: str
     schedule: Schedule
@@ -27,12 +27,14 @@ class JobSlots:
     ledger: Ledger
     downtime: Downtime
     accounted_until: datetime | None = None
-    """Where the job's account stands, as far as this process knows; None before it has been opened."""
+    """Until when the job's slots are accounted for, as far as this process knows; None before it has asked."""
     clock: Callable[[], datetime] = _now
+    # Held by a worker, or by the heartbeat's thread, while it claims or accounts for slots, the database's answer
+    # included: two threads of this process would otherwise claim from the same account, and one of them in vain.
     _lock: Lock = field(default_factory=Lock)
 
     def due(self, now: datetime | None = None) -> datetime | None:
-        """Return the latest slot whose time has come and that nobody has accounted for, as far as is known here."""
+        """Return the latest slot whose time has come and that is not accounted for, as far as this process knows."""
         if self.accounted_until is None:
             return None
         now = now or self.clock()
@@ -42,17 +44,18 @@ class JobSlots:
         return slots.last if slots else None
 
     def claim(self, trigger: Trigger) -> int | None:
-        """Claim the slot that is due; return the id of the run that follows, if it is this process's."""
+        """Claim the slot that is due; return the id of the run, or None if this process does not get one."""
         return self._settle(trigger, run=True)
 
     def pass_over(self, reason: str | None = None, until: datetime | None = None) -> None:
-        """Account for all slots that were due at `until` (default: now) without a run: for `reason`, or for what is
-        known of their times.
+        """Account for all slots that were due at `until` (default: now) as missed, for `reason`.
+
+        Without a reason, each is missed for the one that Downtime gives for its time.
         """
         self._settle("schedule", run=False, reason=reason, until=until)
 
     def interval(self, instant: datetime) -> timedelta | None:
-        """Return how far apart the two slots after `instant` lie."""
+        """Return the time between the two slots after `instant`; None if there are no two."""
         first = self.schedule.next_after(instant)
         second = self.schedule.next_after(first) if first else None
         return second - first if first and second else None
@@ -61,7 +64,7 @@ class JobSlots:
         self, trigger: Trigger, *, run: bool, reason: str | None = None, until: datetime | None = None
     ) -> int | None:
         with self._lock:
-            # Once more for each other process that has moved the account on since this one looked.
+            # Repeated each time that another process has moved the account on since this one looked.
             while slot := self.due(until):
                 known = self.accounted_until
                 assert known is not None
@@ -85,7 +88,7 @@ class JobSlots:
             return None
 
     def _missed(self, after: datetime, until: datetime, reason: str | None) -> list[Missed]:
-        """Sum up the slots in (`after`, `until`], a stretch for each reason."""
+        """Return the slots in (`after`, `until`] as stretches, one for each reason."""
         stretches: list[Missed] = []
         for turn, known_reason in [(until, reason)] if reason else self.downtime.reasons(until):
             slots = self.schedule.between(after, min(turn, until))

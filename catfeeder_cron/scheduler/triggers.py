@@ -1,4 +1,4 @@
-"""A job's schedule as a trigger of APScheduler, with jitter that every daemon agrees on."""
+"""Makes a job's schedule a trigger of APScheduler, with a jitter that is equal in every daemon."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -8,10 +8,9 @@ from catfeeder_cron.schedule import MICROSECOND, Schedule, stable_hash
 
 
 class ScheduleTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no annotations
-    """Fires once for each slot, up to `jitter` after it but always before the next slot.
+    """A trigger that fires once for each slot, up to `jitter` after it but always before the next slot.
 
-    The delay is a hash of the job's id and the slot: it needs no state, is the same in every daemon and
-    never adds up.
+    The delay is a hash of the job's id and the slot: it needs no state, is equal in every daemon and never adds up.
     """
 
     def __init__(self, schedule: Schedule, job_id: str, jitter: timedelta = timedelta(0)) -> None:
@@ -22,7 +21,7 @@ class ScheduleTrigger(BaseTrigger):  # type: ignore[misc]  # APScheduler has no 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
         """Return the next fire time; after a `previous_fire_time`, the latest that is due, if any is.
 
-        APScheduler asks again and again until the answer lies after `now`, to coalesce what was missed into
+        APScheduler asks again and again until the answer lies after `now`, to coalesce missed slots into
         one run. After a long sleep that would be every slot since; skipping to the latest makes it two steps.
         A trigger that starts afresh includes `now` itself.
         """

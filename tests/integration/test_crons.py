@@ -280,7 +280,7 @@ def test_a_stuck_job_is_reported_and_the_others_go_on_in_its_place(
         crons.inject_crons()
         wait_for(lambda: stuck.runs)
         held = other.runs
-        (run,) = [run for run in crons._open().supervisor._runs if run.job_id == "stuck"]
+        (run,) = [run for run in crons._open().supervisor.runs.under_way if run.job_id == "stuck"]
         run.control._started -= 60
         crons._open().supervisor._wake.set()
         wait_for(lambda: other.runs > held + 1)

@@ -78,9 +78,9 @@ def events(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_run_is_recorded_when_it_ends(office: Office, admin: psycopg.Connection) -> None:
     run = office.begin()
-    assert office.supervisor.running == ["job"]
+    assert office.supervisor.runs.job_ids == ["job"]
     office.supervisor.end(run, report("failed", "no food"))
-    assert office.supervisor.running == []
+    assert office.supervisor.runs.job_ids == []
     assert rows(admin, "outcome, reason") == [("failed", "no food")]
 
 
@@ -129,7 +129,7 @@ def test_a_process_that_was_frozen_claims_nothing_before_the_others_know_that_it
 
 def test_after_a_request_to_stop_running_jobs_end_and_none_begins(office: Office, admin: psycopg.Connection) -> None:
     run = office.begin()
-    office.supervisor.request_stop(JobAborted("enough"))
+    office.supervisor.runs.request_stop(JobAborted("enough"))
     with pytest.raises(JobAborted, match="enough"):
         run.control.checkpoint()
     with pytest.raises(JobAborted, match="enough"):
@@ -151,8 +151,8 @@ def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Of
     )
     begins.start()
     claiming.wait(SOON)
-    office.supervisor.request_stop(JobAborted("enough"))
-    waits = threading.Thread(target=office.supervisor.wait)
+    office.supervisor.runs.request_stop(JobAborted("enough"))
+    waits = threading.Thread(target=office.supervisor.runs.wait)
     waits.start()
     waits.join(0.2)
     assert waits.is_alive()
@@ -214,7 +214,7 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
     told = []
     for overdue in (14, 16, 105, 310, 325, 625):
         run.control._started = time.monotonic() - 1 - overdue
-        office.supervisor._look_at_timeouts()
+        office.supervisor.timeouts.enforce()
         told.append(events(caplog).count("job_stuck"))
     assert told == [0, 1, 1, 1, 2, 3]
     assert office.stuck_runs == 1, "one more worker, not one for each report"

@@ -1,0 +1,187 @@
+"""The SQL statements of the ledger. Each is atomic, and any number of processes may run it at once."""
+
+# One row of `schedule` serves as the lock: the process that moves it on from the value that all have read has claimed
+# the slot. The same statement accounts for the slots before it, so that a death in between leaves none of them out.
+# A slot of a job that is paused, or still running, becomes a missed one. A stretch grows while its reason stays.
+# A process whose clock is far ahead must not take slots from the others: the slots are not due yet.
+CLAIM = """
+    WITH advanced AS (
+        INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
+        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s < now() + interval '1 hour'
+        ON CONFLICT (job) DO UPDATE
+        SET accounted_until = excluded.accounted_until, retry_slot = NULL, retry_at = NULL
+        WHERE s.accounted_until = %(known)s
+        RETURNING accounted_until),
+    account AS (
+        SELECT accounted_until FROM advanced
+        UNION ALL
+        SELECT accounted_until FROM catfeeder_cron.schedule
+        WHERE job = %(job)s AND NOT EXISTS (SELECT FROM advanced)),
+    ours AS (
+        SELECT FROM account
+        WHERE %(trigger)s::text IS NOT NULL AND accounted_until >= %(slot)s
+          AND (%(shared)s OR EXISTS (SELECT FROM advanced))),
+    paused AS (
+        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
+        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
+    claimed AS (
+        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, host, pid, daemon)
+        SELECT %(job)s, %(slot)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s FROM ours
+        WHERE NOT EXISTS (SELECT FROM paused)
+        ON CONFLICT DO NOTHING
+        RETURNING run_id),
+    stretch AS (
+        SELECT first, last, missed, reason, false AS shared
+        FROM unnest(%(firsts)s::timestamptz[], %(lasts)s::timestamptz[], %(counts)s::int[], %(reasons)s::text[])
+             AS gap(first, last, missed, reason)
+        WHERE EXISTS (SELECT FROM advanced)
+        UNION ALL
+        SELECT %(slot)s, %(slot)s, 1, coalesce(paused.reason, %(still_running)s), %(shared)s AND paused.reason IS NULL
+        FROM ours LEFT JOIN paused ON true
+        WHERE NOT EXISTS (SELECT FROM claimed) AND (paused.reason IS NULL OR EXISTS (SELECT FROM advanced))
+          AND NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
+                          WHERE job = %(job)s AND slot = %(slot)s AND daemon = %(daemon)s)),
+    grown AS (
+        UPDATE catfeeder_cron.job_runs r
+        SET last_slot = s.last, missed = r.missed + s.missed, finished_at = now()
+        FROM (SELECT * FROM stretch ORDER BY first LIMIT 1) s
+        WHERE r.job = %(job)s AND r.last_slot = %(known)s AND r.missed IS NOT NULL AND r.reason = s.reason
+          AND r.shared = s.shared AND (NOT s.shared OR r.daemon = %(daemon)s)
+        RETURNING s.first),
+    added AS (
+        INSERT INTO catfeeder_cron.job_runs
+            (job, slot, last_slot, missed, trigger, shared, outcome, reason, host, pid, daemon, finished_at)
+        SELECT %(job)s, first, last, missed, 'schedule', shared, 'skipped', reason,
+               %(host)s, %(pid)s, %(daemon)s, now()
+        FROM stretch WHERE first NOT IN (SELECT first FROM grown)
+        ON CONFLICT DO NOTHING)
+    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
+
+# A run without a slot. A manual run ignores a pause; a woken run respects it, as runs of the schedule do.
+CLAIM_WITHOUT_SLOT = """
+    INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
+    SELECT %(job)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
+    WHERE %(trigger)s = 'manual'
+       OR NOT EXISTS (SELECT FROM catfeeder_cron.pauses
+                      WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()))
+    ON CONFLICT DO NOTHING
+    RETURNING run_id"""
+
+# The row of `schedule` is locked until the run is added, so only one of many processes gets it. A pause makes it a
+# skipped run; while the job runs (by hand), the retry waits.
+CLAIM_RETRY = """
+    WITH due AS MATERIALIZED (
+        SELECT retry_slot FROM catfeeder_cron.schedule
+        WHERE job = %(job)s AND retry_at <= now() AND accounted_until = retry_slot FOR UPDATE),
+    paused AS (
+        SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
+        WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
+    added AS (
+        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, host, pid, daemon, outcome, reason, finished_at)
+        SELECT %(job)s, retry_slot, 'retry', %(host)s, %(pid)s, %(daemon)s,
+               CASE WHEN paused.reason IS NOT NULL THEN 'skipped' END, paused.reason,
+               CASE WHEN paused.reason IS NOT NULL THEN now() END
+        FROM due LEFT JOIN paused ON true
+        ON CONFLICT DO NOTHING
+        RETURNING run_id, outcome),
+    done AS (
+        UPDATE catfeeder_cron.schedule SET retry_slot = NULL, retry_at = NULL
+        WHERE job = %(job)s AND EXISTS (SELECT FROM added))
+    SELECT run_id FROM added WHERE outcome IS NULL"""
+
+# The run that keeps this process from running the job: of a shared job only a run of this process does.
+UNDER_WAY = """
+    SELECT host, pid, started_at FROM catfeeder_cron.job_runs
+    WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
+
+# It may be repeated after a lost answer: then it finds the run closed and changes nothing. A run between slots takes in
+# the run before it if that was between slots, too: a job that always has something due would add a row every second.
+CLOSE = """
+    WITH earlier AS (
+        SELECT before.* FROM catfeeder_cron.job_runs this, LATERAL (
+            SELECT * FROM catfeeder_cron.job_runs r
+            WHERE r.job = this.job AND r.daemon = this.daemon AND r.run_id < this.run_id
+            ORDER BY r.run_id DESC LIMIT 1) before
+        WHERE this.run_id = %(run_id)s AND this.outcome IS NULL AND %(outcome)s = 'succeeded'
+          AND (this.slot, this.trigger) IS NOT DISTINCT FROM (NULL, 'schedule')
+          AND (before.slot, before.trigger, before.outcome) IS NOT DISTINCT FROM (NULL, 'schedule', 'succeeded')
+          AND before.started_at > now() - interval '1 hour'
+        FOR UPDATE OF this),
+    taken_in AS (
+        DELETE FROM catfeeder_cron.job_runs WHERE run_id IN (SELECT run_id FROM earlier)
+        RETURNING started_at, runs, counts),
+    closed AS (
+        UPDATE catfeeder_cron.job_runs
+        SET outcome = %(outcome)s, reason = %(reason)s, error = %(error)s, finished_at = now(),
+            started_at = coalesce((SELECT started_at FROM taken_in), started_at),
+            runs = runs + coalesce((SELECT runs FROM taken_in), 0),
+            counts = (SELECT coalesce(jsonb_object_agg(key, number), '{}')
+                      FROM (SELECT key, sum(value::bigint) AS number
+                            FROM (SELECT * FROM jsonb_each_text(%(counts)s)
+                                  UNION ALL
+                                  SELECT each.* FROM taken_in, jsonb_each_text(taken_in.counts) AS each) both_of
+                            GROUP BY key) summed)
+        WHERE run_id = %(run_id)s AND outcome IS NULL
+        RETURNING job, slot),
+    retry AS (
+        SELECT job, slot, now() + interval '1 second' * (1 + random() / 4)
+                   * least(3600, extract(epoch FROM %(retry_after)s::interval) * 2 ^ least(made, 30)) AS retry_at
+        FROM closed, LATERAL (SELECT count(*) AS made FROM catfeeder_cron.job_runs r
+                              WHERE r.job = closed.job AND r.slot = closed.slot AND r.trigger = 'retry') AS so_far
+        WHERE %(outcome)s IN ('failed', 'timed_out') AND made < %(retries)s),
+    awaited AS (
+        UPDATE catfeeder_cron.schedule s SET retry_slot = retry.slot, retry_at = retry.retry_at
+        FROM retry WHERE s.job = retry.job AND s.accounted_until = retry.slot
+            AND (retry.retry_at < %(retry_before)s OR %(retry_before)s::timestamptz IS NULL)
+        RETURNING s.retry_at - now() AS retry_in)
+    SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
+               SELECT FROM catfeeder_cron.job_runs
+               WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
+           (SELECT retry_in FROM awaited)"""
+
+# It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.
+# After a restart of the server all heartbeats are old, so no process counts as dead until all had time to come back.
+BEAT = """
+    WITH beat AS (
+        INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version)
+        VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s)
+        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind),
+    closed AS (
+        UPDATE catfeeder_cron.job_runs r
+        SET outcome = 'aborted', reason = %(died)s, finished_at = now()
+        WHERE r.outcome IS NULL AND r.daemon <> %(daemon)s
+          AND pg_postmaster_start_time() < now() - %(dead_after)s
+          AND NOT EXISTS (SELECT FROM catfeeder_cron.daemons d
+                          WHERE d.daemon = r.daemon AND d.heartbeat_at > now() - %(dead_after)s)
+        RETURNING r.job, r.host, r.pid, r.run_id),
+    gone AS (
+        DELETE FROM catfeeder_cron.daemons d
+        WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s)
+    SELECT array(SELECT run_id FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND daemon = %(daemon)s),
+           array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed),
+           (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule
+            WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot)"""
+
+LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
+
+# A changed trigger starts a new account: its slots before the change were never due. An account that lies in the
+# future, where a wrong clock has left it, starts anew as well.
+REGISTER = """
+    WITH dropped AS (DELETE FROM catfeeder_cron.schedule WHERE job = ANY(%(disabled)s))
+    INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
+    SELECT job, trigger, now() FROM unnest(%(jobs)s::text[], %(triggers)s::text[]) AS new(job, trigger) ORDER BY job
+    ON CONFLICT (job) DO UPDATE SET
+        trigger = excluded.trigger,
+        retry_slot = CASE WHEN s.trigger = excluded.trigger THEN s.retry_slot END,
+        retry_at = CASE WHEN s.trigger = excluded.trigger THEN s.retry_at END,
+        accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + interval '1 hour'
+                               THEN excluded.accounted_until ELSE s.accounted_until END
+    RETURNING job, accounted_until"""
+
+# It goes by the end of a run, because a stretch of missed slots still grows.
+FORGET = """
+    DELETE FROM catfeeder_cron.job_runs WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM catfeeder_cron.job_runs
+        WHERE finished_at < now() - %(keep)s
+          AND (outcome NOT IN ('failed', 'aborted', 'timed_out') OR finished_at < now() - 3 * %(keep)s)
+        LIMIT 5000 FOR UPDATE SKIP LOCKED))"""

@@ -1,0 +1,135 @@
+"""The runs of this process that the ledger has as open: under way, or ended and not recorded yet."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from catfeeder_cron.errors import JobInterrupted
+from catfeeder_cron.ledger.records import Retries
+from catfeeder_cron.report import JobReport
+from catfeeder_cron.scheduler.listeners import Run
+
+
+@dataclass(frozen=True, eq=False)
+class EndedRun:
+    """A run that has ended, and that is to be recorded."""
+
+    run_id: int
+    report: JobReport
+    retries: Retries | None = None
+
+
+class OpenRuns:
+    """Knows the open runs, those that are being claimed, and whether all were asked to stop.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        # Held by any thread for the moment in which it reads or changes these fields, never while the database is asked
+        # or a listener is called. Its holder may take it again: a signal's handler may ask for a stop at any point.
+        self._changed = threading.Condition()
+        self._under_way: list[Run] = []
+        self._claiming = 0
+        self._unrecorded: list[EndedRun] = []
+        self._stop_reason: JobInterrupted | None = None
+
+    @property
+    def under_way(self) -> list[Run]:
+        """The runs that have not ended."""
+        with self._changed:
+            return list(self._under_way)
+
+    @property
+    def job_ids(self) -> list[str]:
+        """The ids of the jobs that are running, in alphabetical order."""
+        return sorted(run.job_id for run in self.under_way)
+
+    @property
+    def stop_reason(self) -> JobInterrupted | None:
+        """Why every run was asked to end, and none may begin; None while none was asked."""
+        return self._stop_reason
+
+    @property
+    def unrecorded(self) -> list[EndedRun]:
+        """The runs that have ended and are not recorded yet, the oldest first."""
+        with self._changed:
+            return list(self._unrecorded)
+
+    @contextmanager
+    def claiming(self) -> Iterator[None]:
+        """Inside the `with` block, let `wait` wait for a run that is being claimed. Raises the reason for a stop."""
+        with self._changed:
+            if self._stop_reason:
+                raise self._stop_reason
+            self._claiming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._claiming -= 1
+                self._changed.notify_all()
+
+    def seen_at_once(self) -> tuple[list[Run], bool]:
+        """Return the runs under way and whether one more is being claimed, both as of the same moment."""
+        with self._changed:
+            return list(self._under_way), self._claiming > 0
+
+    def add(self, run: Run) -> None:
+        """Add a run that has been claimed. It is asked to stop if all were, even after it was claimed."""
+        with self._changed:
+            self._under_way.append(run)
+            if self._stop_reason:
+                run.control.stop.set(self._stop_reason)
+
+    def end(self, run: Run, report: JobReport, retries: Retries | None) -> bool:
+        """Move a run to those that are to be recorded. Returns False for one that has ended before."""
+        with self._changed:
+            if run not in self._under_way:
+                return False
+            self._under_way.remove(run)
+            self._unrecorded.append(EndedRun(run.run_id, report, retries))
+            self._changed.notify_all()
+        return True
+
+    def end_all(self, reason: str) -> list[tuple[Run, JobReport]]:
+        """Have every run under way recorded as aborted for this reason; return the runs with their reports."""
+        with self._changed:
+            runs, self._under_way = self._under_way, []
+            ended = [(run, aborted(run, reason)) for run in runs]
+            self._unrecorded += [EndedRun(run.run_id, report) for run, report in ended]
+        return ended
+
+    def recorded(self, ended: EndedRun) -> None:
+        """Remove a run that the ledger has recorded."""
+        with self._changed:
+            self._unrecorded.remove(ended)
+
+    def unknown_of(self, run_ids: set[int]) -> set[int]:
+        """Return which of these runs are none of the open ones."""
+        with self._changed:
+            return run_ids - {run.run_id for run in self._under_way} - {each.run_id for each in self._unrecorded}
+
+    def request_stop(self, reason: JobInterrupted) -> None:
+        """Ask every run to end after the batch in hand, also those that begin later. The first reason stays."""
+        with self._changed:
+            self._stop_reason = self._stop_reason or reason
+            for run in self._under_way:
+                run.control.stop.set(self._stop_reason)
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Return when no run is under way or being claimed, or when so many seconds have passed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way and not self._claiming, timeout_seconds)
+
+
+def aborted(run: Run, reason: str) -> JobReport:
+    """Return the report of a run that is aborted now, with the counts of its work so far."""
+    return aborted_report(run.job_id, reason, dict(run.control.counts), run.control.elapsed())
+
+
+def aborted_report(job_id: str, reason: str, counts: dict[str, int], duration: timedelta) -> JobReport:
+    """Return the report of an aborted run that ends now, after this duration."""
+    return JobReport(job_id, "aborted", reason, counts, datetime.now(UTC) - duration, duration, dry_run=False)
