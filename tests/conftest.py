@@ -113,10 +113,11 @@ def database_url(_url: str) -> Iterator[str]:
         try:
             with psycopg.connect(_url, autocommit=True) as connection:
                 connection.execute(_EMPTY)
-            return
         except psycopg.errors.DeadlockDetected:
             if last:
                 raise
+        else:
+            break
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from catfeeder_cron.config import OAuthSettings
+from catfeeder_cron.config.settings import OAuthSettings
 from catfeeder_cron.imports import load
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import sha256
 
-from catfeeder_cron.config import ProviderSettings
+from catfeeder_cron.config.settings import ProviderSettings
 from catfeeder_cron.config.values import split_http_url
 from catfeeder_cron.oauth.presets import DEFAULT_CONCURRENCY, ClientAuth, preset
 
