@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from catfeeder_cron.console.terminal import print_table
-from catfeeder_cron.ledger.history import Durations, PastRun
-from catfeeder_cron.renewal.forecast import LoginNeeded
 from catfeeder_cron.report import JobReport
+
+if TYPE_CHECKING:
+    from catfeeder_cron.ledger.history import Durations, PastRun
+    from catfeeder_cron.renewal.forecast import LoginNeeded
 
 
 def print_jobs(jobs: Sequence[dict[str, Any]]) -> None:
@@ -65,7 +67,7 @@ def print_status(found: dict[str, Any]) -> None:
     )
 
 
-def print_history(runs: Sequence[PastRun], durations: Iterable[Durations]) -> None:
+def print_history(runs: Sequence["PastRun"], durations: Iterable["Durations"]) -> None:
     """Print past runs, and how long they took."""
     print_table(
         ("RUN", "JOB", "SLOT (UTC)", "TRIGGER", "OUTCOME", "STARTED (UTC)", "SECONDS", "DETAILS"),
@@ -94,7 +96,7 @@ def _of_provider(name: str, report: JobReport) -> str:
     return f"  {name}: {', '.join(_counts(report.by_provider[name]))}" + (f" ({reason})" if reason else "")
 
 
-def print_forecast(links: Sequence[LoginNeeded]) -> None:
+def print_forecast(links: Sequence["LoginNeeded"]) -> None:
     """Print the links that need a new login."""
     print_table(
         ("OAUTH", "USER", "PROVIDER", "NEEDED (UTC)", "REASON"),
@@ -111,7 +113,7 @@ def print_forecast(links: Sequence[LoginNeeded]) -> None:
     )
 
 
-def _in_cells(run: PastRun) -> tuple[str, ...]:
+def _in_cells(run: "PastRun") -> tuple[str, ...]:
     details = [*([run.reason] if run.reason else []), *_counts(run.counts)]
     if run.runs > 1:
         details.append(f"{run.runs} runs between slots")
