@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context, copy_context
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Self
 
 from catfeeder_cron.children.messages import Request, Returned
@@ -113,9 +112,7 @@ class Children:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def call(

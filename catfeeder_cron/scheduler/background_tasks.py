@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, tzinfo
-from types import TracebackType
 from typing import Any, Self, final
 
 from apscheduler.events import (
@@ -140,12 +139,7 @@ class BackgroundTasks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.safe_stop()
         self._drained.wait()  # for a stop() that another thread has begun
 

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from catfeeder_cron import lifecycle
@@ -42,9 +42,7 @@ class StopSignals:
         lifecycle.after_fork(self, StopSignals._after_fork)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._entered:  # false in a forked process, which has left it already
             self._leave(self._previous_end)
 
@@ -105,9 +103,7 @@ class ReloadSignal:
         lifecycle.after_fork(self, ReloadSignal._after_fork)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if not self._entered:  # in a forked process
             return
         # Ignored from here on: a request for a reload must not end a process that is stopping in order.
