@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from catfeeder_cron.actions import built_in
+from catfeeder_cron.actions.due.leases import count_due, due_in_seconds
 from catfeeder_cron.config import Duration, JobSettings, within
 from catfeeder_cron.database.catalog import WantedIndex, has_table
 from catfeeder_cron.database.requirements import TableUse
@@ -43,9 +45,7 @@ def run(context: JobContext, settings: CheckActions) -> None:
     Counts `due` (claimed by this run), `done`, `retried` (another attempt will follow) and `given_up`; a dry run
     counts `would_run`.
     """
-    load("catfeeder_cron.actions", "catfeeder_cron.actions.due.leases", "catfeeder_cron.actions.due.run")
-    from catfeeder_cron.actions import built_in
-    from catfeeder_cron.actions.due.leases import count_due
+    load("catfeeder_cron.actions.due.run")
     from catfeeder_cron.actions.due.run import DueActionsRun, Limits
 
     if context.dry_run:
@@ -59,9 +59,6 @@ def run(context: JobContext, settings: CheckActions) -> None:
 
 def due_in(context: JobContext) -> float | None:
     """Return in how many seconds the next action is due or a lease ends; None if there is neither."""
-    load("catfeeder_cron.actions.due.leases")
-    from catfeeder_cron.actions.due.leases import due_in_seconds
-
     with context.transaction() as connection:
         if not has_table(connection, context.tables.schema_, context.tables.actions):
             return None

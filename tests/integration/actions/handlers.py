@@ -1,8 +1,8 @@
 """Handlers as an operator could write them. What they do is seen in files, by whatever process it is done."""
 
 import asyncio
+import ctypes
 import os
-import re
 import signal
 import sys
 import time
@@ -76,9 +76,10 @@ def freeze(action: Action) -> None:
 
 
 def hang(action: Action) -> None:
-    """Hold the interpreter's lock for longer than the universe has been there."""
+    """Hold the interpreter's lock for good, deaf to every signal."""
     note(action)
-    re.match(r"(a+)+$", "a" * 60 + "b")
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ctypes.PyDLL(None).sleep(1_000_000)
 
 
 def scribble(action: Action) -> None:

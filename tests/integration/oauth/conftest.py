@@ -78,12 +78,19 @@ class World:
         assert row is not None
         return Link(*row)
 
-    def context(self, *, database: Database | None = None, timeout: float = 300, **more: Any) -> JobContext:
+    def context(
+        self,
+        *,
+        database: Database | None = None,
+        timeout: float = 300,
+        every: timedelta = timedelta(minutes=30),
+        **more: Any,
+    ) -> JobContext:
         return JobContext(
             database=database or self.database,
             tables=DatabaseSettings.model_validate({}).tables,
             timeout=timedelta(seconds=timeout),
-            schedule=IntervalSchedule(timedelta(minutes=30), "renew-oauth"),
+            schedule=IntervalSchedule(every, "renew-oauth"),
             oauth=OAuthClient(OAuthSettings.model_validate(self.settings)),
             state_directory=self.state_directory,
             **more,
