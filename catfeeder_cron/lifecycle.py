@@ -145,7 +145,10 @@ def _at_exit() -> None:
     for resource in list(_open):
         _let_go(resource, at_exit=True)
     for call in list(_at_the_end):
-        call()
+        try:
+            call()
+        except Exception:
+            log.exception("resource_not_closed")
 
 
 def _in_forked_child() -> None:

@@ -22,7 +22,7 @@ class StopRequest:
         # Held by the thread that sets the reason and by one that adds or removes a callback: a callback that is added
         # while the reason is set is called by one of the two threads. None is called while the lock is held, because
         # callbacks may take locks of their own.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reason: JobInterrupted | None = None
         self._callbacks: list[Callable[[], None]] = []
 

@@ -113,7 +113,8 @@ install_documentation() {
   _CATFEEDER_CRON_COMPLETE=source_bash "$python" -P -m catfeeder_cron > "$DESTDIR$bash_completion"
   _CATFEEDER_CRON_COMPLETE=source_fish "$python" -P -m catfeeder_cron > "$DESTDIR$fish_completion"
   # zsh looks at the first line, and runs the file as the function when it first completes the command.
-  _CATFEEDER_CRON_COMPLETE=source_zsh "$python" -P -m catfeeder_cron | sed '/./,$!d' > "$DESTDIR$zsh_completion"
+  _CATFEEDER_CRON_COMPLETE=source_zsh "$python" -P -m catfeeder_cron > "$DESTDIR$zsh_completion"
+  sed -i '/./,$!d' "$DESTDIR$zsh_completion"
   echo '_catfeeder_cron_completion "$@"' >> "$DESTDIR$zsh_completion"
 }
 

@@ -29,8 +29,9 @@ _OOM_SCORE = "500"
 def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
     """Fork, call `work` in the new process, and watch over it.
 
-    `parent` is the daemon's process id. Each line that comes from the descriptor `control` gives the seconds from now
-    after which the guard kills everything (0: never).
+    `parent` is the daemon's process id. Each line that comes from the descriptor `control` gives the time at which the
+    guard kills everything, in seconds on the clock that goes on while the machine is suspended (0: never); or it is
+    "kill". The end of the pipe alone would not do: a process that the daemon's program forks holds it open, too.
     """
     _die_with(parent, signal.SIGTERM)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -58,6 +59,9 @@ class _Guard:
         self._alarm = alarm
         self._deadline: float | None = None
         self._read = b""
+        self._poll = select.poll()  # `select` takes no descriptor from 1024 on
+        for descriptor in (control, alarm):
+            self._poll.register(descriptor, select.POLLIN)
         os.set_blocking(alarm_write, False)
         signal.set_wakeup_fd(alarm_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGCHLD):
@@ -71,26 +75,29 @@ class _Guard:
                 _kill_descendants()
                 _end_like(status)
             left = self._left()
-            if left is not None and left <= 0:
-                _kill_descendants()
-                _die_by(signal.SIGALRM)
-            wait = None if left is None else min(left, _LOOK_SECONDS)
-            ready, _, _ = select.select([self._control, self._alarm], [], [], wait)
+            wait = None if left is None else min(max(left, 0.0), _LOOK_SECONDS)
+            ready = {descriptor for descriptor, _ in self._poll.poll(None if wait is None else 1000 * wait)}
             if self._alarm in ready and signal.SIGTERM in os.read(self._alarm, 64):
                 break
             if self._control in ready and not self._take_orders():
                 break
+            # After the orders: one that came in time has moved the deadline, however late this process is.
+            left = self._left()
+            if left is not None and left <= 0:
+                _kill_descendants()
+                _die_by(signal.SIGALRM)
         _kill_descendants()
         _die_by(signal.SIGTERM)
 
     def _take_orders(self) -> bool:
-        """Read the next deadlines; return False when the daemon is gone."""
+        """Read the next deadlines; return False when everything is to be killed, or the daemon is gone."""
         read = os.read(self._control, 4096)
         *lines, self._read = (self._read + read).split(b"\n")
+        if not read or b"kill" in lines:
+            return False
         for line in lines:
-            seconds = float(line)
-            self._deadline = _elapsed_seconds() + seconds if seconds else None
-        return bool(read)
+            self._deadline = float(line) or None
+        return True
 
     def _left(self) -> float | None:
         return None if self._deadline is None else self._deadline - _elapsed_seconds()

@@ -14,6 +14,7 @@ from typing import Any, Self
 from catfeeder_cron.children.messages import Request, Returned
 from catfeeder_cron.children.process import ChildProcess, NotBegun
 from catfeeder_cron.errors import CatfeederCronError
+from catfeeder_cron.times import elapsed_seconds
 
 STOP_GRACE = timedelta(seconds=10)
 """How long a callable may take to end after it was asked to stop."""
@@ -33,7 +34,7 @@ class Call:
         self._loop = loop
         self._child: ChildProcess | None = None
         self._stop_requested = False
-        self._seconds = 0.0
+        self._deadline = 0.0
         self.request = request
         self.future: Future[Returned] = Future()
         """Gets the result or error of ChildProcess.result; after `ask_to_stop` or `kill` it surely gets one."""
@@ -45,8 +46,11 @@ class Call:
         self._soon(self._ask_to_stop)
 
     def set_deadline(self, seconds: float) -> None:
-        """Have the guard kill it after so many seconds, even if this process is frozen or gone; 0 takes that back."""
-        self._soon(self._set_deadline, seconds)
+        """Have the guard kill it in so many seconds from now, even if this process is frozen or gone by then.
+
+        0 takes that back.
+        """
+        self._soon(self._set_deadline, elapsed_seconds() + seconds if seconds else 0.0)
 
     def kill(self) -> None:
         """Kill the callable and everything that it has started."""
@@ -58,8 +62,8 @@ class Call:
         """Send the call to this process, with the stop, the deadline or the kill that was requested before."""
         self._child = child
         child.send(self.request)
-        if self._seconds:
-            child.set_deadline(self._seconds)
+        if self._deadline:
+            child.set_deadline(self._deadline)
         if self._stop_requested:
             child.ask_to_stop()
         if self.was_killed:
@@ -67,7 +71,7 @@ class Call:
 
     def leave(self) -> None:
         """Forget the process, and take the deadline back: the process may serve another call next."""
-        if self._child and self._seconds:
+        if self._child and self._deadline:
             self._child.set_deadline(0)
         self._child = None
 
@@ -82,10 +86,10 @@ class Call:
             if self._child:
                 self._child.ask_to_stop()
 
-    def _set_deadline(self, seconds: float) -> None:
-        self._seconds = seconds
+    def _set_deadline(self, at: float) -> None:
+        self._deadline = at
         if self._child:
-            self._child.set_deadline(seconds)
+            self._child.set_deadline(at)
 
     def _kill(self) -> None:
         if not self.future.done():
@@ -168,7 +172,8 @@ class Children:
                 raise CatfeederCronError("it can't be called any more: this program is ending")
             if self._processes is None:
                 self._processes = _Processes(self._idle)
-                weakref.finalize(self, self._processes.end_soon)
+                # Not at exit: runs are asked to end then (see lifecycle), and the processes end with this one.
+                weakref.finalize(self, self._processes.end_soon).atexit = False
             return self._processes.begin(key, request)
 
 
@@ -253,8 +258,8 @@ class _Processes:
 
     async def _result_of(self, child: ChildProcess, key: str, call: Call) -> Returned:
         as_of = self._retired_at
-        call.enter(child)
         try:
+            call.enter(child)
             return await child.result()
         finally:
             call.leave()

@@ -38,6 +38,8 @@ class ChildProcess:
         self._process = process
         self._control: int | None = control
         self._request: Request | None = None
+        self._had_deadline = False
+        self._was_killed_here = False
         self._output = PrintedOutput(process.stderr)
         self._ended = asyncio.create_task(process.wait())
         self._ended.add_done_callback(lambda _task: self._after_its_end())
@@ -46,7 +48,10 @@ class ChildProcess:
     @classmethod
     async def start(cls) -> "ChildProcess":
         """Start the process. Raises ChildDied where the system has no room for another process."""
-        read_end, write_end = os.pipe()
+        try:
+            read_end, write_end = os.pipe()
+        except OSError as error:
+            raise _not_started(error) from error
         os.set_blocking(write_end, False)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -60,7 +65,7 @@ class ChildProcess:
             )
         except OSError as error:
             os.close(write_end)
-            raise ChildDied(f"its process could not be started: {error.strerror}") from error
+            raise _not_started(error) from error
         finally:
             os.close(read_end)
         return cls(process, write_end)
@@ -103,11 +108,13 @@ class ChildProcess:
         """Make `stopping()` return True in the process, and cancel a coroutine that runs there."""
         self._write(b'{"stop": true}\n')
 
-    def set_deadline(self, seconds: float) -> None:
-        """Have the guard kill the call after so many seconds, even if this process is gone; 0 takes that back."""
-        if self._control is not None:
-            with suppress(OSError):
-                os.write(self._control, f"{seconds}\n".encode())
+    def set_deadline(self, at: float) -> None:
+        """Have the guard kill the call at this time of times.elapsed_seconds, even if this process is gone by then.
+
+        0 takes that back.
+        """
+        self._had_deadline = self._had_deadline or bool(at)
+        self._order(f"{at}")
 
     def kill(self) -> None:
         """End the process and everything that it has started, whatever they are doing."""
@@ -118,6 +125,8 @@ class ChildProcess:
     async def end(self) -> None:
         """Let the process end in order within two seconds, else kill it."""
         assert self._process.stdin is not None
+        # In words, too: a process that this program has forked holds the pipe open.
+        self._write(b'{"end": true}\n')
         self._process.stdin.close()
         await asyncio.wait([self._ended], timeout=_END_SECONDS)
         self.kill()
@@ -135,16 +144,28 @@ class ChildProcess:
         """Wait until the process has ended, and say how."""
         await asyncio.wait([self._ended], timeout=_KILL_SECONDS)
         if self.alive:  # the guard itself hangs; the kernel sends the worker a signal at the guard's end
+            self._was_killed_here = True
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
             await asyncio.wait([self._ended], timeout=_KILL_SECONDS)
-        return _described(self._process.returncode)
+        status = self._process.returncode
+        if status == -signal.SIGALRM and self._had_deadline:
+            return "was still at work when its lease ran out, and was killed"
+        if status == -signal.SIGKILL and not self._was_killed_here:
+            return "was killed by SIGKILL, as the system does when memory runs out"
+        return _described(status)
 
     def _close_control(self) -> None:
-        """Tell the guard, by the end of its pipe, to kill the others and then itself."""
+        """Tell the guard to kill the others and then itself: in words, and by the end of its pipe."""
         if self._control is not None:
+            self._order("kill")
             os.close(self._control)
             self._control = None
+
+    def _order(self, line: str) -> None:
+        if self._control is not None:
+            with suppress(OSError):  # the guard has ended
+                os.write(self._control, f"{line}\n".encode())
 
     def _after_its_end(self) -> None:
         self._close_control()
@@ -179,8 +200,12 @@ def _described(status: int | None) -> str:
         return "does not end, not even when it is killed"
     if status >= 0:
         return f"ended with exit status {status}"
-    if -status == signal.SIGALRM:
-        return "was still at work when its lease ran out, and was killed"
-    if -status == signal.SIGKILL:
-        return "was killed by SIGKILL, as the system does when memory runs out"
-    return f"was killed by {signal.Signals(-status).name}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # one of the real-time signals, which have no names
+        name = f"signal {-status}"
+    return f"was killed by {name}"
+
+
+def _not_started(error: OSError) -> ChildDied:
+    return ChildDied(f"its process could not be started: {error.strerror}")

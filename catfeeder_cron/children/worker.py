@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from catfeeder_cron.children.callables import find_callable
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError, HopelessAction, JobSkipped, PostponedAction
@@ -110,8 +110,8 @@ class _Worker:
     def work(self) -> NoReturn:
         """Perform and answer calls until standard input is closed, then end the process."""
         while (message := self._waiting.get()) is not None:
-            self._channel.send({"begun": message["mark"]})
             self._prepare(message)
+            self._channel.send({"begun": message["mark"]})
             verdict = self._perform(message)
             if not self._channel.is_ours:
                 os._exit(0)  # this process was forked by the callable, and returned from it
@@ -131,6 +131,8 @@ class _Worker:
         with open(calls, encoding="utf-8") as lines:
             for line in lines:
                 message = json.loads(line)
+                if "end" in message:
+                    break
                 if "stop" in message:
                     self._run.request_stop()
                 else:
@@ -144,11 +146,12 @@ class _Worker:
         enter_callable_run(self._run)
         for name, number in (("stdout", 1), ("stderr", 2)):
             stream = getattr(sys, name)
-            if getattr(stream, "closed", True):
-                stream = open(number, "w", closefd=False)  # noqa: SIM115 - it stays open
-                setattr(sys, name, stream)
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            with suppress(Exception):  # it may be closed, detached, or anything else
+                if not stream.closed:
+                    if hasattr(stream, "reconfigure"):
+                        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+                    continue
+            setattr(sys, name, _text_stream(number))
         root = logging.getLogger()
         root.setLevel(message["log_level"])
         if self._channel.handler not in root.handlers:
@@ -213,6 +216,10 @@ class _Worker:
                 return {"kind": "returned", "text": None}  # as it was asked to
             return _told("failed", "it was cancelled, though nobody asked it to stop")
         return {**_told("raised", _text_of(error)), "class": type(error).__name__, "traceback": _trace_of(error)}
+
+
+def _text_stream(number: int) -> TextIO:
+    return open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
 def _told(kind: str, text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, tzinfo
 from typing import Any, Self, final
 
@@ -241,7 +241,9 @@ class BackgroundTasks:
         with self._lock:
             for task in self.tasks:
                 if getattr(task.func, "__self__", None) is owner and (not job_ids or task.id in job_ids):
-                    self._scheduler.remove_job(task.id)
+                    # The schedule's thread removes a task whose last run has begun, whoever holds our lock.
+                    with suppress(JobLookupError):
+                        self._scheduler.remove_job(task.id)
 
     def start(self) -> None:
         """Start the schedule; with `blocking`, return only when a `stop` from another thread is complete.

@@ -81,8 +81,9 @@ class OpenRuns:
         """Add a run that has been claimed. It is asked to stop if all were, even after it was claimed."""
         with self._changed:
             self._under_way.append(run)
-            if self._stop_reason:
-                run.control.stop.set(self._stop_reason)
+            stop_reason = self._stop_reason
+        if stop_reason:  # without the lock: this calls callbacks
+            run.control.stop.set(stop_reason)
 
     def end(self, run: Run, report: JobReport, retries: Retries | None) -> bool:
         """Move a run to those that are to be recorded. Returns False for one that has ended before."""
@@ -115,9 +116,10 @@ class OpenRuns:
     def request_stop(self, reason: JobInterrupted) -> None:
         """Ask every run to end after the batch in hand, also those that begin later. The first reason stays."""
         with self._changed:
-            self._stop_reason = self._stop_reason or reason
-            for run in self._under_way:
-                run.control.stop.set(self._stop_reason)
+            self._stop_reason = stop_reason = self._stop_reason or reason
+            runs = list(self._under_way)
+        for run in runs:  # without the lock: this calls callbacks
+            run.control.stop.set(stop_reason)
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Return when no run is under way or being claimed, or when so many seconds have passed."""

@@ -22,6 +22,7 @@ from catfeeder_cron.times import elapsed_seconds
 log = get_logger("catfeeder_cron.scheduler")
 
 _FORGET_EVERY_SECONDS = 3600
+_AGAIN_SECONDS = 1.0
 _NEVER = float("-inf")
 # A run confirms its heartbeat before a batch once it is this old: the others close the run soon.
 _CONFIRM_AFTER_SECONDS = 0.7 * DEAD_AFTER_SECONDS
@@ -76,8 +77,8 @@ class Supervisor:
         take this one for dead and no heartbeat can reach them: they would close the run at once.
         """
         run: Run | None = None
-        with self.runs.claiming():
-            try:
+        try:
+            with self.runs.claiming():
                 self._confirm()
                 self._record()  # a run of the same job that has ended must not be in the way
                 run_id = claim()
@@ -85,13 +86,13 @@ class Supervisor:
                     return None
                 run = Run(run_id, job_id, settings, control)
                 self._supervise(run)
-            except DatabaseUnavailable:
-                self._downtime.missed()
-                raise
-            except BaseException as error:
-                if run is not None:
-                    self.end(run, aborted(run, f"the program was interrupted by {type(error).__name__}"))
-                raise
+        except DatabaseUnavailable:
+            self._downtime.missed()
+            raise
+        except BaseException as error:
+            if run is not None:
+                self.end(run, aborted(run, f"the program was interrupted by {type(error).__name__}"))
+            raise
         return run
 
     def begun(self, run: Run) -> None:
@@ -158,7 +159,11 @@ class Supervisor:
                 next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
                 if not self._try_to_beat():
                     self._listeners.beat(False)
-            next_timeout = self.timeouts.enforce()
+            try:
+                next_timeout = self.timeouts.enforce()
+            except Exception:  # of a callback that asks a run to stop
+                log.exception("timeout_not_enforced")
+                next_timeout = _AGAIN_SECONDS
             self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
             self._wake.clear()
 
@@ -209,20 +214,25 @@ class Supervisor:
 
     def _record(self) -> None:
         """Record the runs that have ended, the oldest first. Raises DatabaseError, and keeps those that are left."""
-        with self._recording:
-            while unrecorded := self.runs.unrecorded:
-                ended = unrecorded[0]
-                closed = self._close_run(ended)
-                self.runs.recorded(ended)
-                if closed.retry_in is not None:
-                    self._listeners.retry(ended.report.job, closed.retry_in)
-                if closed.by_another:
-                    log.warning(
-                        "run_was_closed_by_another",
-                        job=ended.report.job,
-                        run_id=ended.run_id,
-                        outcome=ended.report.outcome,
-                    )
+        retries: list[tuple[str, timedelta]] = []
+        try:
+            with self._recording:
+                while unrecorded := self.runs.unrecorded:
+                    ended = unrecorded[0]
+                    closed = self._close_run(ended)
+                    self.runs.recorded(ended)
+                    if closed.retry_in is not None:
+                        retries.append((ended.report.job, closed.retry_in))
+                    if closed.by_another:
+                        log.warning(
+                            "run_was_closed_by_another",
+                            job=ended.report.job,
+                            run_id=ended.run_id,
+                            outcome=ended.report.outcome,
+                        )
+        finally:  # without the lock: a listener may end or claim runs itself
+            for job, retry_in in retries:
+                self._listeners.retry(job, retry_in)
 
     def _close_run(self, ended: EndedRun) -> Closed:
         try:

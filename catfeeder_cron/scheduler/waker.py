@@ -168,8 +168,10 @@ class Waker:
 
     def _wait(self, connection: Connection | None, seconds: float) -> bool:
         """Wait for a notification or a byte in the pipe; return whether there was a notification."""
-        ends = [self._read_end, *([connection.fileno()] if connection is not None else [])]
-        ready, _, _ = select.select(ends, [], [], max(0.0, seconds))
+        poll = select.poll()  # `select` takes no descriptor from 1024 on
+        for end in (self._read_end, *([connection.fileno()] if connection is not None else [])):
+            poll.register(end, select.POLLIN)
+        ready = {end for end, _ in poll.poll(max(0.0, 1000 * seconds))}
         if self._read_end in ready:
             os.read(self._read_end, 4096)
         if connection is None or connection.fileno() not in ready:

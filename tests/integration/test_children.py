@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,20 @@ def last(file):
     os.rename(file + ".new", file)
     while True:
         time.sleep(1000)
+
+def detach_stdout():
+    import io
+    sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding="utf-8")
+    print("still here")
+    return str(os.getpid())
+
+def detach_and_forget():
+    sys.stdout.detach()
+    return str(os.getpid())
+
+def die_by(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1000)
 
 def say_goodbye(file):
     import atexit
@@ -177,13 +192,14 @@ call.future.result()
 def test_a_deadline_that_is_taken_back_or_moved_kills_nobody(folder: Path) -> None:
     with Children() as children:
         made, pid = lasting(children, folder)
-        made.set_deadline(0.2)
+        made.set_deadline(3)
         made.set_deadline(1000)
+        served = pid_of(children, "another")
         other = call(children, "whoami", key="another")
-        other.set_deadline(0.2)
-        served = int(other.future.result(60).text or 0)
+        other.set_deadline(3)
+        assert int(other.future.result(60).text or 0) == served
         expired, expiring = lasting(children, folder, "expiring")
-        expired.set_deadline(0.6)  # by its end the others' would have come
+        expired.set_deadline(4)  # by its end the others' would have come
         with pytest.raises(ChildDied, match="when its lease ran out"):
             expired.future.result(60)
         assert is_gone(expiring)
@@ -224,3 +240,68 @@ def test_what_is_printed_and_logged_is_told_before_the_call_is_over(folder: Path
         children.call("key", "talking:talk", on_line=lines.append).future.result(60)
 
     assert lines == [str(n) for n in range(2000)]
+
+
+@pytest.mark.parametrize("function", ["detach_stdout", "detach_and_forget"])
+def test_a_call_finds_its_streams_as_they_should_be_whatever_the_one_before_did(folder: Path, function: str) -> None:
+    with Children() as children:
+        first = call(children, function).future.result(60).text
+        lines: list[str] = []
+        again = children.call("key", "called:detach_stdout", on_line=lines.append).future.result(60).text
+        assert first == again
+        assert lines == ["still here"]
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGRTMIN + 6, f"was killed by signal {signal.SIGRTMIN + 6}"),
+        (signal.SIGALRM, "was killed by SIGALRM"),
+        (signal.SIGKILL, "was killed by SIGKILL, as the system does when memory runs out"),
+    ],
+)
+def test_the_signal_of_which_a_callable_died_is_named(folder: Path, number: int, told: str) -> None:
+    with Children() as children, pytest.raises(ChildDied, match=f"^its process {told}$"):
+        call(children, "die_by", int(number)).future.result(60)
+
+
+FORKS_MEANWHILE = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+from catfeeder_cron.children.pool import Children
+children = Children()
+made = children.call("key", "called:last", {begun!r}, on_line=print)
+while not os.path.exists({begun!r}):
+    time.sleep(0.01)
+forked = os.fork()
+if forked == 0:
+    signal.pause()
+children.close()
+print(made.future.exception(), flush=True)
+os.kill(forked, signal.SIGKILL)
+"""
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_none_from_being_killed(folder: Path) -> None:
+    """It holds all pipes to the children open."""
+    begun = folder / "pid"
+    program = FORKS_MEANWHILE.format(folder=str(folder), begun=str(begun))
+    options = ["-W", "ignore:This process:DeprecationWarning"]
+    done = subprocess.run(
+        [sys.executable, *options, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.returncode) == ("its process was killed by SIGTERM\n", 0), done.stderr
+    assert is_gone(int(begun.read_text()))
+
+
+def test_a_program_with_many_open_files_has_children_too(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2000, limits[0]), limits[1]))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Children() as children:
+            assert pid_of(children)
+    finally:
+        for each in opened:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

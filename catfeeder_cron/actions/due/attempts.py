@@ -45,9 +45,8 @@ class Attempts:
         built_in: Mapping[str, Handler],
         children: Children,
         timeout_seconds: float,
-        lease_seconds: float,
     ) -> None:
-        self._handlers = Handlers(settings, built_in, children, timeout_seconds, lease_seconds)
+        self._handlers = Handlers(settings, built_in, children, timeout_seconds)
         self._timeout_seconds = timeout_seconds
         # The run's thread makes this object and calls its public methods. The tasks and the handlers belong to the
         # thread of the event loop, and call_soon_threadsafe hands work over to it; this queue brings results back.
@@ -80,9 +79,9 @@ class Attempts:
                 finished.append(self._finished.get(timeout=_GATHER_SECONDS))
         return finished
 
-    def extend(self, ids: list[Any]) -> None:
-        """Let the handlers of these actions go on: their leases were extended."""
-        self._loop.call_soon_threadsafe(self._handlers.extend, ids)
+    def extend(self, ids: list[Any], lease_ends: float) -> None:
+        """Let the handlers of these actions go on: their leases were extended until then, by times.elapsed_seconds."""
+        self._loop.call_soon_threadsafe(self._handlers.extend, ids, lease_ends)
 
     def ask_to_stop(self) -> None:
         """Ask the operator's handlers to end. One that has not ended ten seconds later is killed, and "retried"."""

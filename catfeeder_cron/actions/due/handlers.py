@@ -11,6 +11,7 @@ from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import CallableRaised, ChildDied, ConfigurationError, HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.actions")
 log_of_output = get_logger("catfeeder_cron.output")
@@ -25,23 +26,21 @@ class Handlers:
         built_in: Mapping[str, Handler],
         children: Children,
         timeout_seconds: float,
-        lease_seconds: float,
     ) -> None:
         self._settings = settings
         self._built_in = built_in
         self._children = children
         self._timeout_seconds = timeout_seconds
-        self._lease_seconds = lease_seconds
         self._calls: dict[Any, Call] = {}
         """The operator's handlers at work, by the id of their action."""
         self._performs: dict[str, Perform] = {}
         self._opened = AsyncExitStack()
 
-    def extend(self, ids: list[Any]) -> None:
-        """Give these actions a whole lease from now: their leases were extended."""
+    def extend(self, ids: list[Any], lease_ends: float) -> None:
+        """Let these actions go on: their leases were extended until then, by times.elapsed_seconds."""
         for each in ids:
             if each in self._calls:
-                self._calls[each].set_deadline(self._lease_seconds)
+                self._calls[each].set_deadline(lease_ends - elapsed_seconds())
 
     def ask_to_stop(self) -> None:
         """Ask the operator's handlers at work to end; a child that has not ended ten seconds later is killed."""
@@ -79,7 +78,7 @@ class Handlers:
         """
         action = claimed.action
         call = self._children.call(f"actions.{action.kind}", reference, action, on_line=_log_line)
-        call.set_deadline(self._lease_seconds)
+        call.set_deadline(claimed.lease_ends - elapsed_seconds())
         self._calls[action.id] = call
         try:
             timed_out = await self._wait(call)

@@ -5,6 +5,7 @@ text into `lease_owner`, so a process that has lost its lease can't change the r
 """
 
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from psycopg import sql
 from catfeeder_cron.actions.action import Action
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, single
+from catfeeder_cron.times import elapsed_seconds
 
 # The payload comes as text and the time within Python's limits, so that one unreadable row does not keep the others
 # from being claimed. PostgreSQL checks the condition again after it has locked a row, so a row that another session has
@@ -98,6 +100,8 @@ class Claimed:
 
     action: Action
     owner: str
+    lease_ends: float = math.inf
+    """When the lease as claimed ends, by times.elapsed_seconds, at the earliest."""
     unreadable: str | None = None
     """Why its payload can't be handed to a handler."""
 
@@ -122,7 +126,9 @@ class Leases:
             "process": self._process,
             "longest": _LONGEST_PAYLOAD + 1,
         }
-        return [self._claimed(row, self._origin) for row in connection.execute(self._sql(_CLAIM), parameters)]
+        lease_ends = elapsed_seconds() + self._lease.total_seconds()
+        rows = connection.execute(self._sql(_CLAIM), parameters)
+        return [self._claimed(row, self._origin, lease_ends) for row in rows]
 
     def extend(self, connection: Connection, held: list[Claimed]) -> tuple[set[Any], set[Any]]:
         """Extend these leases; return the rows that still have this run's lease, and those that were extended."""
@@ -139,11 +145,11 @@ class Leases:
         parameters = {"owner_pattern": _OWNER_PATTERN, "reason": LOST}
         return [id for (id,) in connection.execute(self._sql(_TAKE_OVER), parameters)]
 
-    def _claimed(self, row: tuple[Any, ...], origin: UUID) -> Claimed:
+    def _claimed(self, row: tuple[Any, ...], origin: UUID, lease_ends: float) -> Claimed:
         id, user_id, name, kind, text, attempt, owner, repeats, due_at = row
         key = str(uuid5(origin, f"{id}/{due_at.isoformat()}" if repeats else f"{id}"))
         payload, unreadable = _read(text)
-        return Claimed(Action(id, user_id, name, kind, payload, due_at, attempt, key), owner, unreadable)
+        return Claimed(Action(id, user_id, name, kind, payload, due_at, attempt, key), owner, lease_ends, unreadable)
 
     def _sql(self, text: LiteralString) -> sql.Composed:
         return statement(text, self._tables)

@@ -17,6 +17,7 @@ from catfeeder_cron.database import single
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
+from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.actions")
 
@@ -51,7 +52,7 @@ class DueActionsRun:
         self._leases = Leases(context.tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
-        self._attempts = Attempts(settings, built_in, context.children, action_timeout_seconds, lease_seconds)
+        self._attempts = Attempts(settings, built_in, context.children, action_timeout_seconds)
         self._extend_every = lease_seconds / 3
         self._extended_at = self._reached_at = time.monotonic()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
@@ -206,10 +207,11 @@ class DueActionsRun:
             )
 
     def _extend(self) -> None:
+        lease_ends = elapsed_seconds() + self._limits.lease.total_seconds()
         with self._context.database.transaction() as connection:
             ours, extended = self._leases.extend(connection, list(self._under_way.values()))
         self._extended_at = self._reached_at = time.monotonic()
-        self._attempts.extend(list(extended))
+        self._attempts.extend(list(extended), lease_ends)
         self._attempts.cancel([each for each in self._under_way if each not in ours])
 
 
