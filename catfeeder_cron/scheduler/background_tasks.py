@@ -264,6 +264,9 @@ class BackgroundTasks:
             try:
                 self._scheduler.loop()
                 self._drained.wait()
+            except BaseException:  # Ctrl-C, say: from here on no thread keeps the schedule
+                self.safe_stop(wait=False)
+                raise
             finally:
                 self._looping = False
 

@@ -46,6 +46,9 @@ class JobScheduler(RunListener):
         # heartbeat's thread, and by workers. Never held while the database is asked. Its holder may take it again: a
         # signal's handler may come in at any point.
         self._lock = threading.RLock()
+        # Held by the thread of a heartbeat while it opens accounts: of two heartbeats at the same time one opens them,
+        # and asks for recovery once.
+        self._opening = threading.RLock()
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -91,8 +94,17 @@ class JobScheduler(RunListener):
 
     def beat(self, reached: bool, /) -> None:
         """Open the accounts at the first heartbeat and after each return, and catch up on overdue slots."""
-        if not reached:
-            return
+        if reached:
+            with self._opening:
+                self._open_and_recover()
+
+    def retry(self, job_id: str, retry_in: timedelta, /) -> None:
+        """Try to retry a failed run, so soon; the first process that tries makes the run."""
+        with self._lock:
+            if job_id in self._slots and not self._executor.stopping:
+                self._tasks.run_soon("retrying", self._run_retry, job_id, at=datetime.now(UTC) + retry_in)
+
+    def _open_and_recover(self) -> None:
         with self._lock:
             returns = self._downtime.returns
             unopened = {
@@ -108,12 +120,6 @@ class JobScheduler(RunListener):
         for job_id in recoverable:
             self._tasks.run_soon("recovering", self._recover, job_id)
         self._returns_seen = returns
-
-    def retry(self, job_id: str, retry_in: timedelta, /) -> None:
-        """Try to retry a failed run, so soon; the first process that tries makes the run."""
-        with self._lock:
-            if job_id in self._slots and not self._executor.stopping:
-                self._tasks.run_soon("retrying", self._run_retry, job_id, at=datetime.now(UTC) + retry_in)
 
     def _slots_of(self, job_id: str) -> JobSlots:
         job, settings = self._executor.find(job_id)

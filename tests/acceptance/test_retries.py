@@ -16,7 +16,7 @@ RUNS = "SELECT trigger, outcome FROM catfeeder_cron.job_runs WHERE job = 'flaky'
 
 
 def configure(program: Program, url: str, rest: str) -> None:
-    soon = (datetime.now(UTC) + timedelta(seconds=5)).isoformat(timespec="seconds")
+    soon = (datetime.now(UTC) + timedelta(seconds=20)).isoformat(timespec="seconds")
     program.configure(url, f'[jobs.flaky]\nsql = "{TRIED}"\ndate = {soon}\n{rest}\n')
 
 

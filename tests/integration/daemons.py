@@ -11,6 +11,7 @@ from catfeeder_cron.config import DatabaseTables, JobSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.schedule import IntervalSchedule
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.crons import Crons
 from tests.support.waiting import eventually
@@ -84,6 +85,16 @@ class Work:
                 self.at_once -= 1
 
 
+def quiet_interval(about_seconds: int, job_id: str = "work") -> int:
+    """Return an interval of about so many seconds, whose slots are minutes away from now."""
+    now, margin = datetime.now(UTC), timedelta(minutes=5)
+    for seconds in range(about_seconds, about_seconds + 600):
+        interval = timedelta(seconds=seconds)
+        if margin < IntervalSchedule(interval, job_id).next_after(now) - now < interval - margin:
+            return seconds
+    raise AssertionError("ten minutes of intervals have a slot now")
+
+
 class Office:
     """Makes Crons objects on one database, each a process of its own to the others, and closes them at the end."""
 
@@ -91,10 +102,11 @@ class Office:
         self._url = url
         self._folder = folder
         self._opened: list[tuple[Crons, Work]] = []
+        self._hourly = quiet_interval(3600)
 
     def open(self, work: Work, *, max_workers: int = 4, **options: Any) -> Crons:
-        """Open one whose only job is `work`, every hour unless the options of the job say otherwise."""
-        lines = {"interval": 3600, **options}
+        """Open one whose only job is `work`, about every hour, at no time near, unless the options say otherwise."""
+        lines = {"interval": self._hourly, **options}
         table = "\n".join(f"{key} = {str(value).lower()}" for key, value in lines.items())
         config = self._folder / f"config-{len(self._opened)}.toml"
         config.write_text(

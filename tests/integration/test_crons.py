@@ -29,6 +29,7 @@ from tests.integration.daemons import (
     Work,
     has_account,
     heart,
+    quiet_interval,
     rows,
     tasks_of,
     wait_for,
@@ -147,7 +148,7 @@ def test_a_restart_between_two_slots_runs_nothing_and_loses_nothing(office: Offi
 def test_another_trigger_starts_a_new_account(office: Office, admin: psycopg.Connection) -> None:
     work = Work()
     absent(admin, office, work)
-    crons = office.open(work, interval=7200)
+    crons = office.open(work, interval=quiet_interval(7200))
     crons.inject_crons()
     wait_for(lambda: has_account(crons))
     heart(crons)
@@ -156,7 +157,7 @@ def test_another_trigger_starts_a_new_account(office: Office, admin: psycopg.Con
 
 def test_a_date_that_passed_while_no_daemon_lived_is_caught_up_once(office: Office, admin: psycopg.Connection) -> None:
     work = Work()
-    date = datetime.now(UTC) + timedelta(seconds=2)
+    date = datetime.now(UTC) + timedelta(seconds=8)
     options = {"interval": None, "date": f"{date:%Y-%m-%dT%H:%M:%S.%fZ}"}
     config = office._folder / "date.toml"
     config.write_text(f'[database]\nurl = "{office._url}"\n[jobs.work]\ndate = {options["date"]}\n')

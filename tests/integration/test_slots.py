@@ -31,15 +31,15 @@ class Daemon:
         self.downtime = Downtime(START)
         self.ledger = Ledger(database, Process("daemon"))
         trigger = ScheduleTrigger(schedule, "job", jitter)
-        self.dispatch = JobSlots("job", schedule, trigger, shared, self.ledger, self.downtime, clock=lambda: self.now)
-        self.dispatch.accounted_until = START
+        self.slots = JobSlots("job", schedule, trigger, shared, self.ledger, self.downtime, clock=lambda: self.now)
+        self.slots.accounted_until = START
 
     def at(self, now: datetime) -> "Daemon":
         self.now = now
         return self
 
     def claim(self) -> int | None:
-        return self.dispatch.claim("schedule")
+        return self.slots.claim("schedule")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_slot_is_due_from_its_instant_on_and_once(hire: Callable[..., Daemon],
 
 def test_before_its_account_is_open_a_job_has_no_slot_that_is_due(hire: Callable[..., Daemon]) -> None:
     daemon = hire()
-    daemon.dispatch.accounted_until = None
+    daemon.slots.accounted_until = None
     assert daemon.at(START + 10 * MINUTE).claim() is None
 
 
@@ -143,10 +143,10 @@ def test_a_daemon_that_starts_without_a_database_tells_its_absence_from_that_of_
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
     daemon = hire()
-    daemon.downtime = daemon.dispatch.downtime = Downtime(START + 2.5 * MINUTE)
+    daemon.downtime = daemon.slots.downtime = Downtime(START + 2.5 * MINUTE)
     daemon.downtime.missed()
     daemon.downtime.seen(START + 4.5 * MINUTE)
-    daemon.at(START + 4.5 * MINUTE).dispatch.pass_over()
+    daemon.at(START + 4.5 * MINUTE).slots.pass_over()
     assert rows(admin, "slot, missed, reason") == [
         (START + MINUTE, 2, NO_DAEMON),
         (START + 3 * MINUTE, 2, NO_DATABASE),
@@ -157,7 +157,7 @@ def test_what_is_passed_over_is_missed_to_the_last_slot_and_runs_no_more(
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
     daemon = hire()
-    daemon.at(START + 3 * MINUTE).dispatch.pass_over(STILL_RUNNING)
+    daemon.at(START + 3 * MINUTE).slots.pass_over(STILL_RUNNING)
     assert daemon.claim() is None
     assert rows(admin, "slot, last_slot, missed, reason") == [(START + MINUTE, START + 3 * MINUTE, 3, STILL_RUNNING)]
 
@@ -217,7 +217,7 @@ def test_whoever_steps_in_when_every_slot_is_accounted_for_exactly_once(
         if chance.random() < 0.2:
             daemon.downtime.missed() if chance.random() < 0.5 else daemon.downtime.seen(daemon.now)
         if chance.random() < 0.1:
-            daemon.dispatch.pass_over()
+            daemon.slots.pass_over()
         elif run_id := daemon.claim():
             running.append((run_id, daemon))
         if running and chance.random() < 0.5:

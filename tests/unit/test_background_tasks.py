@@ -1,6 +1,7 @@
 import asyncio
 import gc
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -644,6 +645,21 @@ class Faulty(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
         if previous is not None:
             raise LookupError("no calendar")
         return now
+
+
+def test_an_interrupt_in_a_blocking_start_stops_the_schedule() -> None:
+    tasks = BackgroundTasks(blocking=True)
+    threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tasks.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not tasks.running
+    threading.Timer(0.2, tasks.stop).start()
+    tasks.start()
+    assert not tasks.running
 
 
 def test_a_trigger_that_raises_ends_the_schedule_for_no_other_task(

@@ -9,7 +9,14 @@ from catfeeder_cron.actions.action import Handler, Perform
 from catfeeder_cron.actions.due.leases import Claimed
 from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.config import ActionsSettings
-from catfeeder_cron.errors import CallableRaised, ChildDied, ConfigurationError, HopelessAction, PostponedAction
+from catfeeder_cron.errors import (
+    CallableRaised,
+    CatfeederCronError,
+    ChildDied,
+    ConfigurationError,
+    HopelessAction,
+    PostponedAction,
+)
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import elapsed_seconds
 
@@ -94,6 +101,11 @@ class Handlers:
                 raise TimeoutError from None
             stopped = "it did not end when it was asked to stop, and was killed"
             raise PostponedAction(stopped if call.was_killed else str(error)) from None
+        except (HopelessAction, PostponedAction):
+            raise
+        except CatfeederCronError as error:  # such as an exit status that is not 0
+            log.warning("action_raised", reason=str(error))
+            raise PostponedAction(str(error)) from None
         if returned.stop_was_seen:
             raise TimeoutError if timed_out else PostponedAction("it was asked to stop")
         return returned.text
