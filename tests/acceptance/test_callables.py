@@ -80,7 +80,7 @@ def test_a_daemon_that_is_killed_leaves_nothing_of_its_callables_behind(program:
     program.configure(database_url, '[jobs.stay]\ncall = "feeders:never_end"\ninterval = 1\n')
     daemon = program.start("start", variables=path_of(program))
     seen = program.folder / "seen"
-    eventually(seen.exists, "the callable at work")
+    eventually(lambda: seen.exists() and seen.read_text().endswith("\n"), "the callable at work")
     daemon.signal(signal.SIGKILL)
     daemon.finish()
 
@@ -98,7 +98,7 @@ def test_a_callable_that_does_not_end_is_killed_at_the_end_of_the_grace(
     )
     daemon = program.start("start", variables=path_of(program))
     seen = program.folder / "seen"
-    eventually(seen.exists, "the callable at work")
+    eventually(lambda: seen.exists() and seen.read_text().endswith("\n"), "the callable at work")
 
     assert daemon.stop(60).status == 0
 
