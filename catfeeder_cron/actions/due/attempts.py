@@ -3,18 +3,14 @@
 import asyncio
 import queue
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
 from catfeeder_cron import logs
-from catfeeder_cron.actions.action import Handler
 from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import Claimed
-from catfeeder_cron.children.pool import Children
-from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
 
@@ -39,15 +35,8 @@ class Finished:
 class Attempts:
     """Performs actions from `__enter__` to `__exit__`, which cancels those still under way."""
 
-    def __init__(
-        self,
-        settings: ActionsSettings,
-        built_in: Mapping[str, Handler],
-        children: Children,
-        timeout_seconds: float,
-    ) -> None:
-        self._handlers = Handlers(settings, built_in, children, timeout_seconds)
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
         # The run's thread makes this object and calls its public methods. The tasks and the handlers belong to the
         # thread of the event loop, and call_soon_threadsafe hands work over to it; this queue brings results back.
         self._finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
@@ -115,7 +104,7 @@ class Attempts:
         except asyncio.CancelledError:
             return Finished(claimed, "cancelled", "stopped while it ran")
         except TimeoutError:
-            reason = f"longer than the action_timeout of {self._timeout_seconds:g} s"
+            reason = f"longer than the action_timeout of {self._handlers.timeout_seconds:g} s"
             return Finished(claimed, "retried", reason)
         except HopelessAction as error:
             return Finished(claimed, "failed", one_line(str(error)))

@@ -37,7 +37,7 @@ class Handlers:
         self._settings = settings
         self._built_in = built_in
         self._children = children
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._calls: dict[Any, Call] = {}
         """The operator's handlers at work, by the id of their action."""
         self._performs: dict[str, Perform] = {}
@@ -72,7 +72,7 @@ class Handlers:
         if kind not in self._built_in:
             known = ", ".join(sorted({*self._built_in, *self._settings.handlers}))
             raise HopelessAction(f'no handler for the kind "{kind}"; there are {known}')
-        async with asyncio.timeout(self._timeout_seconds):
+        async with asyncio.timeout(self.timeout_seconds):
             if kind not in self._performs:
                 opened = self._built_in[kind].open(self._settings)
                 self._performs[kind] = await self._opened.enter_async_context(opened)
@@ -114,7 +114,7 @@ class Handlers:
         """Wait until a call has ended; return whether its time was over first, so that it was asked to stop."""
         waiting = asyncio.wrap_future(call.future)
         try:
-            await asyncio.wait([waiting], timeout=self._timeout_seconds)
+            await asyncio.wait([waiting], timeout=self.timeout_seconds)
             if timed_out := not waiting.done():
                 call.ask_to_stop()
                 await asyncio.wait([waiting])

@@ -10,6 +10,7 @@ from catfeeder_cron.actions.action import Handler
 from catfeeder_cron.actions.due import outcomes
 from catfeeder_cron.actions.due.attempts import Attempts, Finished
 from catfeeder_cron.actions.due.fair_order import Busy, Candidate, FairOrder, due_in_fair_order
+from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
 from catfeeder_cron.config import ActionsSettings
@@ -52,7 +53,7 @@ class DueActionsRun:
         self._leases = Leases(context.tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
-        self._attempts = Attempts(settings, built_in, context.children, action_timeout_seconds)
+        self._attempts = Attempts(Handlers(settings, built_in, context.children, action_timeout_seconds))
         self._extend_every = lease_seconds / 3
         self._extended_at = self._reached_at = time.monotonic()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
