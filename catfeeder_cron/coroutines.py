@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 # How long a thread may take to begin on a busy machine.
 _BEGIN_SECONDS = 10
 
+# A signal that comes just before a thread begins to wait for a lock does not end the wait; its handler runs at the next
+# chance, which comes this often.
+_LOOK_SECONDS = 1
+
 T = TypeVar("T")
 
 
@@ -50,7 +54,8 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     thread = Thread(target=copy_context().run, args=[run], name="coroutine")
     try:
         thread.start()
-        wait([ended])
+        while not ended.done():
+            wait([ended], timeout=_LOOK_SECONDS)
     except BaseException as error:
         if isinstance(error, RuntimeError) and thread.ident is None:
             coroutine.close()  # the system has no further thread
