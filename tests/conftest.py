@@ -44,8 +44,9 @@ _EMPTY = """
 
 
 def pytest_configure() -> None:
-    # Ignored in what a script starts in the background, and then in whatever that starts.
+    # A script ignores SIGINT in what it starts in the background, nohup SIGHUP: so would whatever a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     servers.another()  # which says why it can't serve, before any test fails for that reason
 
 
