@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 UNIT := systemd/catfeeder-cron.service
 SOURCES := pyproject.toml README.md LICENSE config.toml $(shell find catfeeder_cron -type f -not -path '*/__pycache__/*')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Empty means no, whatever the shell says: to compile the tests anew takes each worker longer than a tenth of its tests.
+export PYTHONDONTWRITEBYTECODE =
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
