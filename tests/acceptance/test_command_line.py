@@ -24,9 +24,9 @@ OPTIONS = {
 
 
 def test_help_names_every_command_and_the_exit_statuses(program: Program) -> None:
-    shown = program.run("--help")
+    shown = program.run_installed("--help")
     assert (shown.status, shown.stderr) == (0, "")
-    assert program.run() == shown
+    assert program.run_installed() == shown
     for word in (*OPTIONS, "--config", "--version", "84", "75"):
         assert word in shown.stdout
 
@@ -40,7 +40,7 @@ def test_help_of_a_command_names_its_options(program: Program, name: str, option
 
 
 def test_version_is_one_line_and_the_same_as_a_module(program: Program) -> None:
-    version = program.run("--version")
+    version = program.run_installed("--version")
     assert (version.status, version.stderr) == (0, "")
     assert re.fullmatch(r"catfeeder-cron \d+\.\d+\.\d+\n", version.stdout)
     assert program.run_command(sys.executable, "-m", "catfeeder_cron", "--version") == version
@@ -63,6 +63,14 @@ def test_wrong_usage_is_told_in_one_line_with_status_2(program: Program, argumen
     failed = program.run(*arguments)
     assert (failed.status, failed.stdout) == (2, "")
     assert told in failed.error
+
+
+@pytest.mark.usefixtures("app_tables")
+def test_the_installed_command_does_what_the_copies_do_that_other_tests_run(program: Program) -> None:
+    for words in (["init-db"], ["forecast", "--json"], ["history", "--json"], ["run-once", "nonsense"], ["resume"]):
+        assert program.run_installed(*words) == program.run(*words)
+    for words in (["list"], ["status"], ["check"], ["pause", "clean-tokens"], ["run-once", "clean-tokens"]):
+        assert (program.run_installed(*words).status, program.run(*words).status) == (0, 0)
 
 
 @pytest.mark.parametrize("job", ["clean-tokns", "CLEAN-TOKENS"])
