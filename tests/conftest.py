@@ -19,8 +19,8 @@ from psycopg.conninfo import make_conninfo
 sys.path.append(str(Path(__file__).parents[1]))
 os.environ["PYTHONSAFEPATH"] = "1"
 
-# A test creates and drops some hundred files of PostgreSQL's. On ext4, the search for an inode that was not deleted in the
-# last seconds costs more than all else that PostgreSQL does then (perf, ext4's recently_deleted); in memory there is none.
+# A test creates and drops some hundred files of PostgreSQL's. On ext4, the search for an inode that was not deleted in
+# the last seconds (recently_deleted) costs more than all else that PostgreSQL does then; in memory there is none.
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and MEMORY.is_dir():
     found = os.statvfs(MEMORY)
