@@ -39,11 +39,11 @@ def _run_sql(context: JobContext, settings: CustomJobSettings) -> None:
 def _run_callable(job_id: str, context: JobContext, settings: CustomJobSettings) -> None:
     """Call the function in another process. After a request to stop it has STOP_GRACE to end, then it is killed."""
     assert settings.call is not None
-    key = f"job {job_id}"
+    key, children = f"job {job_id}", context.resources.children
     if context.dry_run:
-        _wait(context.children.find(key, settings.call, on_line=_log_line), context)
+        _wait(children.find(key, settings.call, on_line=_log_line), context)
         raise JobSkipped("a Python callable can't tell what it would do")
-    call = context.children.call(key, settings.call, *settings.args, keywords=settings.kwargs, on_line=_log_line)
+    call = children.call(key, settings.call, *settings.args, keywords=settings.kwargs, on_line=_log_line)
     returned = _wait(call, context)
     # A callable that never looked whether it should stop has done all of its work.
     if returned.stop_was_seen or context.overdue() >= timedelta(0):

@@ -54,6 +54,18 @@ class Job(Generic[S]):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a process keeps for those jobs that ask for it; runs of all threads share it."""
+
+    oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
+    children: Children = field(default_factory=Children)
+    """The processes for the operator's code."""
+    actions: ActionsSettings = field(default_factory=ActionsSettings)
+    state_directory: Path = field(default_factory=state_directory)
+    """The folder for files that must survive the process; it need not exist."""
+
+
 @dataclass(kw_only=True)
 class JobContext(RunControl):
     """Everything that one run of a job gets, with the RunControl that can end it."""
@@ -66,12 +78,7 @@ class JobContext(RunControl):
     """The job's slots."""
     slot: datetime | None = None
     """The slot that this run is for; None for a run between slots."""
-    oauth: OAuthClient = field(default_factory=lambda: OAuthClient(OAuthSettings()))
-    state_directory: Path = field(default_factory=state_directory)
-    """The folder for files that must survive the process; it need not exist."""
-    children: Children = field(default_factory=Children)
-    """The processes for the operator's code."""
-    actions: ActionsSettings = field(default_factory=ActionsSettings)
+    resources: Resources = field(default_factory=Resources)
     by_provider: dict[str, Counter[str]] = field(default_factory=dict)
     """The counts by provider, for a job that works with OAuth providers."""
     provider_reasons: dict[str, str] = field(default_factory=dict)

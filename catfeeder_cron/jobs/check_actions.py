@@ -54,7 +54,7 @@ def run(context: JobContext, settings: CheckActions) -> None:
         return
     context.counts.update(due=0, done=0, retried=0, given_up=0)
     limits = Limits(settings.concurrency, settings.lease, settings.action_timeout, settings.retry_after)
-    DueActionsRun(context, context.actions, built_in(), limits).work()
+    DueActionsRun(context, context.resources.actions, built_in(), limits).work()
 
 
 def due_in(context: JobContext) -> float | None:

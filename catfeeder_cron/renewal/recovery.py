@@ -26,7 +26,7 @@ def journal_folder(context: JobContext) -> Path:
     with context.database.transaction() as connection:
         (identity,) = single(connection, "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1")
     table = f"{identity} {context.tables.schema_}.{context.tables.active_oauths}"
-    return context.state_directory / "oauth" / sha256(table.encode()).hexdigest()[:16]
+    return context.resources.state_directory / "oauth" / sha256(table.encode()).hexdigest()[:16]
 
 
 def take_over(database: Database, links: Links, folder: Path) -> None:

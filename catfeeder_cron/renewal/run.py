@@ -45,7 +45,7 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
     Raises RenewalError when nothing could be renewed and the reason is on our side, and JobInterrupted when the run
     ended early. The requests under way are then awaited, and their answers stored.
     """
-    client, links = context.oauth, Links(context.tables)
+    client, links = context.resources.oauth, Links(context.tables)
     if not context.dry_run:
         context.counts.update(dict.fromkeys(COUNTS, 0))
         recover(context)
@@ -55,7 +55,7 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
         known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
     if context.dry_run:
         count_what_would_be_done(context, due, hindrances(due, known))
-        require_writable(context.state_directory)
+        require_writable(context.resources.state_directory)
         return
     RenewalRun(context, client, links, due_window, due, known).go()
 

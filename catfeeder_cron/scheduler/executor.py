@@ -24,7 +24,7 @@ from catfeeder_cron.errors import (
     SchemaProblem,
     UnknownJob,
 )
-from catfeeder_cron.job import Job, JobContext
+from catfeeder_cron.job import Job, JobContext, Resources
 from catfeeder_cron.ledger import Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
@@ -89,12 +89,10 @@ class Executor:
             database=self._database,
             tables=settings.database.tables,
             timeout=settings.require_job(job_id).timeout,
-            actions=settings.actions,
             progress=progress,
             schedule=settings.schedule(job_id),
             slot=slot,
-            oauth=self._oauth,
-            children=self._children,
+            resources=Resources(oauth=self._oauth, children=self._children, actions=settings.actions),
         )
 
     def run(

@@ -12,7 +12,7 @@ import psycopg
 from catfeeder_cron.config import ActionsSettings, DatabaseSettings, DatabaseTables
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.indexes import create_indexes
-from catfeeder_cron.job import JobContext
+from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.scheduler.executor import run_job
 from tests.benchmarks.report import Figure, milliseconds
@@ -102,7 +102,9 @@ def _run(url: str, due: int) -> float:
             database=database,
             tables=settings.tables,
             timeout=timedelta(seconds=600),
-            actions=ActionsSettings.model_validate({"noop": {"call": "tests.benchmarks.noop:noop"}}),
+            resources=Resources(
+                actions=ActionsSettings.model_validate({"noop": {"call": "tests.benchmarks.noop:noop"}})
+            ),
         )
         options = check_actions.CheckActions(concurrency=_CONCURRENCY)
         report = run_job(check_actions.JOB, context, options)

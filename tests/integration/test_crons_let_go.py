@@ -334,7 +334,7 @@ def test_what_runs_in_a_process_of_its_own_ends_with_a_dropped_crons(
     begun = threading.Event()
 
     def run(context: JobContext, _settings: JobSettings) -> None:
-        call = context.children.call("sleep", "time:sleep", 300, on_line=print)
+        call = context.resources.children.call("sleep", "time:sleep", 300, on_line=print)
         begun.set()
         with context.stop.calling(call.kill):
             call.future.exception()

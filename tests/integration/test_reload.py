@@ -166,7 +166,7 @@ def test_runs_share_an_oauth_client_until_its_settings_change(
     start: Callable[[str], Crons], configure: Configure
 ) -> None:
     def client(crons: Crons) -> OAuthClient:
-        return crons._open().executor.context("renew-oauth").oauth
+        return crons._open().executor.context("renew-oauth").resources.oauth
 
     crons = start("")
     first = client(crons)

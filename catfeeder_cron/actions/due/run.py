@@ -53,7 +53,7 @@ class DueActionsRun:
         self._leases = Leases(context.tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
-        self._attempts = Attempts(Handlers(settings, built_in, context.children, action_timeout_seconds))
+        self._attempts = Attempts(Handlers(settings, built_in, context.resources.children, action_timeout_seconds))
         self._extend_every = lease_seconds / 3
         self._extended_at = self._reached_at = time.monotonic()
         self._last_call = min(limits.action_timeout, context.timeout / 4)

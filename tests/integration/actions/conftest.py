@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from catfeeder_cron.config import ActionsSettings, DatabaseTables
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.application import create_tables
-from catfeeder_cron.job import JobContext
+from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.executor import run_job
@@ -74,7 +74,7 @@ def context(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[...
             database=database,
             tables=DatabaseTables(),
             timeout=timedelta(seconds=timeout),
-            actions=ActionsSettings.model_validate({"webhook": {"allowed": allowed}, **calls}),
+            resources=Resources(actions=ActionsSettings.model_validate({"webhook": {"allowed": allowed}, **calls})),
             **more,
         )
 

@@ -13,7 +13,7 @@ import pytest
 from catfeeder_cron.config import DatabaseSettings, OAuthSettings
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.application import create_tables
-from catfeeder_cron.job import JobContext
+from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.oauth.provider import Provider as KnownProvider
@@ -91,8 +91,9 @@ class World:
             tables=DatabaseSettings.model_validate({}).tables,
             timeout=timedelta(seconds=timeout),
             schedule=IntervalSchedule(every, "renew-oauth"),
-            oauth=OAuthClient(OAuthSettings.model_validate(self.settings)),
-            state_directory=self.state_directory,
+            resources=Resources(
+                oauth=OAuthClient(OAuthSettings.model_validate(self.settings)), state_directory=self.state_directory
+            ),
             **more,
         )
 
@@ -116,7 +117,7 @@ class World:
         """Return acme as a run would ask it."""
         context = self.context()
         with context.transaction() as connection:
-            known = providers.load(connection, Links(context.tables), context.oauth.settings, ["acme"])
+            known = providers.load(connection, Links(context.tables), context.resources.oauth.settings, ["acme"])
         return known["acme"][0]
 
     def now(self) -> datetime:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -151,7 +152,7 @@ def test_a_traceback_shows_no_variables_and_the_next_run_makes_up_for_it(
     for number in range(20):
         world.add_link(each.log_in(f"user{number}"))
     context = world.context()
-    context.oauth = OAuthClient(context.oauth.settings, Exploding())
+    context.resources = replace(context.resources, oauth=OAuthClient(context.resources.oauth.settings, Exploding()))
     assert world.run(context).outcome == "failed"
     text = told(world, log)
     assert "Traceback" in text
