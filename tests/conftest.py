@@ -5,6 +5,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, groupby
 from pathlib import Path
 from typing import LiteralString
 
@@ -30,6 +31,7 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir():
 from catfeeder_cron.database import embedded
 from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.support import servers
+from tests.support.loaded import LoadedProgram
 
 # A busy machine is no fault of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -68,9 +70,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if not item.nodeid.startswith(("tests/unit", "tests/integration/test_"))]
         quick = [item for item in items if item not in set(slow)]
         bounds = [len(quick) * worker // workers for worker in range(workers + 1)]
-        shares = [slow[worker::workers] + quick[bounds[worker] : bounds[worker + 1]] for worker in range(workers)]
+        parts = [list(part) for _, part in groupby(slow, _what_stays_together)]
+        shares = [
+            [*chain(*parts[worker::workers]), *quick[bounds[worker] : bounds[worker + 1]]] for worker in range(workers)
+        ]
         # Stretches of one length: what one has too many moves to the next.
         items[:] = [item for share in shares for item in share]
+
+
+def _what_stays_together(item: pytest.Item) -> str:
+    """Return one value for tests that share a module's fixture, which each worker would set up for itself."""
+    fixtures = chain(*item._fixtureinfo.name2fixturedefs.values()) if isinstance(item, pytest.Function) else ()
+    return str(item.path) if any(fixture.scope == "module" for fixture in fixtures) else item.nodeid
 
 
 def pytest_report_header() -> str:
@@ -79,6 +90,13 @@ def pytest_report_header() -> str:
         return "PostgreSQL: the embedded one"
     with psycopg.connect(url) as connection:
         return f"PostgreSQL: {servers.version_of(connection)}, which {servers.VARIABLE} names"
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[LoadedProgram]:
+    """The program, loaded, for commands that need not show how they start."""
+    with LoadedProgram() as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="session")

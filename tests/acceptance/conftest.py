@@ -10,18 +10,12 @@ import pytest
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.application import create_tables
-from tests.acceptance.program import Program, tidy_environment
+from tests.acceptance.program import Program
 from tests.support.loaded import LoadedProgram
 
 
-@pytest.fixture(scope="session")
-def loaded() -> Iterator[LoadedProgram]:
-    with LoadedProgram(tidy_environment()) as loaded:
-        yield loaded
-
-
 @pytest.fixture
-def program(tmp_path: Path, loaded: LoadedProgram) -> Iterator[Program]:
+def program(tmp_path: Path, loaded: LoadedProgram | None) -> Iterator[Program]:
     program = Program(tmp_path, loaded)
     yield program
     for running in program.started:

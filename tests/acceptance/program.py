@@ -19,18 +19,10 @@ from typing import IO, Any
 
 import psycopg
 
-import catfeeder_cron
-from tests.support.loaded import LoadedProgram
+from tests.support.loaded import Copy, LoadedProgram, tidy_environment
 from tests.support.waiting import SOON, eventually
 
 _NONE: Mapping[str, str] = MappingProxyType({})
-_SCRIPT = Path(sys.executable).with_name("catfeeder-cron")
-
-# Whatever of these the machine has set would change what the program does.
-_NOT_HANDED_DOWN = (
-    *("PG", "CATFEEDER", "CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG", "JOURNAL_STREAM"),
-    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TERM", "COLUMNS", "LINES", "XDG_", "LC_", "LANG", "PYTHONPATH"),
-)
 
 ADD_CONNECTIONS = """
     INSERT INTO "Connections" (token, user_id, expiration_date)
@@ -43,16 +35,8 @@ SLOW_DOWN_DELETIONS = """
 
 
 def command() -> list[str]:
-    """Return how the program is called: the installed script, or the working tree where none is installed."""
-    return [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "catfeeder_cron"]
-
-
-def tidy_environment() -> dict[str, str]:
-    """Return this process's environment without what would change what the program does."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_HANDED_DOWN)}
-    if command() != [str(_SCRIPT)]:
-        environment["PYTHONPATH"] = str(Path(catfeeder_cron.__file__).parents[1])
-    return environment
+    """Return how the program is called: by the installed script."""
+    return [str(Path(sys.executable).with_name("catfeeder-cron"))]
 
 
 @dataclass(frozen=True)
@@ -62,6 +46,12 @@ class Finished:
     status: int
     stdout: str
     stderr: str
+
+    @classmethod
+    def of(cls, done: "subprocess.CompletedProcess[str]") -> "Finished":
+        """Return what a command has done, which is never a traceback."""
+        assert "Traceback" not in done.stderr, done.stderr
+        return cls(done.returncode, done.stdout, done.stderr)
 
     @property
     def document(self) -> Any:
@@ -79,12 +69,13 @@ class Finished:
 class Running:
     """A command that is under way: its log as it comes, and its end."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str] | Copy", stdout: IO[str] | None, stderr: IO[str] | None) -> None:
         self.process = process
         self._said: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._changed = threading.Condition()
         self._readers = [
-            threading.Thread(target=self._read, args=(name, getattr(process, name)), daemon=True) for name in self._said
+            threading.Thread(target=self._read, args=each, daemon=True)
+            for each in (("stdout", stdout), ("stderr", stderr))
         ]
         for reader in self._readers:
             reader.start()
@@ -157,10 +148,13 @@ class Running:
 
 @dataclass
 class Program:
-    """Runs the program in a folder of the test's own, which is its home too, with a tidy environment."""
+    """Runs the program in a folder of the test's own, which is its home too, with a tidy environment.
+
+    Without environment variables of its own a command is a copy of the loaded program, if there is one.
+    """
 
     folder: Path
-    loaded: LoadedProgram
+    loaded: LoadedProgram | None
     started: list[Running] = field(default_factory=list)
 
     def configure(self, url: str, rest: str = "", path: str = "config.toml") -> Path:
@@ -171,16 +165,11 @@ class Program:
         return file
 
     def run(self, *arguments: str, seconds: float = 2 * SOON, variables: Mapping[str, str] = _NONE) -> Finished:
-        """Run a command to its end.
-
-        It is a copy of a process that has loaded the program, if it needs no environment of its own.
-        """
-        if variables:
+        """Run a command to its end with these environment variables."""
+        if variables or self.loaded is None:
             return self.run_installed(*arguments, seconds=seconds, variables=variables)
         environment = self._environment({})
-        done = Finished(*self.loaded.run(*arguments, folder=self.folder, environment=environment, seconds=seconds))
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
+        return Finished.of(self.loaded.run(*arguments, folder=self.folder, environment=environment, seconds=seconds))
 
     def run_installed(
         self, *arguments: str, seconds: float = 2 * SOON, variables: Mapping[str, str] = _NONE
@@ -200,12 +189,21 @@ class Program:
             timeout=seconds,
             check=False,
         )
-        assert "Traceback" not in done.stderr, done.stderr
-        return Finished(done.returncode, done.stdout, done.stderr)
+        return Finished.of(done)
 
     def start(self, *arguments: str, variables: Mapping[str, str] = _NONE) -> Running:
         """Start a command in a process group of its own; what is left of it is killed after the test."""
-        return self.start_command(*command(), *arguments, variables=variables)
+        if variables or self.loaded is None:
+            return self.start_command(*command(), *arguments, variables=variables)
+        (stdout, its_stdout), (stderr, its_stderr) = os.pipe(), os.pipe()
+        try:
+            streams = {"stdout": its_stdout, "stderr": its_stderr}
+            copy = self.loaded.start(*arguments, folder=self.folder, environment=self._environment({}), **streams)
+        finally:
+            os.close(its_stdout)
+            os.close(its_stderr)
+        self.started.append(Running(copy, os.fdopen(stdout), os.fdopen(stderr)))
+        return self.started[-1]
 
     def start_command(self, *words: str, variables: Mapping[str, str] = _NONE) -> Running:
         """Do as `start` with any other command."""
@@ -219,7 +217,7 @@ class Program:
             text=True,
             start_new_session=True,
         )
-        self.started.append(Running(process))
+        self.started.append(Running(process, process.stdout, process.stderr))
         return self.started[-1]
 
     def daemon(self) -> Running:

@@ -34,6 +34,11 @@ HISTORY_KEYS = {
 }
 
 
+@pytest.fixture
+def loaded() -> None:
+    """Have each daemon load what it needs, as it does in use."""
+
+
 @pytest.mark.usefixtures("app_tables")
 def test_daemons_share_the_slots_and_history_and_list_tell_them(
     program: Program, admin: psycopg.Connection, database_url: str

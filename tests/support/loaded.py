@@ -9,29 +9,98 @@ output, standard error and the exit status.
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
 _LIMIT = 1 << 20
+_REQUEST = tuple[list[str], str, dict[str, str], int | None]
+
+# Whatever of these the machine has set would change what the program does.
+_NOT_HANDED_DOWN = (
+    *("PG", "CATFEEDER", "CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG", "JOURNAL_STREAM"),
+    *("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TERM", "COLUMNS", "LINES", "XDG_", "LC_", "LANG", "PYTHONPATH"),
+)
+
+
+def tidy_environment() -> dict[str, str]:
+    """Return this process's environment without what would change what the program does."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_HANDED_DOWN)}
+
+
+class Copy:
+    """A command that is under way, in a session of its own; the methods are those of Popen.
+
+    They may be called from several threads.
+    """
+
+    def __init__(self, attendant: socket.socket, words: Sequence[str]) -> None:
+        self._attendant = attendant
+        self._words = words
+        # Held while the exit status is looked for: the attendant tells it once.
+        self._lock = threading.Lock()
+        self._status: int | None = None
+        self.pid = self._number(None)
+
+    def poll(self) -> int | None:
+        """Return the exit status; None as long as there is none, or another thread waits for it."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return self._wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status, that of a signal negative. Raises TimeoutExpired after so many seconds."""
+        with self._lock:
+            return self._wait(timeout)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self.send_signal(signal.SIGKILL)
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._status is None:
+            try:
+                self._status = self._number(timeout)
+            except (TimeoutError, BlockingIOError) as error:
+                raise subprocess.TimeoutExpired(self._words, timeout or 0) from error
+            self._attendant.close()
+        return self._status
+
+    def _number(self, timeout: float | None) -> int:
+        self._attendant.settimeout(timeout)
+        digits = self._attendant.recv(4)
+        assert digits, "the process that is copied has ended"
+        return int.from_bytes(digits, "little", signed=True)
 
 
 class LoadedProgram:
-    """The process that is copied. Its calls may come from several threads."""
+    """The process that is copied. Its methods may be called from several threads."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         with its:
             # Standard output is no terminal, as in the copies: Python sets its buffers up once.
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(its.fileno())],
-                env=environment,
+                env=tidy_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 pass_fds=[its.fileno()],
@@ -44,33 +113,35 @@ class LoadedProgram:
         self._socket.close()
         self._process.communicate()
 
-    def run(
-        self, *arguments: str, folder: Path, environment: Mapping[str, str], seconds: float
-    ) -> tuple[int, str, str]:
-        """Run a command to its end; return its exit status and what it printed. Raises TimeoutExpired."""
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            status = self._run([list(arguments), str(folder), dict(environment)], stdout, stderr, seconds)
-            return status, _text(stdout), _text(stderr)
-
-    def _run(self, request: object, stdout: IO[bytes], stderr: IO[bytes], seconds: float) -> int:
+    def start(
+        self,
+        *arguments: str,
+        folder: Path,
+        environment: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+        longest_file: int | None = None,
+    ) -> Copy:
+        """Start a command that writes to these descriptors, and no file of more than `longest_file` bytes."""
+        request: _REQUEST = list(arguments), str(folder), dict(environment), longest_file
         ours, its = socket.socketpair()
-        with ours:
-            with its:
-                descriptors = [stdout.fileno(), stderr.fileno(), its.fileno()]
-                socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
-            ours.settimeout(seconds)
-            pid = _number(ours)
+        with its:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [stdout, stderr, its.fileno()])
+        return Copy(ours, arguments)
+
+    def run(
+        self, *arguments: str, folder: Path, environment: Mapping[str, str], seconds: float | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end. Raises TimeoutExpired."""
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            streams = {"stdout": stdout.fileno(), "stderr": stderr.fileno()}
+            copy = self.start(*arguments, folder=folder, environment=environment, **streams)
             try:
-                return _number(ours)
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(str(request), seconds) from None
-
-
-def _number(answer: socket.socket) -> int:
-    digits = answer.recv(4)
-    assert digits, "the process that is copied has ended"
-    return int.from_bytes(digits, "little", signed=True)
+                status = copy.wait(seconds)
+                return subprocess.CompletedProcess(arguments, status, _text(stdout), _text(stderr))
+            finally:
+                copy.kill()
+                copy.wait()
 
 
 def _text(file: IO[bytes]) -> str:
@@ -101,28 +172,36 @@ def _serve(requests: socket.socket) -> None:
             os.close(descriptor)
 
 
-def _attend(request: tuple[list[str], str, dict[str, str]], stdout: int, stderr: int, status: int) -> None:
+def _attend(request: _REQUEST, stdout: int, stderr: int, status: int) -> None:
     """Start the command, wait for it and tell how it ended, as a shell does."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()  # a signal to all of the command's process group does not reach the attendant
     pid = os.fork()
     if pid == 0:
         os.close(status)
         _become(*request, stdout, stderr)
+    os.close(stdout)
+    os.close(stderr)
     os.write(status, pid.to_bytes(4, "little"))
     _, how = os.waitpid(pid, 0)
     os.write(status, os.waitstatus_to_exitcode(how).to_bytes(4, "little", signed=True))
     os._exit(0)
 
 
-def _become(arguments: list[str], folder: str, environment: dict[str, str], stdout: int, stderr: int) -> NoReturn:
+def _become(
+    arguments: list[str], folder: str, environment: dict[str, str], longest_file: int | None, stdout: int, stderr: int
+) -> NoReturn:
     from catfeeder_cron.console.cli import main
 
+    os.setsid()
     for ours, its in ((stdout, 1), (stderr, 2)):
         os.dup2(ours, its)
         os.close(ours)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if longest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, longest_file))
     sys.argv = ["catfeeder-cron", *arguments]
     main()
 

@@ -23,6 +23,7 @@ from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import IntervalSchedule
 from catfeeder_cron.scheduler.executor import run_job
 from tests.integration.oauth.provider import Provider, running
+from tests.support.loaded import LoadedProgram
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class World:
     database: Database
     connection: psycopg.Connection
     state_directory: Path
+    loaded: LoadedProgram
     settings: dict[str, Any] = field(default_factory=lambda: {"request_timeout": 20})
     reports: list[JobReport] = field(default_factory=list)
 
@@ -141,12 +143,12 @@ class World:
 
 
 @pytest.fixture
-def world(database_url: str, tmp_path: Path) -> Iterator[World]:
+def world(database_url: str, tmp_path: Path, loaded: LoadedProgram) -> Iterator[World]:
     settings = DatabaseSettings.model_validate({"url": database_url})
     with Database(settings) as database, psycopg.connect(database_url, autocommit=True) as connection:
         for _ in (*schema.upgrade(database), *create_tables(database, settings.tables)):
             pass
-        yield World(database_url, database, connection, tmp_path / "state")
+        yield World(database_url, database, connection, tmp_path / "state", loaded)
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """Processes that can be killed, a database that goes away, and what has to be left of it all."""
 
 import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,30 +11,36 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.provider import Provider, Raw, Request, Script
+from tests.support.loaded import Copy
 from tests.support.waiting import eventually
 
 
 @contextmanager
-def processes(world: World, longest_file: int | None = None) -> Iterator[Callable[[], "subprocess.Popen[bytes]"]]:
+def processes(world: World, longest_file: int | None = None) -> Iterator[Callable[[], Copy]]:
     """Yield what starts a `run-once renew-oauth` in a process of its own; all are killed at the end.
 
     None can write a file of more than `longest_file` bytes, as on a disk that is full.
     """
-    config = world.state_directory.parent / "config.toml"
+    folder = world.state_directory.parent
+    config = folder / "config.toml"
     config.write_text(f'[database]\nurl = "{world.url}"\n[logging]\nlevel = "debug"\n')
     config.chmod(0o600)
-    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(config), "run-once", "renew-oauth"]
-    environment = os.environ | {"STATE_DIRECTORY": str(world.state_directory)}
-    started: list[subprocess.Popen[bytes]] = []
+    environment = {**os.environ, "STATE_DIRECTORY": str(world.state_directory)}
+    started: list[Copy] = []
 
-    def fill_disk() -> None:
-        if longest_file:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, longest_file))
-
-    def start() -> "subprocess.Popen[bytes]":
-        path = Path(os.devnull) if longest_file else world.state_directory.parent / "log"
+    def start() -> Copy:
+        path = Path(os.devnull) if longest_file else folder / "log"
         with path.open("ab") as log:
-            started.append(subprocess.Popen(command, env=environment, preexec_fn=fill_disk, stdout=log, stderr=log))
+            started.append(
+                world.loaded.start(
+                    *("--config", str(config), "run-once", "renew-oauth"),
+                    folder=folder,
+                    environment=environment,
+                    stdout=log.fileno(),
+                    stderr=log.fileno(),
+                    longest_file=longest_file,
+                )
+            )
         return started[-1]
 
     try:

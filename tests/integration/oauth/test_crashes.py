@@ -5,7 +5,6 @@ The provider is strict, and its records decide: a refresh token that is sent twi
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from catfeeder_cron.jobs import renew_oauth
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request
+from tests.support.loaded import Copy
 from tests.support.waiting import SOON, eventually
 
 Serve = Callable[..., Provider]
@@ -135,9 +135,7 @@ def test_a_frozen_process_reads_the_answer_in_its_socket_before_its_deadline_tak
     assert len(provider.requests) == 1
 
 
-def kill_some(
-    provider: Provider, start: Callable[[], "subprocess.Popen[bytes]"], victims: int, kills: list[float]
-) -> list["subprocess.Popen[bytes]"]:
+def kill_some(provider: Provider, start: Callable[[], Copy], victims: int, kills: list[float]) -> list[Copy]:
     """Start four processes and kill so many at random, each in the midst of the requests and replaced by another."""
     running = [start() for _ in range(4)]
 

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,6 +18,9 @@ from catfeeder_cron.scheduler.crons import Crons
 from tests.integration.oauth.conftest import World
 from tests.integration.oauth.disasters import wait_until
 from tests.integration.oauth.provider import Provider
+from tests.support.loaded import LoadedProgram
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -29,9 +32,14 @@ def config(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
     return path
 
 
-def run(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(config), *arguments]
-    return subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(config: Path, loaded: LoadedProgram) -> Run:
+    """Runs a command to its end."""
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return loaded.run("--config", str(config), *arguments, folder=config.parent, environment=os.environ)
+
+    return run
 
 
 def test_renew_oaths_returns_0_and_84_with_the_client_that_is_handed_in(
@@ -71,38 +79,38 @@ def test_renew_oaths_works_where_an_event_loop_runs(
     assert world.connection.execute("SELECT outcome FROM catfeeder_cron.job_runs").fetchall() == [("succeeded",)]
 
 
-def test_run_once_tells_what_it_did_by_provider(world: World, config: Path, provider: Provider) -> None:
+def test_run_once_tells_what_it_did_by_provider(world: World, run: Run, provider: Provider) -> None:
     world.add_link(provider.log_in("tom"))
     world.add_link(provider.log_in("tim"))
-    dry = run(config, "run-once", "renew-oauth", "--dry-run")
+    dry = run("run-once", "renew-oauth", "--dry-run")
     assert (dry.returncode, provider.requests) == (0, [])
     assert "would renew 2" in dry.stdout
     assert "  acme: would renew 2" in dry.stdout
-    done = run(config, "run-once", "renew-oauth")
+    done = run("run-once", "renew-oauth")
     assert (done.returncode, done.stderr) == (0, "")
     assert "due 2, renewed 2, needs reauth 0, failed 0, postponed 0" in done.stdout
 
 
-def test_a_reason_of_ours_fails_the_command_in_one_line(world: World, config: Path, provider: Provider) -> None:
+def test_a_reason_of_ours_fails_the_command_in_one_line(world: World, run: Run, provider: Provider) -> None:
     world.connection.execute("UPDATE \"UserOauthConnection\" SET token_grabber_base_url = ''")
     world.add_link("r")
-    done = run(config, "run-once", "renew-oauth")
+    done = run("run-once", "renew-oauth")
     assert done.returncode == 84
     assert "nothing could be renewed: acme: its token_grabber_base_url is empty" in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_forecast_prints_who_has_to_log_in(world: World, config: Path, provider: Provider) -> None:
+def test_forecast_prints_who_has_to_log_in(world: World, run: Run, provider: Provider) -> None:
     world.add_link("nobody knows this")
-    run(config, "run-once", "renew-oauth")
-    shown = run(config, "forecast")
+    run("run-once", "renew-oauth")
+    shown = run("forecast")
     assert shown.returncode == 0
     assert "now" in shown.stdout
     assert "acme" in shown.stdout
-    assert run(config, "forecast", "--json").stdout.startswith("[\n  {")
-    assert run(config, "forecast", "--days", "1000000000").returncode == 2
+    assert run("forecast", "--json").stdout.startswith("[\n  {")
+    assert run("forecast", "--days", "1000000000").returncode == 2
     world.connection.execute('DELETE FROM "ActiveOauths"')
-    assert run(config, "forecast").stdout == "no link needs a new login within 30 days, as far as is known\n"
+    assert run("forecast").stdout == "no link needs a new login within 30 days, as far as is known\n"
 
 
 def test_a_starting_daemon_takes_over_what_dead_processes_left(world: World, config: Path, provider: Provider) -> None:

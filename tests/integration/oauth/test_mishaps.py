@@ -464,7 +464,7 @@ def test_a_token_that_the_database_can_not_hold_stands_in_nobodys_way(
         with Database(settings) as database, psycopg.connect(url, autocommit=True) as connection:
             for _ in (*schema.upgrade(database), *create_tables(database, settings.tables)):
                 pass
-            latin = World(url, database, connection, tmp_path / "latin")
+            latin = World(url, database, connection, tmp_path / "latin", world.loaded)
             odd = serve(script=lambda _: reply(200, {"access_token": "€" * 20, "expires_in": 3600}))
             latin.add_provider(odd, "odd")
             latin.add_provider(provider)
