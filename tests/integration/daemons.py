@@ -103,6 +103,7 @@ class Office:
         self._folder = folder
         self._opened: list[tuple[Crons, Work]] = []
         self._hourly = quiet_interval(3600)
+        self.trigger = IntervalSchedule(timedelta(seconds=self._hourly), "work").describe()
 
     def open(self, work: Work, *, max_workers: int = 4, **options: Any) -> Crons:
         """Open one whose only job is `work`, about every hour, at no time near, unless the options say otherwise."""

@@ -104,7 +104,8 @@ def test_a_job_that_is_overdue_is_not_caught_up_in_a_pause_but_can_be_run_by_han
     work = Work()
     for _ in schema.upgrade(database):
         pass
-    admin.execute("INSERT INTO catfeeder_cron.schedule VALUES ('work', 'every 1h', now() - interval '3 h 30 min')")
+    overdue = "INSERT INTO catfeeder_cron.schedule VALUES ('work', %s, now() - interval '3 h 30 min')"
+    admin.execute(overdue, [office.trigger])
     pauses.pause(database, [], None, "moving")
 
     crons = office.open(work)
