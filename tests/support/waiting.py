@@ -9,9 +9,10 @@ SOON = 60.0
 
 
 def eventually(condition: Callable[[], Any], what: str = "what was waited for", seconds: float = SOON) -> Any:
-    """Return what `condition` gives as soon as that is true."""
-    deadline = time.monotonic() + seconds
+    """Return what `condition` gives as soon as that is true; what takes long is looked at less often."""
+    began = time.monotonic()
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.01)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"not within {seconds:g} s: {what}"
+        time.sleep(min(0.005 + waited / 10, 0.1))
     return found
