@@ -32,6 +32,7 @@ from catfeeder_cron.database import embedded
 from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.support import servers
 from tests.support.loaded import LoadedProgram
+from tests.support.program import Program
 
 # A busy machine is no fault of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -97,6 +98,14 @@ def loaded() -> Iterator[LoadedProgram]:
     """The program, loaded, for commands that need not show how they start."""
     with LoadedProgram() as loaded:
         yield loaded
+
+
+@pytest.fixture
+def program(tmp_path: Path, loaded: LoadedProgram | None) -> Iterator[Program]:
+    program = Program(tmp_path, loaded)
+    yield program
+    for running in program.started:
+        running.kill()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -10,16 +9,7 @@ import pytest
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.application import create_tables
-from tests.acceptance.program import Program
-from tests.support.loaded import LoadedProgram
-
-
-@pytest.fixture
-def program(tmp_path: Path, loaded: LoadedProgram | None) -> Iterator[Program]:
-    program = Program(tmp_path, loaded)
-    yield program
-    for running in program.started:
-        running.kill()
+from tests.support.program import Program
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.acceptance.program import ADD_CONNECTIONS, Program, command, count
 from tests.support.processes import is_alive
+from tests.support.program import ADD_CONNECTIONS, Program, command, count
 from tests.support.waiting import eventually
 
 CALLABLES = Path(__file__).parents[1] / "support" / "custom_callables.py"

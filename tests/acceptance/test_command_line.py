@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.program import Program, command
+from tests.support.program import Program, command
 
 NO_DATABASE = "postgresql:///nowhere?host=/nowhere"
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.database.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Program, count
+from tests.support.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Program, count
 from tests.support.waiting import eventually
 
 EVERY_SECOND = """

@@ -6,7 +6,7 @@ import sys
 import psycopg
 import pytest
 
-from tests.acceptance.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, count
+from tests.support.program import ADD_CONNECTIONS, SLOW_DOWN_DELETIONS, Finished, Program, count
 from tests.support.waiting import eventually
 
 EXPIRED = '"Connections" WHERE expiration_date < now()'

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.program import Program, command
+from tests.support.program import Program, command
 
 REASON = "Tübingen – 猫 \U0001f408"
 SHOWN = r"T\xfcbingen \u2013 \u732b \U0001f408"

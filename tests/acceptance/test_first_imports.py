@@ -13,8 +13,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.acceptance.program import Program, count
 from tests.integration.oauth.provider import Provider, reply, running
+from tests.support.program import Program, count
 from tests.support.waiting import eventually
 
 # Writes a line for each first import: process, module, thread, whether a thread had been started by then.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from tests.acceptance.program import Program, count
+from tests.support.program import Program, count
 
 TABLES = """pg_tables WHERE schemaname IN ('public', 'catfeeder_cron')"""
 INDEXES = """pg_indexes WHERE indexdef ~ '\\((expiration_date|expiration)\\)'"""

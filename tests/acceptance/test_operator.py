@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 import catfeeder_cron
-from tests.acceptance.program import Program, Running, count
+from tests.support.program import Program, Running, count
 from tests.support.waiting import eventually
 
 TICK = """

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import catfeeder_cron
-from tests.acceptance.program import Program, command
+from tests.support.program import Program, command
 
 USES_EVERY_NAME = """
 from datetime import timedelta

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from tests.acceptance.program import Program
+from tests.support.program import Program
 from tests.support.waiting import eventually
 
 # A sequence is not rolled back: the first two runs divide by zero, the third succeeds.

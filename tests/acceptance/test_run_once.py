@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from catfeeder_cron.database.embedded import EmbeddedServer
-from tests.acceptance.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Finished, Program, command, count
+from tests.support.program import ADD_CONNECTIONS, ASLEEP, SLOW_DOWN_DELETIONS, Finished, Program, command, count
 from tests.support.waiting import eventually
 
 INSTANT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)"

@@ -1,13 +1,9 @@
 """The daemon as the service manager hears it: a real process, and a socket in systemd's place."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import LiteralString
 
@@ -18,6 +14,7 @@ from pydantic import SecretStr
 from catfeeder_cron.config import DatabaseSettings, DatabaseTables
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.schema.application import create_tables
+from tests.support.program import Program, Running
 from tests.support.waiting import SOON, eventually
 
 
@@ -62,58 +59,55 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     manager.close()
 
 
-@contextmanager
-def daemon(manager: Manager, folder: Path, config: str, **environ: str) -> Iterator["subprocess.Popen[str]"]:
-    (folder / "config.toml").write_text(config)
-    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(folder / "config.toml"), "start"]
-    environment = {**os.environ, "NOTIFY_SOCKET": str(manager.address), **environ}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(manager: Manager, program: Program) -> Start:
+    """Starts a daemon under the manager, with further environment variables."""
+
+    def start(url: str, jobs: str = "", **variables: str) -> Running:
+        program.configure(url, f"connect_timeout = 1\n{jobs}")
+        return program.start("start", variables={"NOTIFY_SOCKET": str(manager.address), **variables})
+
+    return start
 
 
 def wait_until(connection: "psycopg.Connection", query: LiteralString, answer: object) -> None:
     eventually(lambda: connection.execute(query).fetchone() == (answer,), query)
 
 
-def config(url: str, more: str = "") -> str:
-    return f'[database]\nurl = "{url}"\nconnect_timeout = 1\n{more}'
-
-
 def test_it_is_ready_without_a_database_says_so_and_says_when_that_is_over(
-    manager: Manager, tmp_path: Path, database_url: str
+    manager: Manager, start: Start, database_url: str
 ) -> None:
     away = "postgresql://cat:hunter2@127.0.0.1:9/x"
-    with daemon(manager, tmp_path, config(away)) as process:
-        manager.wait_for("READY=1")
-        status = manager.wait_for("STATUS=DATABASE UNREACHABLE: ")
-        assert "hunter2" not in status
-        assert "next " in status
-        process.terminate()
-        manager.wait_for("STOPPING=1")
-        assert process.wait(SOON) == 0
+    daemon = start(away)
+    manager.wait_for("READY=1")
+    status = manager.wait_for("STATUS=DATABASE UNREACHABLE: ")
+    assert "hunter2" not in status
+    assert "next " in status
+    daemon.signal(signal.SIGTERM)
+    manager.wait_for("STOPPING=1")
+    assert daemon.finish().status == 0
 
     manager.heard.clear()
-    with daemon(manager, tmp_path, config(database_url)):
-        manager.wait_for("READY=1")
-        assert manager.wait_for("STATUS=idle; next ").endswith("(4 scheduled)")
+    start(database_url)
+    manager.wait_for("READY=1")
+    assert manager.wait_for("STATUS=idle; next ").endswith("(4 scheduled)")
 
 
 def test_the_watchdog_is_fed_while_the_loop_turns_though_no_job_is_due_and_not_when_the_process_stands_still(
-    manager: Manager, tmp_path: Path, database_url: str
+    manager: Manager, start: Start, database_url: str
 ) -> None:
-    with daemon(manager, tmp_path, config(database_url), WATCHDOG_USEC="1500000") as process:
-        manager.wait_for("READY=1")
-        for _ in range(4):
-            manager.wait_for("WATCHDOG=1", anew=True)
-        process.terminate()
-        assert process.wait(SOON) == 0
+    daemon = start(database_url, WATCHDOG_USEC="1500000")
+    manager.wait_for("READY=1")
+    for _ in range(4):
+        manager.wait_for("WATCHDOG=1", anew=True)
+    assert daemon.stop().status == 0
 
 
 def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_for(
-    manager: Manager, tmp_path: Path, database_url: str
+    manager: Manager, start: Start, database_url: str
 ) -> None:
     settings = DatabaseSettings(url=SecretStr(database_url))
     with Database(settings) as database:
@@ -138,15 +132,15 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
         asleep: LiteralString = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
         )
-        with daemon(manager, tmp_path, config(database_url, jobs)) as process:
-            manager.wait_for("STATUS=running clean-tokens")
-            wait_until(connection, asleep, 1)
-            process.send_signal(signal.SIGTERM)
-            manager.wait_for("STOPPING=1")
-            for _ in range(2):
-                assert manager.wait_for("EXTEND_TIMEOUT_USEC=", anew=True) == "EXTEND_TIMEOUT_USEC=10000000"
-            connection.execute("SELECT pg_advisory_unlock(1)")
-            assert process.wait(SOON) == 0
+        daemon = start(database_url, jobs)
+        manager.wait_for("STATUS=running clean-tokens")
+        wait_until(connection, asleep, 1)
+        daemon.signal(signal.SIGTERM)
+        manager.wait_for("STOPPING=1")
+        for _ in range(2):
+            assert manager.wait_for("EXTEND_TIMEOUT_USEC=", anew=True) == "EXTEND_TIMEOUT_USEC=10000000"
+        connection.execute("SELECT pg_advisory_unlock(1)")
+        assert daemon.finish().status == 0
         assert "STATUS=stopping; waiting for clean-tokens" in manager.heard
         (outcome, counts), *_ = connection.execute(
             "SELECT outcome, counts FROM catfeeder_cron.job_runs WHERE job = 'clean-tokens' ORDER BY run_id"
@@ -155,16 +149,14 @@ def test_a_stop_asks_for_time_while_a_job_ends_its_batch_and_says_what_it_waits_
 
 
 def test_a_reload_is_over_though_a_callable_hangs_while_it_is_imported(
-    manager: Manager, tmp_path: Path, database_url: str
+    manager: Manager, start: Start, program: Program, tmp_path: Path, database_url: str
 ) -> None:
     (tmp_path / "hangs.py").write_text("import threading\nthreading.Event().wait()\n")
-    with daemon(manager, tmp_path, config(database_url), PYTHONPATH=str(tmp_path)) as process:
-        manager.wait_for("READY=1")
-        job = '[jobs.report]\ncall = "hangs:main"\ninterval = "1d"\n'
-        (tmp_path / "config.toml").write_text(config(database_url, job))
-        process.send_signal(signal.SIGHUP)
-        manager.wait_for("RELOADING=1")
-        manager.wait_for("READY=1", anew=True)
-        assert manager.heard[-1].endswith("(5 scheduled)")
-        process.terminate()
-        assert process.wait(SOON) == 0
+    daemon = start(database_url, PYTHONPATH=str(tmp_path))
+    manager.wait_for("READY=1")
+    program.configure(database_url, '[jobs.report]\ncall = "hangs:main"\ninterval = "1d"\n')
+    daemon.signal(signal.SIGHUP)
+    manager.wait_for("RELOADING=1")
+    manager.wait_for("READY=1", anew=True)
+    assert manager.heard[-1].endswith("(5 scheduled)")
+    assert daemon.stop().status == 0

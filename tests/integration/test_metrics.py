@@ -3,18 +3,15 @@
 import http.client
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -32,6 +29,7 @@ from catfeeder_cron.scheduler.listeners import Run
 from catfeeder_cron.service.endpoints import Endpoints, Page
 from catfeeder_cron.service.health import Health
 from catfeeder_cron.service.metrics import Metrics
+from tests.support.program import Program, Running
 from tests.support.waiting import SOON, eventually
 
 MINUTE = timedelta(minutes=1)
@@ -50,90 +48,79 @@ def samples(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
-@contextmanager
-def daemon(
-    folder: Path, url: str, jobs: str, listen: str = "127.0.0.1:0"
-) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Yield a daemon and the port of its metrics, 0 where it has none."""
-    text = f'[database]\nurl = "{url}"\nconnect_timeout = 1\n[logging]\nformat = "json"\n'
-    (folder / "config.toml").write_text(f'{text}[metrics]\nlisten = "{listen}"\n{jobs}')
-    command = [sys.executable, "-m", "catfeeder_cron", "--config", str(folder / "config.toml"), "start"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            entry: dict[str, Any] = {"event": ""}
-            while not entry["event"].startswith("metrics_"):
-                entry = json.loads(process.stderr.readline())
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield process, entry.get("port", 0)
-        finally:
-            process.kill()
+Start = Callable[..., tuple[Running, int]]
 
 
-def test_a_running_daemon_tells_its_runs_its_slots_and_that_all_is_well(tmp_path: Path, database_url: str) -> None:
+@pytest.fixture
+def start(program: Program) -> Start:
+    """Starts a daemon; returns it and the port of its metrics, 0 where it has none."""
+
+    def start(url: str, jobs: str, listen: str = "127.0.0.1:0") -> tuple[Running, int]:
+        logging = 'connect_timeout = 1\n[logging]\nformat = "json"\n'
+        program.configure(url, f'{logging}[metrics]\nlisten = "{listen}"\n{jobs}')
+        daemon = program.start("start")
+        told = eventually(lambda: [*daemon.events("metrics_served"), *daemon.events("metrics_not_served")])
+        return daemon, told[0].get("port", 0)
+
+    return start
+
+
+def test_a_running_daemon_tells_its_runs_its_slots_and_that_all_is_well(start: Start, database_url: str) -> None:
     jobs = '[jobs.test-hello-world]\nenabled = true\ninterval = "1s"\n[jobs.clean-tokens]\ninterval = "1s"\n'
     began = datetime.now(UTC).timestamp()
-    with daemon(tmp_path, database_url, jobs) as (process, port):
-        hello = 'job="test-hello-world"'
+    daemon, port = start(database_url, jobs)
+    hello = 'job="test-hello-world"'
 
-        def metrics() -> dict[str, float]:
-            return samples(get(port, "/metrics")[1])
+    def metrics() -> dict[str, float]:
+        return samples(get(port, "/metrics")[1])
 
-        def ran() -> dict[str, float] | None:
-            found = metrics()
-            runs = found.get(f'job_runs_total{{{hello},outcome="succeeded"}}', 0)
-            failures = found.get('job_runs_total{job="clean-tokens",outcome="failed"}', 0)
-            return (
-                found
-                if runs >= 2 and failures >= 1 and f"job_last_success_timestamp_seconds{{{hello}}}" in found
-                else None
-            )
-
-        found = eventually(ran)  # clean-tokens finds no table
-        assert found[f'job_runs_total{{{hello},outcome="timed_out"}}'] == 0
-        assert (
-            found[f"job_duration_seconds_count{{{hello}}}"] == found[f'job_runs_total{{{hello},outcome="succeeded"}}']
+    def ran() -> dict[str, float] | None:
+        found = metrics()
+        runs = found.get(f'job_runs_total{{{hello},outcome="succeeded"}}', 0)
+        failures = found.get('job_runs_total{job="clean-tokens",outcome="failed"}', 0)
+        return (
+            found if runs >= 2 and failures >= 1 and f"job_last_success_timestamp_seconds{{{hello}}}" in found else None
         )
-        now = datetime.now(UTC).timestamp()
-        assert began <= found[f"job_last_success_timestamp_seconds{{{hello}}}"] <= now
-        assert began < found[f"job_next_slot_timestamp_seconds{{{hello}}}"] < now + 2
-        assert found["database_up"] == 1
-        assert found['pool_connections{state="idle"}'] + found['pool_connections{state="in_use"}'] >= 1
-        assert found[f"job_stuck{{{hello}}}"] == 0
-        assert get(port, "/health") == (200, '{"status": "ok", "reasons": []}\n')
-        assert get(port, "/ready") == (200, '{"status": "ok", "reasons": []}\n')
-        assert get(port, "/ready", "HEAD") == (200, "")
-        assert get(port, "/other?x=1")[0] == 404
-        process.terminate()
-        assert process.wait(SOON) == 0
+
+    found = eventually(ran)  # clean-tokens finds no table
+    assert found[f'job_runs_total{{{hello},outcome="timed_out"}}'] == 0
+    assert found[f"job_duration_seconds_count{{{hello}}}"] == found[f'job_runs_total{{{hello},outcome="succeeded"}}']
+    now = datetime.now(UTC).timestamp()
+    assert began <= found[f"job_last_success_timestamp_seconds{{{hello}}}"] <= now
+    assert began < found[f"job_next_slot_timestamp_seconds{{{hello}}}"] < now + 2
+    assert found["database_up"] == 1
+    assert found['pool_connections{state="idle"}'] + found['pool_connections{state="in_use"}'] >= 1
+    assert found[f"job_stuck{{{hello}}}"] == 0
+    assert get(port, "/health") == (200, '{"status": "ok", "reasons": []}\n')
+    assert get(port, "/ready") == (200, '{"status": "ok", "reasons": []}\n')
+    assert get(port, "/ready", "HEAD") == (200, "")
+    assert get(port, "/other?x=1")[0] == 404
+    assert daemon.stop().status == 0
 
 
-def test_a_daemon_without_a_database_is_healthy_and_not_ready(tmp_path: Path) -> None:
-    with daemon(tmp_path, "postgresql://cat:hunter2@127.0.0.1:9/x", "") as (_, port):
-        assert get(port, "/health")[0] == 200
-        status, body = get(port, "/ready")
-        assert status == 503
-        (reason,) = json.loads(body)["reasons"]
-        assert reason.startswith("the database is unreachable: no connection to the database: ")
-        text = get(port, "/metrics")[1]
-        assert samples(text)["database_up"] == 0
-        assert "hunter2" not in text + body
+def test_a_daemon_without_a_database_is_healthy_and_not_ready(start: Start) -> None:
+    _, port = start("postgresql://cat:hunter2@127.0.0.1:9/x", "")
+    assert get(port, "/health")[0] == 200
+    status, body = get(port, "/ready")
+    assert status == 503
+    (reason,) = json.loads(body)["reasons"]
+    assert reason.startswith("the database is unreachable: no connection to the database: ")
+    text = get(port, "/metrics")[1]
+    assert samples(text)["database_up"] == 0
+    assert "hunter2" not in text + body
 
 
-def test_an_address_that_is_taken_costs_the_metrics_and_not_the_daemon(tmp_path: Path, database_url: str) -> None:
+def test_an_address_that_is_taken_costs_the_metrics_and_not_the_daemon(start: Start, database_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         jobs = '[jobs.test-hello-world]\nenabled = true\ninterval = "1s"\n'
-        with (
-            daemon(tmp_path, database_url, jobs, address) as (process, _),
-            psycopg.connect(database_url, autocommit=True) as connection,
-        ):
+        daemon, _ = start(database_url, jobs, address)
+        with psycopg.connect(database_url, autocommit=True) as connection:
             ledger = "SELECT to_regclass('catfeeder_cron.job_runs') IS NOT NULL"
             eventually(lambda: connection.execute(ledger).fetchone() == (True,))
             runs = "SELECT FROM catfeeder_cron.job_runs WHERE outcome = 'succeeded'"
             eventually(lambda: connection.execute(runs).fetchall())
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(SOON) == 0
+            assert daemon.stop().status == 0
 
 
 @pytest.fixture

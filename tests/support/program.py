@@ -119,7 +119,7 @@ class Running:
             reader.join(seconds)
         return Finished(status, *("".join(self._said[name]) for name in ("stdout", "stderr")))
 
-    def stop(self, seconds: float = 20) -> Finished:
+    def stop(self, seconds: float = SOON) -> Finished:
         """Ask it to stop as systemd does, and wait for the end."""
         self.signal(signal.SIGTERM)
         return self.finish(seconds)
