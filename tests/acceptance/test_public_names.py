@@ -2,10 +2,8 @@
 
 import sys
 
-import pytest
-
 import catfeeder_cron
-from tests.support.program import Program, command
+from tests.support.program import Program
 
 USES_EVERY_NAME = """
 from datetime import timedelta
@@ -54,7 +52,6 @@ with BackgroundTasks(success=0, error=84, debug=False, max_workers=2, timezone="
 NOT_PUBLIC = "from catfeeder_cron import BackgroundTasks\nBackgroundTasks(success='yes')\n"
 
 
-@pytest.mark.skipif(len(command()) > 1, reason="the built wheel is not installed")
 def test_a_type_checker_accepts_a_program_that_uses_every_public_name(program: Program) -> None:
     """It reads the installed wheel, which has to say that it has types."""
     source = program.folder / "user.py"
