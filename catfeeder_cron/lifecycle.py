@@ -24,10 +24,14 @@ FORKED = "it was in use before this process was forked, and lives on in the pare
 
 T = TypeVar("T")
 
+# How long the end of a program waits for the threads that let dropped resources go.
+_EXIT_SECONDS = 10
+
 # Any thread changes these, by single operations on a set or dict, which are atomic, and never under a lock: a finalizer
 # may run in the middle of any code, and so in the thread that holds the lock.
 _open: set["Resource"] = set()
 _dropped: dict["Resource", threading.Event] = {}
+_beginning: set["Resource"] = set()  # dropped ones whose thread has not begun yet
 _at_the_end: dict[Callable[[], None], None] = {}  # in the order in which they were added
 _told_of_forks: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 
@@ -102,8 +106,11 @@ def _drop(resource: Resource) -> None:
     """
     if resource in _open:
         _dropped[resource] = threading.Event()
-        with suppress(RuntimeError):  # the system has no further thread: the resource is let go when the program ends
+        _beginning.add(resource)
+        try:
             _thread.start_new_thread(_begin_to_let_go, (resource,))
+        except RuntimeError:  # the system has no further thread: the resource is let go when the program ends
+            _beginning.discard(resource)
 
 
 def _begin_to_let_go(resource: Resource) -> None:
@@ -111,6 +118,7 @@ def _begin_to_let_go(resource: Resource) -> None:
     # current thread would leave a dummy object behind. The program does wait for this second thread.
     with suppress(RuntimeError):  # as above
         threading.Thread(target=_let_go, args=[resource], name="let-go", daemon=False).start()
+    _beginning.discard(resource)
 
 
 def _let_go(resource: Resource, *, at_exit: bool = False) -> None:
@@ -144,11 +152,24 @@ def _before_threads_end() -> None:
 def _at_exit() -> None:
     for resource in list(_open):
         _let_go(resource, at_exit=True)
+    _wait_for_threads()
     for call in list(_at_the_end):
         try:
             call()
         except Exception:
             log.exception("resource_not_closed")
+
+
+def _wait_for_threads() -> None:
+    """Wait for the threads that let resources go, of which Python knows none that was started at the end.
+
+    Python takes the frames of a thread that still runs from under it, and crashes where one is inside psycopg: seen as
+    a segmentation fault on a busy machine whose program ended right after a drop (issue 11).
+    """
+    until = time.monotonic() + _EXIT_SECONDS
+    while _beginning and time.monotonic() < until:
+        time.sleep(0.001)
+    wait_for_dropped(0, max(0.0, until - time.monotonic()))
 
 
 def _in_forked_child() -> None:
@@ -159,6 +180,7 @@ def _in_forked_child() -> None:
             log.exception("after_fork_failed")
     _open.clear()
     _dropped.clear()
+    _beginning.clear()
     _at_the_end.clear()
 
 

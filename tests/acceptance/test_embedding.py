@@ -161,6 +161,31 @@ print(len(codes), set(codes))
     assert count(admin, "catfeeder_cron.daemons") == 0
 
 
+DROPPED_LAST = """
+import atexit, time
+from catfeeder_cron import Crons
+
+held = [Crons()]
+print(held[0].clean_expired_tokens())
+
+@atexit.register
+def drop():
+    held.clear()
+    time.sleep(0.5)  # by then another thread has begun to let it go
+"""
+
+
+@pytest.mark.usefixtures("app_tables")
+def test_a_program_that_ends_right_after_a_drop_waits_until_all_is_let_go(
+    program: Program, admin: psycopg.Connection
+) -> None:
+    body = "BEGIN PERFORM pg_sleep(2); RETURN OLD; END"
+    admin.execute(f"CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS '{body}'".encode())
+    admin.execute("CREATE TRIGGER slow BEFORE DELETE ON catfeeder_cron.daemons FOR EACH ROW EXECUTE FUNCTION wait()")
+    assert run(program, DROPPED_LAST) == "0\n"
+    assert count(admin, "catfeeder_cron.daemons") == 0
+
+
 LEFT_OPEN = """
 import logging, time
 import psycopg

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -355,23 +356,20 @@ def test_debug_logs_what_becomes_of_a_task(debug_records: Callable[[], list[str]
     def raise_it() -> None:
         raise LookupError
 
+    def is_told(event: str, task: str) -> bool:
+        return any(event in message and task in message for message in debug_records())
+
     with BackgroundTasks(debug=True) as tasks:
         tasks.add_task(nothing, trigger="date", id="calm")
         tasks.add_task(raise_it, trigger="date", id="wild")
         tasks.start()
-        tasks.stop()
-
-    ours = debug_records()
-    for event, task in [
-        ("task_added", "calm"),
-        ("task_submitted", "calm"),
-        ("task_finished", "calm"),
-        ("task_failed", "wild"),
-    ]:
-        assert any(event in message and task in message for message in ours), (
-            event,
-            ours,
-        )
+        for event, task in [
+            ("task_added", "calm"),
+            ("task_submitted", "calm"),
+            ("task_finished", "calm"),
+            ("task_failed", "wild"),
+        ]:
+            eventually(partial(is_told, event, task), event)
 
 
 @pytest.mark.parametrize("blocking", [False, True])
