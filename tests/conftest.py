@@ -54,6 +54,9 @@ _EMPTY = """
     GRANT USAGE ON SCHEMA public TO PUBLIC"""
 
 
+_QUICK = ("tests/unit", "tests/integration/test_")
+
+
 def pytest_configure() -> None:
     # A script ignores SIGINT in what it starts in the background, nohup SIGHUP: so would whatever a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -68,8 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
-        slow = [item for item in items if not item.nodeid.startswith(("tests/unit", "tests/integration/test_"))]
-        quick = [item for item in items if item not in set(slow)]
+        slow = [item for item in items if not item.nodeid.startswith(_QUICK)]
+        quick = [item for item in items if item.nodeid.startswith(_QUICK)]
         bounds = [len(quick) * worker // workers for worker in range(workers + 1)]
         parts = [list(part) for _, part in groupby(slow, _what_stays_together)]
         shares = [

@@ -150,7 +150,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 def _serve(requests: socket.socket) -> None:
-    """Answer requests until there are no more; return in the copies, and raise what the command ends with."""
+    """Answer requests until there are no more. In a copy it raises SystemExit, as the command does at its end."""
     import gc
 
     from catfeeder_cron import checks, demo, jobs, service  # noqa: F401
@@ -167,12 +167,11 @@ def _serve(requests: socket.socket) -> None:
         if os.fork() == 0:
             requests.close()
             _attend(json.loads(message), *descriptors)
-            return
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _attend(request: _REQUEST, stdout: int, stderr: int, status: int) -> None:
+def _attend(request: _REQUEST, stdout: int, stderr: int, status: int) -> NoReturn:
     """Start the command, wait for it and tell how it ended, as a shell does."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()  # a signal to all of the command's process group does not reach the attendant
