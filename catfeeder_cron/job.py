@@ -42,6 +42,8 @@ class Job(Generic[S]):
     run: Callable[["JobContext", S], None]
     shared: bool = False
     """Whether every daemon works on each slot, because the job divides its rows by leases."""
+    irreversible: bool = False
+    """Whether it has effects outside of the database, so that it must not run on an old copy of it."""
     tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[WantedIndex, ...] = ()
     wake: "Wake | None" = None

@@ -73,4 +73,4 @@ class JobWakers(RunListener):
     def _run(self, job_id: str) -> None:
         """Run a job between its slots, unless it is running here, or paused. Called in a worker thread."""
         job, _ = self._executor.find(job_id)
-        self._executor.run_scheduled(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared))
+        self._executor.run_scheduled(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared), "schedule")
