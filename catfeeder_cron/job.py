@@ -55,6 +55,10 @@ class Job(Generic[S]):
     It may raise DatabaseUnavailable.
     """
 
+    def refused_on(self, database: Database) -> str:
+        """Return why the job must not run on this database as it is; empty if it may."""
+        return database.lineage.stale if self.irreversible and database.lineage else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:

@@ -235,8 +235,8 @@ def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> Job
 def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
     try:
         context.checkpoint()
-        if job.irreversible and context.database.lineage and context.database.lineage.stale:
-            raise JobSkipped(context.database.lineage.stale)
+        if refusal := job.refused_on(context.database):
+            raise JobSkipped(refusal)
         if job.tables:
             with context.transaction() as connection:
                 require_tables(connection, context.tables, job.id, job.tables)

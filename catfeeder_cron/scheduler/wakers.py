@@ -59,9 +59,11 @@ class JobWakers(RunListener):
 
     def _due_in(self, job_id: str) -> float | None:
         """Return in how many seconds the job has something to do, in the thread of its waker."""
-        wake = self._executor.find(job_id)[0].wake
+        job, _ = self._executor.find(job_id)
+        if job.wake is None or job.refused_on(self._database):
+            return None
         try:
-            return wake.due_in(self._executor.context(job_id)) if wake else None
+            return job.wake.due_in(self._executor.context(job_id))
         except (UndefinedObject, PermissionDenied) as problem:
             raise SchemaProblem(self._executor.explain(job_id, problem)) from None
 
