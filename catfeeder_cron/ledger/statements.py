@@ -201,7 +201,8 @@ BEAT = """
           AND (SELECT heard_since FROM lineage) < now() - %(dead_after)s
           AND NOT EXISTS (SELECT FROM catfeeder_cron.daemons d
                           WHERE d.daemon = r.daemon AND d.heartbeat_at > now() - %(dead_after)s
-                            AND d.heartbeat_at <= now() + %(early)s)),
+                            AND d.heartbeat_at <= now() + %(early)s)
+        FOR UPDATE OF r SKIP LOCKED),
     working AS MATERIALIZED (
         SELECT dead.run_id, dead.job, a.pid FROM dead JOIN pg_catalog.pg_stat_activity a
             ON a.application_name = format('catfeeder-cron run %%s %%s', dead.run_id, left(dead.daemon::text, 8))),
@@ -211,8 +212,9 @@ BEAT = """
         WHERE r.outcome IS NULL AND r.run_id IN (SELECT run_id FROM dead EXCEPT SELECT run_id FROM working)
         RETURNING r.job, r.host, r.pid, r.run_id),
     gone AS (
-        DELETE FROM catfeeder_cron.daemons d
-        WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s)
+        DELETE FROM catfeeder_cron.daemons WHERE daemon IN (
+            SELECT d.daemon FROM catfeeder_cron.daemons d
+            WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s FOR UPDATE SKIP LOCKED))
     SELECT array(SELECT run_id FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND daemon = %(daemon)s),
            array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed),
            (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule

@@ -475,6 +475,22 @@ def test_a_run_whose_record_was_lost_is_recorded_anew_and_that_its_slot_ran_twic
     assert rows(admin, "slot, outcome, reason") == expected
 
 
+def test_no_heartbeat_waits_for_a_row_that_somebody_has_locked(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, connect: Callable[..., Any]
+) -> None:
+    """It would hold up those of all other processes."""
+    other = open_ledger(UUID(int=1))
+    other.beat()
+    claim(other, 0, 1)
+    set_heartbeat(admin, UUID(int=1), 90_000)
+    somebody = connect(autocommit=False)
+    somebody.execute("SELECT FROM catfeeder_cron.job_runs FOR UPDATE")
+    somebody.execute("SELECT FROM catfeeder_cron.daemons FOR UPDATE")
+    assert ledger.beat().closed == []
+    somebody.rollback()
+    assert len(ledger.beat().closed) == 1
+
+
 def test_a_daemon_that_was_silent_for_a_day_is_forgotten(
     ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
 ) -> None:
