@@ -18,7 +18,6 @@ from catfeeder_cron.errors import (
     PostponedAction,
 )
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.actions")
 log_of_output = get_logger("catfeeder_cron.output")
@@ -47,7 +46,7 @@ class Handlers:
         """Let these actions go on: their leases were extended until then, by times.elapsed_seconds."""
         for each in ids:
             if each in self._calls:
-                self._calls[each].set_deadline(lease_ends - elapsed_seconds())
+                self._calls[each].set_deadline(lease_ends)
 
     def ask_to_stop(self) -> None:
         """Ask the operator's handlers at work to end; a child that has not ended ten seconds later is killed."""
@@ -84,8 +83,8 @@ class Handlers:
         Raises TimeoutError when its time was over before it had done its work.
         """
         action = claimed.action
-        call = self._children.call(f"actions.{action.kind}", reference, action, on_line=_log_line)
-        call.set_deadline(claimed.lease_ends - elapsed_seconds())
+        key, deadline = f"actions.{action.kind}", claimed.lease_ends
+        call = self._children.call(key, reference, action, deadline=deadline, on_line=_log_line)
         self._calls[action.id] = call
         try:
             timed_out = await self._wait(call)
