@@ -72,9 +72,13 @@ class Attempts:
         """Let the handlers of these actions go on: their leases were extended until then, by times.elapsed_seconds."""
         self._loop.call_soon_threadsafe(self._handlers.extend, ids, lease_ends)
 
-    def ask_to_stop(self) -> None:
-        """Ask the operator's handlers to end. One that has not ended ten seconds later is killed, and "retried"."""
-        self._loop.call_soon_threadsafe(self._handlers.ask_to_stop)
+    def ask_to_stop(self, grace_seconds: float) -> None:
+        """Ask the operator's handlers to end. One that has not ended so many seconds later is killed, and "retried".
+
+        Unlike the other methods, this one may be called from any thread, and after the end.
+        """
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._handlers.ask_to_stop, grace_seconds)
 
     def cancel(self, ids: list[Any]) -> None:
         """Stop these attempts; they finish as "cancelled"."""

@@ -22,13 +22,14 @@ from catfeeder_cron.times import elapsed_seconds
 
 # The payload comes as text and the time within Python's limits, so that one unreadable row does not keep the others
 # from being claimed. PostgreSQL checks the condition again after it has locked a row, so a row that another session has
-# just claimed or cancelled is not claimed.
+# just claimed or cancelled is not claimed. The lease begins at clock_timestamp(), which is after this process has read
+# its own clock; now() is when the transaction began, which may be long before.
 _CLAIM = """
     WITH picked AS MATERIALIZED (
         SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND due_at <= now()
         LIMIT %(most)s FOR UPDATE SKIP LOCKED)
     UPDATE {actions} AS a
-    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = now() + %(lease)s,
+    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = clock_timestamp() + %(lease)s,
         lease_owner = %(process)s || ' since ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     FROM picked WHERE a.id = picked.id
     RETURNING a.id, a.user_id, a.name, a.kind, left(a.payload::text, %(longest)s), a.attempts, a.lease_owner,
@@ -47,7 +48,8 @@ _EXTEND = """
         SELECT id FROM {actions}
         WHERE id = ANY(%(ids)s) AND lease_owner = ANY(%(owners)s) AND state = 'running' FOR UPDATE SKIP LOCKED),
     extended AS (
-        UPDATE {actions} AS a SET lease_until = now() + %(lease)s FROM locked WHERE a.id = locked.id RETURNING a.id)
+        UPDATE {actions} AS a SET lease_until = clock_timestamp() + %(lease)s
+        FROM locked WHERE a.id = locked.id RETURNING a.id)
     SELECT ours.id, extended.id IS NOT NULL FROM ours LEFT JOIN extended USING (id)"""
 
 _LONGEST_PAYLOAD = 1_000_000
@@ -56,12 +58,13 @@ _LAPSED = "state = 'running' AND (lease_until IS NULL OR lease_until < now())"
 
 # `lapsed` are the rows whose lease is over, `logged` writes their lines in "ActionLog", `changed` makes them pending or
 # failed, `forgotten` deletes the retries of the failed ones. The attempt was counted when it began. A row that is
-# 'running' without a lease counts as lapsed, too.
+# 'running' without a lease counts as lapsed, too. `ours` are attempts whose outcome this process has yet to store.
 _TAKE_OVER = """
     WITH lapsed AS MATERIALIZED (
         SELECT id, coalesce(attempts, 0) AS attempts, lease_owner,
                coalesce(attempts, 0) >= coalesce(max_attempts, 5) AS spent
-        FROM {actions} WHERE {lapsed} LIMIT 1000 FOR UPDATE SKIP LOCKED),
+        FROM {actions} WHERE {lapsed} AND (lease_owner = ANY(%(ours)s)) IS NOT TRUE
+        LIMIT 1000 FOR UPDATE SKIP LOCKED),
     logged AS (
         INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
         SELECT id, attempts,
@@ -140,9 +143,12 @@ class Leases:
         rows = connection.execute(self._sql(_EXTEND), parameters).fetchall()
         return {row[0] for row in rows}, {row[0] for row in rows if row[1]}
 
-    def take_over(self, connection: Connection) -> list[Any]:
-        """Make rows pending again whose lease ran out; return those that failed because it was their last attempt."""
-        parameters = {"owner_pattern": _OWNER_PATTERN, "reason": LOST}
+    def take_over(self, connection: Connection, held: list[Claimed]) -> list[Any]:
+        """Make rows pending again whose lease ran out; return those that failed because it was their last attempt.
+
+        The rows in `held` stay as they are.
+        """
+        parameters = {"owner_pattern": _OWNER_PATTERN, "reason": LOST, "ours": [each.owner for each in held]}
         return [id for (id,) in connection.execute(self._sql(_TAKE_OVER), parameters)]
 
     def _claimed(self, row: tuple[Any, ...], origin: UUID, lease_ends: float) -> Claimed:

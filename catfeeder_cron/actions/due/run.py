@@ -15,7 +15,7 @@ from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import elapsed_seconds
@@ -53,7 +53,8 @@ class DueActionsRun:
         self._leases = Leases(context.tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
-        self._attempts = Attempts(Handlers(settings, built_in, context.resources.children, action_timeout_seconds))
+        children = context.resources.children
+        self._attempts = Attempts(Handlers(settings, built_in, children, action_timeout_seconds, lease_seconds))
         self._extend_every = lease_seconds / 3
         self._extended_at = self._reached_at = time.monotonic()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
@@ -71,22 +72,27 @@ class DueActionsRun:
         """Run until nothing is due. Raises the error that ended the run, after its attempts under way have ended.
 
         When the run is asked to stop, it claims nothing new and asks the handlers to end; when its time is over, it
-        also cancels them.
+        also cancels them. When the database can't be reached, they go on, as long as their leases last.
         """
         with self._context.transaction() as connection:
             (self._begun,) = single(connection, "SELECT now()::text")
-        with self._attempts:
+        # The thread that requests the stop asks the handlers to end: this thread may wait for the database.
+        with self._attempts, self._context.stop.calling(self._ask_to_stop):
             try:
                 while self._take_on():
                     self._look_after()
             except CatfeederCronError as error:
-                self._attempts.ask_to_stop()
+                if isinstance(error, JobInterrupted):
+                    self._attempts.ask_to_stop(error.grace_seconds)
                 if isinstance(error, JobTimedOut):
                     self._cut_short = True
                     self._attempts.cancel(list(self._under_way))
                 while not self._idle:
                     self._look_after()
                 raise
+
+    def _ask_to_stop(self) -> None:
+        self._attempts.ask_to_stop(self._context.stop.grace_left_seconds)
 
     @property
     def _idle(self) -> bool:
@@ -113,7 +119,8 @@ class DueActionsRun:
     def _read_due(self) -> None:
         asked = time.monotonic()
         with self._context.transaction() as connection:
-            given_up = self._leases.take_over(connection)
+            held = [*self._under_way.values(), *(each.claimed for each in self._unstored)]
+            given_up = self._leases.take_over(connection, held)
             self._order = due_in_fair_order(connection, self._context.tables, self._begun)
         self._claimed_of_order = 0
         for action in given_up:
