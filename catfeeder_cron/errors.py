@@ -130,7 +130,7 @@ class JobInterrupted(CatfeederCronError):
     What the run has started in other processes is killed `grace_seconds` after it was asked to stop.
     """
 
-    def __init__(self, reason: str = "", *, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(self, reason: str = "", grace_seconds: float = GRACE_SECONDS) -> None:
         self.grace_seconds = grace_seconds
         super().__init__(reason)
 
