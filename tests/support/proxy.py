@@ -30,22 +30,34 @@ class Proxy:
         if answers:
             self._answers.clear()
 
+    def refuse(self) -> None:
+        """Break every connection, and each new one at once."""
+        self._refuses = True
+        self._break_all()
+
     def heal(self) -> None:
+        self._refuses = False
         self._requests.set()
         self._answers.set()
 
     def close(self) -> None:
-        """Break every connection."""
+        """Break every connection, and take no more."""
         self._listener.close()
+        self._break_all()
+        self.heal()
+
+    def _break_all(self) -> None:
         for each in self._sockets:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self.heal()
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                if self._refuses:
+                    client.close()
+                    continue
                 server = self._connect()
                 self._sockets += [client, server]
                 for pump in ((client, server, self._requests), (server, client, self._answers)):

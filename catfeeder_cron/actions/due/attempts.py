@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import Claimed
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
+from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.actions")
 
@@ -30,6 +31,10 @@ class Finished:
     verdict: Verdict
     detail: str | None = None
     after_seconds: float = 0
+    at: float = field(default_factory=elapsed_seconds)
+    """When it ended, by times.elapsed_seconds."""
+    begun_as: str | None = None
+    """The owner of the lease under which it ran, where that is not the lease under which it is stored."""
 
 
 class Attempts:
