@@ -57,6 +57,14 @@ def run(context: JobContext, settings: CheckActions) -> None:
     DueActionsRun(context, context.resources.actions, built_in(), limits).work()
 
 
+def recover(context: JobContext) -> None:
+    """Store the outcomes that this process remembers and the database has lost, or has not got in an outage."""
+    load("catfeeder_cron.actions.due.run")
+    from catfeeder_cron.actions.due.run import recover
+
+    recover(context, CheckActions().lease)
+
+
 def due_in(context: JobContext) -> float | None:
     """Return in how many seconds the next action is due or a lease ends; None if there is neither."""
     with context.transaction() as connection:
@@ -94,5 +102,6 @@ JOB = Job(
         WantedIndex("actions", "due_at", state="pending"),
         WantedIndex("actions", "lease_until", state="running"),
     ),
+    recover=recover,
     wake=Wake("catfeeder_cron_actions", due_in),
 )
