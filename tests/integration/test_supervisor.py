@@ -241,7 +241,26 @@ def test_a_run_of_a_process_that_is_cut_off_is_asked_to_end_before_others_may_be
     assert str(reason) == CUT_OFF
     assert FENCE_SECONDS + FENCE_GRACE_SECONDS < DEAD_AFTER_SECONDS
     assert not shared.control.stop, "its rows are shared out by leases"
+    assert shared.control.deadline.at == float("inf")
     assert events(caplog) == ["run_cut_off"]
+
+
+def test_what_a_run_has_started_dies_by_a_deadline_that_each_heartbeat_puts_off(office: Office) -> None:
+    """Its guard keeps it, so it holds in a process that is frozen, too."""
+    run = office.begin()
+    first = run.control.deadline.at
+    assert first == office.supervisor._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS
+    office.supervisor.beat()
+    assert run.control.deadline.at == office.supervisor._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS > first
+
+
+def test_a_run_that_was_asked_to_stop_before_is_cut_off_all_the_same(office: Office) -> None:
+    run = office.begin()
+    office.supervisor.runs.request_stop(JobAborted("enough"))
+    office.supervisor._last_beat -= FENCE_SECONDS + 1
+    office.supervisor._fence()
+    assert str(run.control.stop.reason) == "enough"
+    assert run.control.stop.grace_left_seconds <= FENCE_GRACE_SECONDS
 
 
 def test_the_fence_needs_no_heartbeat_to_return(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
