@@ -134,6 +134,7 @@ def start(context: typer.Context) -> None:
     from catfeeder_cron import logs
     from catfeeder_cron.service import daemon
 
+    logs.use_nonblocking_stderr()
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
     daemon.run(settings, lambda: _read(settings.path))
