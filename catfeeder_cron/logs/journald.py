@@ -94,6 +94,8 @@ class JournalHandler(logging.Handler):
         super().close()
 
     def _tell_dropped(self, count: int) -> bool:
+        if self._pauses():
+            return False
         record = lines_dropped(count)
         fields = Context().run(self._fields_of, record)
         return self._deliver(b"".join(_encoded(record, fields, _message(fields), _priority(record.levelno))))
@@ -102,8 +104,11 @@ class JournalHandler(logging.Handler):
         record = lines_dropped(count)
         return _prefixed(_message(self._fields_of(record)), _priority(record.levelno))
 
+    def _pauses(self) -> bool:
+        return self._try_again_at is not None and time.monotonic() < self._try_again_at
+
     def _deliver(self, data: bytes) -> bool:
-        if self._try_again_at and time.monotonic() < self._try_again_at:
+        if self._pauses():
             return False
         self._socket.settimeout(0 if self._try_again_at else _SEND_TIMEOUT_SECONDS)
         try:

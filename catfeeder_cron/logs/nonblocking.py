@@ -55,6 +55,9 @@ class NonBlockingWriter:
     def __init__(self, stream: TextIO) -> None:
         """Write to the descriptor of this stream, or to the stream itself if it has none."""
         self._output = _opened(stream)
+        self._poll = select.poll()
+        if self._output.descriptor >= 0:
+            self._poll.register(self._output.descriptor, select.POLLOUT)
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._is_closed = False
         self._wait_left = _WAIT_SECONDS
@@ -135,6 +138,8 @@ class NonBlockingWriter:
 
     def _catch_up(self) -> bool:
         """Write what is left of the line before, then how many were dropped; return whether nothing is left of both."""
+        if self._is_blocked and self._output.descriptor >= 0 and not self._poll.poll(0):
+            return False  # without making a notice for each line that is dropped
         self._advance()
         if self._dropped and not self._rest:
             told = self._dropped
@@ -180,13 +185,10 @@ class NonBlockingWriter:
         begun = time.monotonic()
         self._wait_left = min(_WAIT_SECONDS, self._wait_left + (begun - self._waited_at) * _WAIT_SHARE)
         milliseconds = int(self._wait_left * 1000)
-        if milliseconds:
-            poll = select.poll()
-            poll.register(self._output.descriptor, select.POLLOUT)
-            milliseconds = milliseconds if poll.poll(milliseconds) else 0
+        is_ready = milliseconds > 0 and bool(self._poll.poll(milliseconds))
         self._waited_at = time.monotonic()
         self._wait_left -= self._waited_at - begun
-        return milliseconds > 0
+        return is_ready
 
     def _try_again_later(self) -> None:
         """Have a thread go on, so that the notice does not wait for the next line."""
