@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import psycopg
 import pytest
@@ -53,7 +54,9 @@ def full(kind: str) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def daemon(program: Program, stderr: int) -> Iterator["subprocess.Popen[bytes]"]:
+def daemon(
+    program: Program, stderr: int, preexec_fn: Callable[[], None] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
     process = subprocess.Popen(
         [*command(), "start"],
         cwd=program.folder,
@@ -62,6 +65,7 @@ def daemon(program: Program, stderr: int) -> Iterator["subprocess.Popen[bytes]"]
         stdout=stderr,
         stderr=stderr,
         start_new_session=True,
+        preexec_fn=preexec_fn,
     )
     try:
         yield process
@@ -115,3 +119,14 @@ def test_heartbeats_go_on_and_a_reader_that_comes_back_is_told_how_many_lines_ar
         process.send_signal(signal.SIGTERM)
         assert process.wait(SOON) == 0
         assert any("daemon_stopped" in line for line in lines(reader, "daemon_stopped"))
+
+
+@pytest.mark.usefixtures("app_tables")
+def test_without_standard_output_and_error_it_runs_and_stops_in_order(
+    program: Program, admin: psycopg.Connection, database_url: str
+) -> None:
+    program.configure(database_url, CONFIG)
+    with daemon(program, subprocess.DEVNULL, partial(os.closerange, 1, 3)) as process:
+        eventually(lambda: count(admin, RUNS), "a run")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SOON) == 0
