@@ -89,7 +89,7 @@ class NonBlockingWriter:
         self.put_bytes(self._encoded(text))
 
     def put_bytes(self, line: bytes) -> None:
-        """Do as `put` with lines that are encoded."""
+        """Do as `put` with lines that are encoded; with none, only do what `flush` does."""
         with self._own_lock():
             self._waiting.append(line)
             if self._busy:
@@ -109,9 +109,7 @@ class NonBlockingWriter:
 
     def flush(self) -> None:
         """Finish the line that was begun, and tell how many were dropped, if that is possible now."""
-        with self._own_lock():
-            if not self._busy and not self._is_closed:
-                self._catch_up()
+        self.put_bytes(b"")
 
     def close(self) -> None:
         """Write no more, and close what was opened for this writer; the stream stays open."""
@@ -132,7 +130,7 @@ class NonBlockingWriter:
     def _put(self, line: bytes) -> None:
         if self._is_closed:
             return
-        if not (self._catch_up() and self._begin(line)):
+        if not (self._catch_up() and self._begin(line)) and line:
             self._dropped += line.count(b"\n") or 1
             self._try_again_later()
 
@@ -153,7 +151,7 @@ class NonBlockingWriter:
         """Write a line, and keep what is left of it for later; return False if nothing of it was written."""
         self._rest = memoryview(line)
         self._advance()
-        if len(self._rest) == len(line):
+        if line and len(self._rest) == len(line):
             self._rest = _NOTHING
             return False
         if len(self._rest) > _LONGEST_REST:
@@ -211,7 +209,8 @@ class NonBlockingWriter:
         while True:
             time.sleep(_TRY_AGAIN_SECONDS)
             with self._lock:
-                if self._is_closed or self._catch_up() or self._is_gone:
+                self.flush()
+                if self._is_closed or self._is_gone or not (self._rest or self._dropped):
                     self._is_trying_again = False
                     return
 
