@@ -48,10 +48,12 @@ class Memory:
     def add(self, finished: Finished, lineage: UUID | None, *, stored: bool) -> None:
         """Remember how an attempt ended, instead of an earlier attempt of the same action and repetition."""
         claimed = finished.claimed
-        bare = replace(finished, claimed=replace(claimed, action=replace(claimed.action, payload=None)))
+        if claimed.action.payload is not None:  # it may be large
+            bare = replace(claimed, action=replace(claimed.action, payload=None))
+            finished = replace(finished, claimed=bare)
         with self._lock:
             self._by_key.pop(claimed.action.key, None)
-            self._by_key[claimed.action.key] = Remembered(bare, lineage, stored)
+            self._by_key[claimed.action.key] = Remembered(finished, lineage, stored)
             while len(self._by_key) > _MOST:
                 self._by_key.popitem(last=False)
 

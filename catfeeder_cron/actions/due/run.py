@@ -268,13 +268,16 @@ class DueActionsRun:
 
     def _remember(self, finished: Finished, stored_as: str | None, lineage: UUID | None) -> None:
         """Remember an outcome with the history that it was stored in, or else with that of its claim."""
-        seconds = outcomes.wait_seconds(finished, self._limits.retry_after.total_seconds())
-        finished = replace(finished, after_seconds=seconds)
-        match stored_as:
-            case "done" | "retried" | "failed":
-                self._memory.add(replace(finished, verdict=stored_as), lineage, stored=True)
-            case None if finished.verdict != "cancelled":
-                self._memory.add(finished, finished.claimed.lineage, stored=False)
+        verdict = finished.verdict if stored_as is None else stored_as
+        if verdict not in ("done", "retried", "failed"):
+            return
+        if verdict == "retried":
+            seconds = outcomes.wait_seconds(finished, self._limits.retry_after.total_seconds())
+            finished = replace(finished, after_seconds=seconds)
+        elif verdict != finished.verdict:
+            finished = replace(finished, verdict="failed")
+        stored = stored_as is not None
+        self._memory.add(finished, lineage if stored else finished.claimed.lineage, stored=stored)
 
     def _extend(self) -> None:
         lineage = self._known_lineage
