@@ -84,6 +84,8 @@ class RunControl:
     confirm: Callable[[], None] = lambda: None
     """Checks that the run still belongs to this process, and sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)
+    application_name: str | None = None
+    """The name of the run's transactions, by which another daemon finds them on the server; None: that of all."""
     _started: float = field(default_factory=time.monotonic)
 
     @property

@@ -126,7 +126,7 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
                 state = gen.send((yield state))
                 if time.monotonic() >= until:
                     self.pgconn.finish()
-                    raise NoAnswer(f"the server did not answer within {seconds:.3g} s")
+                    raise NoAnswer(f"the server did not answer within {round(seconds, 1):g} s")
         except StopIteration as stop:
             result: T = stop.value
             return result

@@ -4,7 +4,6 @@ Nothing here holds on to a session: every setting is made with SET LOCAL, no sta
 and no session-level lock is taken, so a transaction pooler such as PgBouncer may stand in between.
 """
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -36,7 +35,7 @@ class Database:
         self._settings = settings
         self._outages = Outages()
         self._pool = Pool(settings, application_name, self._outages)
-        self._lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+        self._lifelines: list[Lifeline] = []
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +113,7 @@ class Database:
         `close` closes it.
         """
         lifeline = Lifeline(self._pool, self._outages, deadline_seconds)
-        self._lifelines.add(lifeline)
+        self._lifelines.append(lifeline)
         return lifeline
 
     def notifications(self, connection: Connection) -> list[str]:

@@ -26,9 +26,6 @@ _LOOK_AT_OUTAGES_EVERY_SECONDS = 1.0
 # for a round trip: PostgreSQL and TCP's keepalives close a connection such that it can be seen.
 _TEST_AFTER_SECONDS = 30.0
 
-# How much later than the server's own limit the client gives a statement up.
-_ANSWER_MARGIN_SECONDS = 10.0
-
 EMBEDDED = "embedded:"
 
 
@@ -107,8 +104,12 @@ class Pool:
         return BoundedConnection.connect(address, within_seconds=seconds, resolver=self._resolver)
 
     def longest_answer_seconds(self, timeout: timedelta | None) -> float:
-        """Return how long to wait for the answer to a statement whose server ends it after `timeout`."""
-        return (timeout or self._settings.statement_timeout).total_seconds() + _ANSWER_MARGIN_SECONDS
+        """Return how long to wait for the answer to a statement that the server ends after `timeout`.
+
+        A server that has not ended it when as much time as for connecting has passed, too, can't be reached.
+        """
+        limit = self._settings.statement_timeout if timeout is None else timeout
+        return limit.total_seconds() + self._connect_seconds
 
     def probe(self) -> None:
         """Connect once outside the pool, which would never say why it can't. Raises DatabaseUnavailable."""

@@ -27,7 +27,7 @@ class Resolver:
         try:
             return self._look_up(host).result(max(0.0, within_seconds))
         except TimeoutError:
-            why = f"no answer within {within_seconds:.3g} s (timeout)"
+            why = f"no answer within {round(within_seconds, 1):g} s (timeout)"
         except (OSError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or str(error)
         raise psycopg.OperationalError(f'could not translate host name "{host}" to address: {why}')
