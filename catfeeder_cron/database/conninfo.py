@@ -42,3 +42,16 @@ def connect_seconds(conninfo: str) -> float:
     """Return the connect_timeout of an address that `with_defaults` has completed; no limit is a day."""
     seconds = float(conninfo_to_dict(conninfo).get("connect_timeout") or 0)
     return seconds if seconds > 0 else 86_400.0
+
+
+def password_replaced(conninfo: str, by: str) -> str:
+    """Return an address with the password of another, which must be the same otherwise; else the address as it is.
+
+    A process stays with the database that it was started for, whatever a file says later.
+    """
+    try:
+        given, new = conninfo_to_dict(conninfo), conninfo_to_dict(by)
+    except psycopg.ProgrammingError:
+        return conninfo
+    passwords = given.pop("password", None), new.pop("password", None)
+    return by if given == new and passwords[0] != passwords[1] else conninfo

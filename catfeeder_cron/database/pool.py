@@ -12,7 +12,7 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 from catfeeder_cron import lifecycle
 from catfeeder_cron.config.settings import DatabaseSettings
 from catfeeder_cron.database.bounded import BoundedConnection, NoAnswer
-from catfeeder_cron.database.conninfo import connect_seconds, with_defaults
+from catfeeder_cron.database.conninfo import connect_seconds, password_replaced, with_defaults
 from catfeeder_cron.database.errors import CLOSED, AllInUse, translated
 from catfeeder_cron.database.outages import Outages
 from catfeeder_cron.database.resolving import Resolver
@@ -41,6 +41,7 @@ class Pool:
         self._outages = outages
         self._opened = ExitStack()
         self._pool: ConnectionPool[BoundedConnection] | None = None
+        self._given = settings.conninfo.get_secret_value()
         self._conninfo: str | None = None
         self._connect_seconds = settings.connect_timeout.total_seconds()
         self._resolver = Resolver()
@@ -134,7 +135,8 @@ class Pool:
         """Close every connection; leave the embedded server, if this object started one. Idempotent."""
         with self._lock:
             self._closed = True
-            self._opened.close()
+            opened = self._opened.pop_all()
+        opened.close()  # without the lock: the pool's own thread may need it to end
 
     def _after_fork(self) -> None:
         """Leave the parent's connections to the parent; called in a process that was just forked from it.
@@ -149,7 +151,7 @@ class Pool:
         if self._pool is not None:
             self._pool._closed = True  # noqa: SLF001 - its end would wait for threads that do not exist here
             self._pool = None
-        if self._settings.conninfo.get_secret_value().startswith(EMBEDDED):
+        if self._given.startswith(EMBEDDED):
             self._conninfo = None  # the child joins that server itself
 
     def _get_alive(self, pool: ConnectionPool[BoundedConnection], *, test_idle: bool) -> BoundedConnection:
@@ -192,12 +194,12 @@ class Pool:
 
     def _open(self) -> ConnectionPool[BoundedConnection]:
         with self._lock:
-            address = self._address()
-            if self._pool is None:
+            if self._pool is None or self._closed:
+                self._address()  # raises what the pool's thread would only log
                 wait = self._settings.connect_timeout.total_seconds()
                 self._pool = self._opened.enter_context(
                     ConnectionPool(
-                        address,
+                        self._address,
                         connection_class=BoundedConnection,
                         kwargs={"within_seconds": self._connect_seconds, "resolver": self._resolver},
                         min_size=0,
@@ -213,23 +215,33 @@ class Pool:
             return self._pool
 
     def _address(self) -> str:
-        """Return the address to connect to, after starting or joining the embedded server if it names one."""
+        """Return the address to connect to, after starting or joining the embedded server if it names one.
+
+        Its password is the one that its file has now.
+        """
         with self._lock:
             if self._closed:
                 raise DatabaseUnavailable(CLOSED)
-            if self._conninfo is None:
-                conninfo = self._settings.conninfo.get_secret_value()
-                if self._settings.url_file_was_absent:
-                    raise DatabaseUnavailable(
-                        f"{self._settings.url_file} was missing or empty when the service was started: put the "
-                        "database's URL into it, for root alone (mode 0600), and restart the service"
-                    )
-                if conninfo.startswith(EMBEDDED):
+            if self._settings.url_file_was_absent:
+                raise DatabaseUnavailable(
+                    f"{self._settings.url_file} was missing or empty when the service was started: put the "
+                    "database's URL into it, for root alone (mode 0600), and restart the service"
+                )
+            given = self._given
+            if given.startswith(EMBEDDED):
+                if self._conninfo is None:
                     load("catfeeder_cron.database.embedded")
                     from catfeeder_cron.database import embedded
 
-                    server = self._opened.enter_context(embedded.open(conninfo.removeprefix(EMBEDDED)))
-                    conninfo = server.conninfo
-                self._conninfo = with_defaults(conninfo, self._application_name, self._settings.connect_timeout)
-                self._connect_seconds = connect_seconds(self._conninfo)
+                    server = self._opened.enter_context(embedded.open(given.removeprefix(EMBEDDED)))
+                    self._complete(server.conninfo)
+            else:
+                self._given = password_replaced(given, self._settings.conninfo_now())
+                if self._conninfo is None or self._given != given:
+                    self._complete(self._given)
+            assert self._conninfo is not None, "it was completed"
             return self._conninfo
+
+    def _complete(self, conninfo: str) -> None:
+        self._conninfo = with_defaults(conninfo, self._application_name, self._settings.connect_timeout)
+        self._connect_seconds = connect_seconds(self._conninfo)

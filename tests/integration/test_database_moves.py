@@ -15,6 +15,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.config import load as load_settings
 from catfeeder_cron.database import Connection, Database, Lifeline, single
 from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable
@@ -438,20 +439,9 @@ def admin_directory(url: str) -> str:
     return str(row[0])
 
 
-def test_a_password_that_is_changed_in_pgpass_is_used_for_the_next_connection(
-    open_database: OpenDatabase,
-    own_server: EmbeddedServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    passwords = tmp_path / "pgpass"
-    monkeypatch.setenv("PGPASSFILE", str(passwords))
-
-    def hand_out(password: str) -> None:
-        passwords.write_text(f"*:*:*:careful:{password}\n")
-        passwords.chmod(0o600)
-
+@pytest.fixture
+def careful(own_server: EmbeddedServer) -> Iterator[Callable[[str], None]]:
+    """Has the server ask the role `careful` for a password; sets it and ends the role's sessions."""
     with closing(psycopg.connect(own_server.conninfo, autocommit=True)) as admin:
         admin.execute("CREATE ROLE careful LOGIN PASSWORD 'old'")
         row = admin.execute("SHOW hba_file").fetchone()
@@ -459,22 +449,75 @@ def test_a_password_that_is_changed_in_pgpass_is_used_for_the_next_connection(
         rules = Path(row[0])
         rules.write_text(f"local all careful scram-sha-256\n{rules.read_text()}")
         admin.execute("SELECT pg_reload_conf()")
-        hand_out("wrong")
-        address = make_conninfo(own_server.conninfo, user="careful")
-        database = open_database(address)
-        eventually(lambda: not works(database))  # the server reads its rules a little later
-        hand_out("old")
+
+        def asks() -> bool:
+            try:
+                psycopg.connect(own_server.conninfo, user="careful", password="").close()
+            except psycopg.OperationalError:
+                return True
+            return False
+
+        eventually(asks)  # the server reads its rules a little later
+
+        def change(password: str) -> None:
+            admin.execute(f"ALTER ROLE careful PASSWORD '{password}'".encode())
+            admin.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'careful'")
+
+        yield change
+
+
+@pytest.mark.parametrize("kept_in", ["pgpass", "url_file", "credential"])
+def test_a_password_that_is_changed_where_it_is_kept_is_used_for_the_next_connection(
+    own_server: EmbeddedServer,
+    careful: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_in: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept = tmp_path / ("database-url" if kept_in == "credential" else "kept")
+    address = make_conninfo(own_server.conninfo, user="careful")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)} if kept_in == "credential" else {}
+    config = tmp_path / "config.toml"
+    named = f"url_file = {str(kept)!r}" if kept_in == "url_file" else f"url = {address!r}"
+    config.write_text(f"[database]\n{named}\n")
+    if kept_in == "pgpass":
+        monkeypatch.setenv("PGPASSFILE", str(kept))
+    config.chmod(0o600)
+
+    def hand_out(password: str) -> None:
+        kept.write_text(
+            f"*:*:*:careful:{password}\n" if kept_in == "pgpass" else make_conninfo(address, password=password)
+        )
+        kept.chmod(0o600)
+
+    hand_out("old")
+    with Database(load_settings(config, environ=environ).database) as database:
         assert works(database)
 
-        admin.execute("ALTER ROLE careful PASSWORD 'new'")
-        admin.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'careful'")
-        assert not works(database)
-        assert not works(database)
+        careful("new")
+        for _ in range(3):
+            assert not works(database)
         assert 'password authentication failed for user "careful"' in database.trouble
         hand_out("new")
         assert works(database)
 
-    assert events(caplog) == 2 * OUTAGE
+    assert events(caplog) == OUTAGE
+
+
+def test_an_address_of_another_database_is_not_taken_over_while_the_process_runs(
+    database_url: str, own_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    kept, config = tmp_path / "url", tmp_path / "config.toml"
+    for file, text in ((kept, database_url), (config, "[database]\nurl_file = 'url'\n")):
+        file.write_text(text)
+        file.chmod(0o600)
+    with Database(load_settings(config, environ={}).database) as database:
+        before = where(database)
+        for other in (make_conninfo(own_server.conninfo, password="x"), "no address", ""):
+            kept.write_text(other)
+            with database.session() as session:
+                assert single(session, "SHOW data_directory") == (before,)
 
 
 def test_the_failures_of_several_hosts_are_one_short_line(open_database: OpenDatabase) -> None:
