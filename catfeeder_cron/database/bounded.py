@@ -105,6 +105,10 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
             pass
         return True
 
+    def may_be_forgotten(self, after_seconds: float) -> bool:
+        """Tell whether something on the way may have forgotten the connection, which was unused for so many seconds."""
+        return time.monotonic() - self.used_at > after_seconds and not self.pgconn.host.startswith((b"/", b"@"))
+
     def interrupt(self) -> None:
         """Have every wait on this connection end, and the connection with it. Must not be called once it is closed."""
         with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(self.fileno())) as ours:

@@ -76,6 +76,9 @@ def _addresses(parameters: _Parameters, resolver: Resolver, until: float) -> lis
 
 
 def _parameter(parameters: _Parameters, name: str) -> str:
+    """Return a parameter of the address or of libpq's environment; what a service file says is left to libpq."""
+    if parameters.get("service") or "PGSERVICE" in os.environ:
+        return parameters.get(name, "")
     return parameters.get(name) or os.environ.get(f"PG{name.upper()}", "")
 
 

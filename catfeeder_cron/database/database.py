@@ -156,11 +156,10 @@ class Database:
                             self._pool.replace_all(connection, sessions=False)  # the others are likely to be dead, too
                         raise
                     if connection.said_read_only:
-                        # It has changed nothing, so it may be sent again.
-                        self._require_writes(connection, once_more=not last)
-                        if connection.closed:
-                            continue
-                    self._outages.answered()
+                        # Its answer stands: it may have been carried out just before.
+                        self._pool.replace_all(connection, sessions=True)
+                    else:
+                        self._outages.answered()
                     yield cursor
                     return
 
@@ -199,4 +198,4 @@ class Database:
             self._pool.replace_all(connection, sessions=True)
             connection.close()
             if not once_more:
-                raise DatabaseUnavailable(reason)
+                raise DatabaseUnavailable(reason) from None

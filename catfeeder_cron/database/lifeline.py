@@ -46,11 +46,13 @@ class Lifeline:
                 raise DatabaseUnavailable(f"the statements before took longer than {self._deadline_seconds:g} s")
             try:
                 rows = self._query(statement, parameters, until)
+                is_kept = self._connection is not None
             finally:
                 if self._closed:
                     self._drop()
                 self._lock.release()
-            self._outages.answered()
+            if is_kept:
+                self._outages.answered()
             return rows
 
     def close(self) -> None:
@@ -78,8 +80,11 @@ class Lifeline:
                 raise
             reason = str(error)  # the server had ended the session before the statement came
         else:
-            if not connection.said_read_only or not (reason := self._why_no_writes(connection, until)):
-                return rows
+            if connection.said_read_only:
+                # The answer stands: the statement may have been carried out just before.
+                self._pool.replace_all(connection, sessions=True)
+                self._drop()
+            return rows
         if again:
             raise DatabaseUnavailable(reason)
         return self._query(statement, parameters, until, again=True)  # this time it has changed nothing

@@ -112,10 +112,10 @@ class Pool:
         limit = self._settings.statement_timeout if timeout is None else timeout
         return limit.total_seconds() + self._connect_seconds
 
-    def probe(self) -> None:
+    def probe(self, within_seconds: float | None = None) -> None:
         """Connect once outside the pool, which would never say why it can't. Raises DatabaseUnavailable."""
-        with self.session():
-            pass
+        with translated():
+            self.connect(within_seconds).close()
 
     def replace_all(self, met: BoundedConnection, *, sessions: bool) -> None:
         """Have every connection made anew that is as old as `met`; those in use when they are given back.
@@ -160,7 +160,7 @@ class Pool:
             connection.answer_within = self._connect_seconds
             try:
                 if not connection.is_dead():
-                    if test_idle and time.monotonic() - connection.used_at > _TEST_AFTER_SECONDS:
+                    if test_idle and connection.may_be_forgotten(_TEST_AFTER_SECONDS):
                         connection.execute("")
                     return connection
             except NoAnswer:
@@ -186,7 +186,8 @@ class Pool:
             with suppress(PoolTimeout):
                 return pool.getconn(max(0.0, min(_LOOK_AT_OUTAGES_EVERY_SECONDS, until - time.monotonic())))
             if time.monotonic() >= until:
-                self.probe()
+                # The pool has tried for as long as is allowed, so this is only about the reason.
+                self.probe(max(2.0, self._connect_seconds / 4))
                 raise AllInUse(
                     f"all {pool.max_size} database connections stayed in use for {pool.timeout:g} s; "
                     "raise database.pool_max_size"
