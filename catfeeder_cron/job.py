@@ -100,6 +100,8 @@ class JobContext(RunControl):
     @contextmanager
     def _within_timeout(self, local: dict[str, Any]) -> Iterator[Connection]:
         self.checkpoint()
+        if self.application_name is not None:
+            local = {"application_name": self.application_name, **local}
         try:
             with self.database.transaction(timeout=self.time_left(), **local) as connection:
                 yield connection

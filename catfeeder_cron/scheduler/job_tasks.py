@@ -15,6 +15,9 @@ Purpose = Literal["catching up", "coming again", "woken", "recovering", "retryin
 class JobTasks(RunListener):
     """Adds and removes the tasks of jobs, and nothing after `close`. All methods may be called from any thread."""
 
+    accounts_for_skipped_runs = True
+    """The ledger has a row for each slot that passed, with its reason, so APScheduler need not tell it."""
+
     def __init__(self, tasks: BackgroundTasks) -> None:
         self._tasks = tasks
         self._closed = False

@@ -199,6 +199,7 @@ class Supervisor:
                 # Otherwise only this process's row in the list of the living is left, which expires by itself.
                 if unrecorded := self.runs.unrecorded:
                     log.warning("runs_not_recorded", runs=len(unrecorded), reason=str(error))
+        self._ledger.disconnect()
 
     def _beat_regularly(self) -> None:
         """Send heartbeats, in the thread of the heartbeat; more often while none arrives."""

@@ -1,94 +1,97 @@
-"""A TCP proxy before the database that can fall silent, as a network does that drops every packet."""
+"""A TCP proxy before PostgreSQL's Unix socket: it can fall silent, close connections and come to mean another one."""
 
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
+def _socket_of(conninfo: str) -> str:
+    given = conninfo_to_dict(conninfo)
+    return str(Path(str(given["host"]), f".s.PGSQL.{given['port']}"))
+
+
 class Proxy:
-    """Forwards connections. What is held back is neither lost nor refused, and goes on with `heal`.
+    """Listens on a port of its own from the beginning of a `with` block to its end."""
 
-    Each connection has two threads, one for each direction. They stop before they read when their event is cleared.
-    """
+    def __init__(self, conninfo: str, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._conninfo = conninfo
+        self._target = _socket_of(conninfo)
+        self._listening = socket.create_server((host, port))
+        self.host, self.port = self._listening.getsockname()[:2]
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._flows = threading.Event()
+        self._flows.set()
+        self._closed = False
+        self.change: Callable[[bytes], bytes] = lambda answer: answer
+        """Changes what the server says."""
 
-    def __init__(self, url: str) -> None:
-        self._server = conninfo_to_dict(url)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = make_conninfo(url, host="127.0.0.1", hostaddr=None, port=self._listener.getsockname()[1])
-        self._requests, self._answers = threading.Event(), threading.Event()
-        self._sockets: list[socket.socket] = []
-        self.heal()
+    @property
+    def conninfo(self) -> str:
+        """The server's address by way of this proxy."""
+        return make_conninfo(self._conninfo, host=self.host, port=self.port, gssencmode="disable", sslmode="disable")
+
+    @property
+    def connections(self) -> int:
+        """How many connections were ever made."""
+        return len(self._pairs)
+
+    def __enter__(self) -> "Proxy":
         threading.Thread(target=self._accept, daemon=True).start()
+        return self
 
-    def silence(self, *, requests: bool = True, answers: bool = True) -> None:
-        """Forward nothing more: of what the client sends, of what the server does, or both."""
-        if requests:
-            self._requests.clear()
-        if answers:
-            self._answers.clear()
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._flows.set()
+        self.close_all()
 
-    def refuse(self) -> None:
-        """Break every connection, and each new one at once."""
-        self._refuses = True
-        self._break_all()
+    def fall_silent(self) -> None:
+        """Take everything and pass nothing on: the other side acknowledges, and never answers."""
+        self._flows.clear()
 
-    def heal(self) -> None:
-        self._refuses = False
-        self._requests.set()
-        self._answers.set()
+    def speak(self) -> None:
+        """Pass on what was held back, and everything from now on."""
+        self._flows.set()
 
-    def close(self) -> None:
-        """Break every connection, and take no more."""
-        self._listener.close()
-        self._break_all()
-        self.heal()
+    def mean(self, conninfo: str) -> None:
+        """Take new connections to another server. Those that are open stay where they are."""
+        self._target = _socket_of(conninfo)
 
-    def _break_all(self) -> None:
-        for each in self._sockets:
+    def close_all(self) -> None:
+        """Close every connection, as a proxy does that has an idle limit."""
+        for each in [side for pair in self._pairs for side in pair]:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                if self._refuses:
+            while not self._closed:
+                client, _ = self._listening.accept()
+                server = socket.socket(socket.AF_UNIX)
+                try:
+                    server.connect(self._target)
+                except OSError:
                     client.close()
+                    server.close()
                     continue
-                server = self._connect()
-                self._sockets += [client, server]
-                for pump in ((client, server, self._requests), (server, client, self._answers)):
-                    threading.Thread(target=_pump, args=pump, daemon=True).start()
+                self._pairs.append((client, server))
+                threading.Thread(target=self._carry, args=[client, server, False], daemon=True).start()
+                threading.Thread(target=self._carry, args=[server, client, True], daemon=True).start()
 
-    def _connect(self) -> socket.socket:
-        host, port = str(self._server["host"]), int(self._server.get("port") or 5432)
-        if not host.startswith("/"):
-            return socket.create_connection((host, port))
-        server = socket.socket(socket.AF_UNIX)
-        server.connect(f"{host}/.s.PGSQL.{port}")
-        return server
-
-
-def _pump(source: socket.socket, target: socket.socket, open_: threading.Event) -> None:
-    with suppress(OSError):
-        while True:
-            read = source.recv(65536)
-            open_.wait()
-            if not read:
-                break
-            target.sendall(read)
-    for each in (source, target):
+    def _carry(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         with suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def proxy_to(url: str) -> Iterator[Proxy]:
-    proxy = Proxy(url)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
+            while data := source.recv(65536):
+                self._flows.wait()
+                sink.sendall(self.change(data) if is_answer else data)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        if is_answer:
+            source.close()
+            sink.close()

@@ -20,7 +20,7 @@ from catfeeder_cron.times import elapsed_seconds
 from tests.integration.actions.conftest import HERE, Actions, Run
 from tests.integration.actions.test_check_actions import in_background
 from tests.support.program import Program
-from tests.support.proxy import Proxy, proxy_to
+from tests.support.silent_proxy import SilentProxy, proxy_to
 from tests.support.waiting import eventually
 
 LEASE_SECONDS = 12.0
@@ -28,7 +28,7 @@ NOT_EXTENDED = "its lease could not be extended in time"
 
 
 @pytest.fixture
-def proxy(database_url: str) -> Iterator[Proxy]:
+def proxy(database_url: str) -> Iterator[SilentProxy]:
     with proxy_to(database_url) as proxy:
         yield proxy
 
@@ -79,7 +79,7 @@ def test_cut_off_it_ends_every_handler_before_the_lease_does(
     run: Run,
     context: Callable[..., JobContext],
     open_database: Callable[..., Database],
-    proxy: Proxy,
+    proxy: SilentProxy,
     listener: Listener,
     tmp_path: Path,
     cut: dict[str, bool],

@@ -21,7 +21,7 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from tests.integration.actions.conftest import Actions, Run
 from tests.integration.actions.test_check_actions import in_background
-from tests.support.proxy import proxy_to
+from tests.support.silent_proxy import proxy_to
 from tests.support.waiting import eventually
 
 
