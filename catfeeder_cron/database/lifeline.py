@@ -101,7 +101,8 @@ class Lifeline:
     def _connected(self, until: float) -> BoundedConnection:
         if self._closed:
             raise DatabaseUnavailable(CLOSED)
-        if self._connection is not None and self._connection.is_dead():
+        connection = self._connection
+        if connection is not None and (connection.is_dead() or self._pool.is_replaced(connection)):
             self._drop()
         if self._connection is None:
             self._connection = self._pool.connect(_left(until))

@@ -123,13 +123,17 @@ class Pool:
         With `sessions`, those outside the pool are interrupted: their server takes no writes any more.
         """
         with self._lock:
-            if met.opened_at <= self._replaced_at or self._closed:
+            if self.is_replaced(met) or self._closed:
                 return  # another connection has met it before
             self._replaced_at = time.monotonic()
             if self._pool is not None:
                 self._pool.drain()
             for session in self._sessions if sessions else ():
                 session.interrupt()
+
+    def is_replaced(self, connection: BoundedConnection) -> bool:
+        """Tell whether a connection is as old as those that `replace_all` has replaced."""
+        return connection.opened_at <= self._replaced_at
 
     def close(self) -> None:
         """Close every connection; leave the embedded server, if this object started one. Idempotent."""
