@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, LiteralString, Self
-from weakref import WeakSet
 
 import psycopg
 from psycopg import errors as pg
@@ -39,7 +38,7 @@ class Database:
         self.lineage: Lineage | None = None
         """Which history of the database this process's last heartbeat met; None before the first."""
         self._pool = Pool(settings, application_name, self._outages)
-        self._lifelines = WeakSet[Lifeline]()
+        self._lifelines: set[Lifeline] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +115,7 @@ class Database:
 
         `close` closes it.
         """
-        lifeline = Lifeline(self._pool, self._outages, deadline_seconds)
+        lifeline = Lifeline(self._pool, self._outages, deadline_seconds, self._lifelines.discard)
         self._lifelines.add(lifeline)
         return lifeline
 

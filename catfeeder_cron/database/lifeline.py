@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, LiteralString
 
 import psycopg
@@ -22,7 +22,11 @@ class Lifeline:
     Safe to use from any thread: one statement comes after the other. A forked process opens a connection of its own.
     """
 
-    def __init__(self, pool: Pool, outages: Outages, deadline_seconds: float) -> None:
+    def __init__(
+        self, pool: Pool, outages: Outages, deadline_seconds: float, forget: Callable[["Lifeline"], None]
+    ) -> None:
+        """`forget` is called when it is closed."""
+        self._forget = forget
         self._pool = pool
         self._outages = outages
         self._deadline_seconds = deadline_seconds
@@ -58,6 +62,7 @@ class Lifeline:
     def close(self) -> None:
         """Close the connection, after the statement that is under way. Idempotent."""
         self._closed = True
+        self._forget(self)
         if self._lock.acquire(timeout=self._deadline_seconds):  # otherwise the thread that holds it closes it
             try:
                 self._drop()
