@@ -7,7 +7,8 @@ from uuid import uuid4
 import pytest
 
 from catfeeder_cron.errors import RenewalError
-from catfeeder_cron.renewal.journal import Entry, left_journals, new_journal
+from catfeeder_cron.renewal.entries import Entry
+from catfeeder_cron.renewal.journal import left_journals, new_journal
 
 
 def entry(id: int, token: str = "access", refresh_token: str | None = "refresh") -> Entry:

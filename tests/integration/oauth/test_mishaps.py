@@ -20,8 +20,9 @@ from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claimer, TokenClaim
+from catfeeder_cron.renewal.entries import Entry
 from catfeeder_cron.renewal.failures import Failure, settle
-from catfeeder_cron.renewal.journal import Entry, new_journal
+from catfeeder_cron.renewal.journal import new_journal
 from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.renewal.recovery import journal_folder
 from tests.integration.oauth.conftest import World
