@@ -29,17 +29,22 @@ _FORGET = timedelta(days=30)
 _RENEWS = """
     WITH forgotten AS (
         DELETE FROM catfeeder_cron.oauth_hosts WHERE renewed_at < now() - %(forget)s AND folder <> %(folder)s)
-    INSERT INTO catfeeder_cron.oauth_hosts (folder, host, renewed_at) VALUES (%(folder)s, %(host)s, now())
+    INSERT INTO catfeeder_cron.oauth_hosts (folder, host, renewed_at, lineage, looked_at)
+    VALUES (%(folder)s, %(host)s, now(), %(lineage)s, now())
     ON CONFLICT (folder) DO UPDATE SET host = excluded.host, renewed_at = excluded.renewed_at"""
 
-# `looked` is null where a run of this folder may still get answers: then the folder has to be looked through again.
+# Before anything is put back, so that a death in between leaves the folder as one that is still to be looked through.
+_PUTS_BACK = """
+    INSERT INTO catfeeder_cron.oauth_hosts (folder, host) VALUES (%(folder)s, %(host)s)
+    ON CONFLICT (folder) DO UPDATE SET host = excluded.host, lineage = NULL"""
+
+# The other hosts look again after this one has put something back; where it died doing so, it may have.
 _LOOKED = """
-    INSERT INTO catfeeder_cron.oauth_hosts AS h (folder, host, lineage, looked_at, put_back_at)
-    VALUES (%(folder)s, %(host)s, %(lineage)s, %(looked)s, CASE WHEN %(put_back)s THEN clock_timestamp() END)
-    ON CONFLICT (folder) DO UPDATE SET host = excluded.host,
-        put_back_at = coalesce(excluded.put_back_at, h.put_back_at),
-        lineage = CASE WHEN excluded.looked_at IS NULL THEN h.lineage ELSE excluded.lineage END,
-        looked_at = coalesce(excluded.looked_at, h.looked_at)"""
+    INSERT INTO catfeeder_cron.oauth_hosts AS h (folder, host, lineage, looked_at)
+    VALUES (%(folder)s, %(host)s, %(lineage)s, %(looked_at)s)
+    ON CONFLICT (folder) DO UPDATE SET host = excluded.host, lineage = excluded.lineage,
+        looked_at = excluded.looked_at,
+        put_back_at = CASE WHEN h.lineage IS NULL THEN clock_timestamp() ELSE h.put_back_at END"""
 
 # The hosts that have renewed shortly before the change, as far as the database still knows: by a restored backup the
 # last renewal of all was long ago. A host looks again when another one has put something back: that answer's refresh
@@ -68,22 +73,18 @@ class Host:
     folder: UUID
     name: str
 
-    def renews(self, database: Database) -> None:
-        """Note that tokens are being sent from here. Raises DatabaseError."""
-        database.execute(_RENEWS, {"folder": self.folder, "host": self.name, "forget": _FORGET})
+    def renews(self, database: Database, lineage: Lineage | None) -> None:
+        """Note that tokens are being sent from here, on a history that was waited for. Raises DatabaseError."""
+        id = lineage.id if lineage else None
+        database.execute(_RENEWS, {"folder": self.folder, "host": self.name, "lineage": id, "forget": _FORGET})
 
-    def looked(self, database: Database, lineage: Lineage, looked_at: datetime | None, *, put_back: bool) -> None:
-        """Note since when this folder was looked through, if that is complete, and whether something was put back.
+    def puts_back(self, database: Database) -> None:
+        """Note that answers are about to be put back from here. Raises DatabaseError."""
+        database.execute(_PUTS_BACK, {"folder": self.folder, "host": self.name})
 
-        Raises DatabaseError.
-        """
-        parameters = {
-            "folder": self.folder,
-            "host": self.name,
-            "lineage": lineage.id,
-            "looked": looked_at,
-            "put_back": put_back,
-        }
+    def looked(self, database: Database, lineage: Lineage, looked_at: datetime) -> None:
+        """Note that this folder was looked through from `looked_at` on. Raises DatabaseError."""
+        parameters = {"folder": self.folder, "host": self.name, "lineage": lineage.id, "looked_at": looked_at}
         database.execute(_LOOKED, parameters)
 
 

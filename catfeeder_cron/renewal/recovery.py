@@ -4,9 +4,10 @@ The answers in the journals of dead processes are stored, then their leases free
 again into rows that hold a refresh token which was sent: a failover or a restored backup has put those rows back.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -45,6 +46,7 @@ class PutBack:
     """How many answers were put back; `left` could not be, because their rows are locked."""
 
     answers: int = 0
+    tried: int = 0
     left: int = 0
 
 
@@ -93,8 +95,10 @@ def take_over(database: Database, links: Links, folder: Path, keep_seconds: floa
     return refusing
 
 
-def put_back(database: Database, links: Links, kept: KeptAnswers) -> PutBack:
+def put_back(database: Database, links: Links, kept: KeptAnswers, begins: Callable[[], None]) -> PutBack:
     """Store kept answers in the rows that hold a refresh token which was sent. Raises DatabaseUnavailable.
+
+    It calls `begins` before the first of them is stored.
 
     A row with a newer login stays as it is. Any number of processes may do this at once.
     """
@@ -105,6 +109,9 @@ def put_back(database: Database, links: Links, kept: KeptAnswers) -> PutBack:
             held = connection.execute(links.statement(_HELD), parameters).fetchall()
         found = ((id, kept.find(sent)) for id, sent in dict(held).items())
         for entries in _in_batches((entry.of_row(id) for id, entry in found if entry), _BATCH):
+            if not done.tried:
+                begins()
+            done.tried += len(entries)
             outcome = store(database, links, entries, again=True)
             for entry, reason in outcome.refused:
                 log.error("oauth_answer_refused", oauth_id=entry.id, reason=reason)
@@ -151,14 +158,17 @@ def recover(context: JobContext, *, look: bool = True) -> None:
         is_complete = journals(folder) <= refusing
         kept = KeptAnswers(folder)
         kept.refresh()
-        done = put_back(context.database, links, kept)
-        tell_put_back(done.answers)
         host = this_host(state)
-        if host and lineage:
-            complete_at = looked_at if is_complete and not done.left else None
-            host.looked(context.database, lineage, complete_at, put_back=bool(done.answers))
+        done = put_back(context.database, links, kept, partial(host.puts_back, context.database) if host else _nothing)
+        tell_put_back(done.answers)
+        if host and lineage and is_complete and not done.left:
+            host.looked(context.database, lineage, looked_at)
     except OSError as error:
         log.error("oauth_journals_unreadable", folder=error.filename, reason=error.strerror)
+
+
+def _nothing() -> None:
+    """Do nothing: a folder without an id is on no list."""
 
 
 def tend(context: JobContext) -> None:

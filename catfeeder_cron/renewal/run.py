@@ -138,7 +138,7 @@ class RenewalRun:
                 kept = KeptAnswers(folder)
                 kept.refresh()
                 with new_journal(folder, self._owner) as journal:
-                    self._host.renews(self._context.database)
+                    self._host.renews(self._context.database, self._lineage)
                     run_coroutine(self._renew(waiting, journal, kept))
         finally:
             self._let_answers_go()
@@ -153,7 +153,7 @@ class RenewalRun:
         keep = self._client.settings.keep_answers
         delete_old(self._context.resources.state_directory, keep.total_seconds())
         with suppress(DatabaseError):  # the next run does it
-            self._host.renews(self._context.database)
+            self._host.renews(self._context.database, self._lineage)
             if self._writer.went_back():
                 recover(self._context)
 

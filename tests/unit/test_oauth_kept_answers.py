@@ -43,7 +43,7 @@ def index(folder: Path) -> KeptAnswers:
 def found(kept: KeptAnswers, sent: str) -> str | None:
     entry = kept.find(bytes.fromhex(hashed(sent)))
     assert entry is None or entry.sent == hashed(sent)
-    return entry and entry.refresh_token
+    return entry.refresh_token if entry else None
 
 
 def test_a_chain_is_followed_to_its_end_over_all_files(tmp_path: Path) -> None:
