@@ -42,6 +42,8 @@ class Entry:
     asked_elapsed: float | None = None
     """When the request was sent, in `elapsed_seconds`, which count from the start of the machine named by `boot`."""
     boot: str = ""
+    provider: str = ""
+    """The name of the provider that sent it."""
 
     @property
     def next(self) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.entries import LONGEST_LINE, Entry, boot_id, entry_of, replaced_hash
@@ -21,6 +21,14 @@ log = get_logger("catfeeder_cron.oauth")
 _KEPT = ".answers"
 _RUNNING = ".journal"
 _OFFSET_BITS = 44
+
+
+class Spent(NamedTuple):
+    """A refresh token that was sent: its row, its hash, its provider."""
+
+    id: int
+    sent: bytes
+    provider: str
 
 
 class KeptAnswers:
@@ -54,28 +62,28 @@ class KeptAnswers:
             if before.get(owner) != name or name.endswith(_RUNNING):
                 self._scan(owner, name)
 
-    def find(self, sent: bytes) -> Entry | None:
-        """Return the answer that a row with this hash should get; None if its refresh token was never spent here.
+    def find(self, sent: bytes, provider: str) -> Entry | None:
+        """Return the answer that a row of this provider should get, by the hash of its refresh token.
 
-        If the refresh token in the answer was sent as well, that answer counts, and so on to the latest. The result
-        has `sent` as its own hash.
+        Returns None if that refresh token was never spent here. If the refresh token in the answer was sent as well,
+        that answer counts, and so on to the latest. The result has `sent` as its own hash.
         """
         found, wanted, seen = None, sent.hex(), set[str]()
-        while wanted not in seen and (entry := self._entry(wanted)):
+        while wanted not in seen and (entry := self._entry(wanted)) and entry.provider == provider:
             seen.add(wanted)
             found, wanted = entry, entry.next or wanted
         # A provider that gives out a refresh token again leaves the row with one that is good.
         return replace(found, sent=sent.hex()) if found and wanted != sent.hex() else None
 
-    def spent(self) -> Iterator[tuple[int, str]]:
-        """Yield the row's id and the hash of every refresh token that was sent and replaced."""
+    def spent(self) -> Iterator[Spent]:
+        """Yield every refresh token that was sent and replaced."""
         for owner in list(self._numbers):
             with suppress(FileNotFoundError), self._open(owner) as file:
                 for _, line in _lines(file):
                     with suppress(ValueError, TypeError):
                         if replaced_hash(line):
                             entry = entry_of(line)
-                            yield entry.id, entry.sent
+                            yield Spent(entry.id, bytes.fromhex(entry.sent), entry.provider)
 
     def _scan(self, owner: str, name: str) -> None:
         try:

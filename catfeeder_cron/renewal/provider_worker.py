@@ -102,7 +102,7 @@ class ProviderWorker:
             self.writer.kept.refresh()
             for claim in claims:
                 # A row that went back holds a refresh token that was sent before, to which this host has the answer.
-                if kept := self.writer.kept.find(claim.sent):
+                if kept := self.writer.kept.find(claim.sent, self.provider.name):
                     await self.writer.put(Settlement(claim, self.counts, entry=kept.of_row(claim.id), again=True))
                 else:
                     await queue.put(claim)
@@ -203,6 +203,7 @@ class ProviderWorker:
                 refresh_lifespan=None,
                 asked_elapsed=asked.elapsed,
                 boot=asked.boot,
+                provider=self.provider.name,
             )
         if answer.lifespan is None and not self._lifespan_missed:
             self._lifespan_missed = True
@@ -219,6 +220,7 @@ class ProviderWorker:
             refresh_lifespan=answer.refresh_lifespan,
             asked_elapsed=asked.elapsed,
             boot=asked.boot,
+            provider=self.provider.name,
         )
 
     def _may_use_other_method(self, answer: Answer) -> bool:

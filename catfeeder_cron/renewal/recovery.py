@@ -104,11 +104,12 @@ def put_back(database: Database, links: Links, kept: KeptAnswers, begins: Callab
     """
     done = PutBack()
     for spent in _in_batches(kept.spent(), _HASHES_AT_ONCE):
-        parameters = {"ids": [id for id, _ in spent], "sent": [bytes.fromhex(sent) for _, sent in spent]}
+        parameters = {"ids": [each.id for each in spent], "sent": [each.sent for each in spent]}
         with database.transaction() as connection:
-            held = connection.execute(links.statement(_HELD), parameters).fetchall()
-        found = ((id, kept.find(sent)) for id, sent in dict(held).items())
-        for entries in _in_batches((entry.of_row(id) for id, entry in found if entry), _BATCH):
+            held = dict(connection.execute(links.statement(_HELD), parameters).fetchall())
+        # A refresh token that was sent twice stands here twice, and its row gets one answer.
+        rows = {each.id: kept.find(each.sent, each.provider) for each in spent if held.get(each.id) == each.sent}
+        for entries in _in_batches((entry.of_row(id) for id, entry in rows.items() if entry), _BATCH):
             if not done.tried:
                 begins()
             done.tried += len(entries)

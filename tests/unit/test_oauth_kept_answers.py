@@ -19,8 +19,10 @@ def hashed(token: str) -> str:
     return sha256(token.encode()).hexdigest()
 
 
-def answer(sent: str, next: str | None, token: str = "access", ago: float = 0) -> Entry:
-    return Entry(1, hashed(sent), time.time() - ago, token, next, 3600, True, None, elapsed_seconds() - ago, boot_id())
+def answer(sent: str, next: str | None, token: str = "access", ago: float = 0, provider: str = "acme") -> Entry:
+    return Entry(
+        1, hashed(sent), time.time() - ago, token, next, 3600, True, None, elapsed_seconds() - ago, boot_id(), provider
+    )
 
 
 def write(journal: Journal, *entries: Entry) -> None:
@@ -41,7 +43,7 @@ def index(folder: Path) -> KeptAnswers:
 
 
 def found(kept: KeptAnswers, sent: str) -> str | None:
-    entry = kept.find(bytes.fromhex(hashed(sent)))
+    entry = kept.find(bytes.fromhex(hashed(sent)), "acme")
     assert entry is None or entry.sent == hashed(sent)
     return entry.refresh_token if entry else None
 
@@ -65,6 +67,11 @@ def test_a_refresh_token_that_lives_on_is_sent_again(tmp_path: Path) -> None:
     keep(tmp_path, answer("a", None), answer("b", "b"), answer("c", "d"), answer("d", "c"))
     kept = index(tmp_path)
     assert [found(kept, token) for token in ("a", "b", "c", "d")] == [None] * 4
+
+
+def test_another_providers_answer_is_none(tmp_path: Path) -> None:
+    keep(tmp_path, answer("a", "b", provider="another"))
+    assert found(index(tmp_path), "a") is None
 
 
 def test_it_sees_what_a_run_that_is_under_way_writes_and_what_becomes_of_its_file(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_torn_lines_and_files_that_are_no_answers_cost_no_other(tmp_path: Path) 
     (folder / f"{uuid4()}.answers").mkdir()
     kept = index(folder)
     assert [found(kept, token) for token in ("a", "b", "q")] == ["b", None, None]
-    assert list(kept.spent()) == [(1, hashed("a"))]
+    assert list(kept.spent()) == [(1, bytes.fromhex(hashed("a")), "acme")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
