@@ -176,8 +176,8 @@ def tend(context: JobContext) -> None:
     """Delete old answers, and look again as long as other hosts wait for it. Raises DatabaseError."""
     state = context.resources.state_directory
     delete_old(state, context.resources.oauth.settings.keep_answers.total_seconds())
-    host = this_host(state)
-    if host and why_wait(context, host):
+    host, lineage = this_host(state), context.database.lineage
+    if host and lineage and lineage.reason and why_wait(context, host):
         recover(context)
 
 
