@@ -184,7 +184,7 @@ def can_not_keep(folder: Path, reason: str) -> RenewalError:
     """Return the error of a run that may not send anything, because of its folder."""
     return RenewalError(
         f"no token is sent, because answers can't be kept in {folder}: {reason}; "
-        "make that directory writable, with space on its disk, or set STATE_DIRECTORY"
+        "make that directory writable or set STATE_DIRECTORY"
     )
 
 
