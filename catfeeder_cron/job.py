@@ -49,6 +49,9 @@ class Job(Generic[S]):
     wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
     """Finishes work that a dead process or an outage left half done; called when a daemon reaches the database."""
+    tend: Callable[["JobContext"], None] | None = None
+    """Looks after files that must not grow old. A daemon calls it every few minutes, whether the job is enabled or not,
+    and more often for some minutes after a failover or a restored backup."""
     check: Callable[[Database, Settings, bool], Iterator[Finding]] | None = None
     """Yields further findings for `check`; its last argument says whether the job's tables are as it needs them.
 

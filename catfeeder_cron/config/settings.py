@@ -104,6 +104,7 @@ class OAuthSettings(Table):
     concurrency: int = Field(default=32, ge=1)
     request_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=20)
     lease: Duration = Field(default=timedelta(seconds=120), validate_default=True)
+    keep_answers: Duration = timedelta(hours=1)
     providers: dict[str, ProviderSettings] = Field(default_factory=dict)
 
     @field_validator("lease")

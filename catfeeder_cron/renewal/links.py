@@ -1,7 +1,7 @@
 """Find the rows of "ActiveOauths" that are due, and those of them that may be sent now."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, LiteralString
 
 from psycopg import sql
@@ -146,11 +146,11 @@ class Window:
 def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
     """Return the window of a run that renews every token that would end before the next run has begun.
 
-    The later one of this machine's and the database's clocks counts: by the database's clock this run's slot may still
-    lie ahead, and must not be taken for the next one.
+    The database's clock counts, whatever this machine's clock shows. A run may begin a moment before its slot by that
+    clock; the slot must then not be taken for the next one.
     """
     with context.transaction() as connection:
-        began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now(UTC)])
-    next_slot = context.schedule.next_after(now) if context.schedule else None
-    round_began = min(context.slot, began) if context.slot else began
-    return Window(next_slot + jitter if next_slot else now, margin, round_began)
+        (now,) = single(connection, "SELECT now()")
+    slot = context.slot or now
+    next_slot = context.schedule.next_after(max(slot, now)) if context.schedule else None
+    return Window(next_slot + jitter if next_slot else now, margin, round_began=min(slot, now))

@@ -9,8 +9,8 @@ from psycopg import sql
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.oauth.quoting import quote
+from catfeeder_cron.renewal.entries import Entry
 from catfeeder_cron.renewal.failures import BACK_OFF
-from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.links import Links
 
 # How long a batch waits for a row that another session has locked, and then for each further one. Short, because a stop
@@ -42,10 +42,13 @@ _STORE = """
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
 
 # For an answer that was not stored, because the row is gone or holds a newer login, only the lease ends. An answer
-# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn.
+# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn. An answer
+# that is stored `again` costs no turn, since nothing was sent. The server that lost the first store may have lost the
+# claim before it, too: `held` then tells that the state is that of the token that was sent.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = NULL, lease_until = NULL, sent = NULL,
+        sent_at = CASE WHEN NOT (%(again)s AND is_stored) THEN t.sent_at END,
         failures = CASE WHEN is_stored AND n.token IS NULL THEN t.failures + 1 ELSE 0 END,
         not_before = CASE WHEN is_stored AND n.token IS NULL THEN now() + {back_off} END,
         refused = NULL, refused_by = NULL, dead = NULL, dead_since = NULL,
@@ -59,7 +62,7 @@ _AFTER_STORE = """
             WHEN n.refresh_token IS NULL AND t.held = n.sent THEN t.refresh_expires_at END
     FROM {entries} LEFT JOIN unnest(%(stored)s::bigint[], %(issued)s::timestamptz[]) AS s(id, issued_at) USING (id),
         LATERAL (SELECT s.id IS NOT NULL AS is_stored) known
-    WHERE t.oauth_id = n.id AND t.sent = n.sent"""
+    WHERE t.oauth_id = n.id AND (t.sent = n.sent OR (%(again)s AND is_stored AND t.held = n.sent))"""
 
 # The table refuses this row's answer: another request would only lose the token that is in the journal.
 _HOLD_BACK = """
@@ -93,9 +96,14 @@ class StoredAnswers:
 
 
 def store(
-    database: Database, links: Links, entries: Sequence[Entry], now: float, lock_timeout: str = _LOCK_TIMEOUT
+    database: Database,
+    links: Links,
+    entries: Sequence[Entry],
+    lock_timeout: str = _LOCK_TIMEOUT,
+    *,
+    again: bool = False,
 ) -> StoredAnswers:
-    """Store answers; `now` is the wall clock's time. Raises DatabaseUnavailable; the call may then be repeated.
+    """Store answers, or store them `again` in rows that went back. Raises DatabaseUnavailable; it may be repeated then.
 
     An answer that is refused, or whose row is locked, does not keep the others from being stored.
     """
@@ -103,7 +111,7 @@ def store(
         return StoredAnswers()
     try:
         with database.transaction(lock_timeout=lock_timeout) as connection:
-            return _store(connection, links, entries, now)
+            return _store(connection, links, entries, again=again)
     except DatabaseUnavailable:
         raise
     except (LockTimeout, StatementTimeout):
@@ -114,7 +122,8 @@ def store(
             return StoredAnswers(refused=[(entries[0], _hold_back(database, entries[0], error))])
     outcome = StoredAnswers()
     for entry in entries:
-        outcome.add(store(database, links, [entry], now, _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout))
+        timeout = _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout
+        outcome.add(store(database, links, [entry], timeout, again=again))
     return outcome
 
 
@@ -131,7 +140,7 @@ def keep_in_doubt(database: Database, entries: Sequence[Entry]) -> None:
         database.execute(_KEEP_IN_DOUBT, parameters)
 
 
-def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> StoredAnswers:
+def _store(connection: Connection, links: Links, entries: Sequence[Entry], *, again: bool) -> StoredAnswers:
     parameters: dict[str, Any] = {
         "ids": [entry.id for entry in entries],
         "sent": [bytes.fromhex(entry.sent) for entry in entries],
@@ -140,7 +149,8 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: 
         "lifespans": [entry.lifespan for entry in entries],
         "said": [entry.lifespan_is_said for entry in entries],
         "refresh_lifespans": [entry.refresh_lifespan for entry in entries],
-        "ages": [max(0.0, now - entry.asked_at) for entry in entries],
+        "ages": [entry.age_seconds() for entry in entries],
+        "again": again,
     }
     parts = sql.SQL(_ENTRIES)
     stored: dict[int, str | None] = dict(connection.execute(links.statement(_STORE, entries=parts), parameters))

@@ -146,7 +146,16 @@ class World:
         return row[0] if row else None
 
     def journals(self) -> list[Path]:
-        return [path for path in (self.state_directory / "oauth").rglob("*") if path.is_file()]
+        """Return the files of runs that are under way or were broken off."""
+        return list(self.state_directory.rglob("*.journal"))
+
+    def written_down(self) -> int:
+        """Return how many answers stand in journals."""
+        return sum(path.read_bytes().count(b'"sent"') for path in self.journals())
+
+    def kept(self) -> list[Path]:
+        """Return the files with answers that are stored."""
+        return list(self.state_directory.rglob("*.answers"))
 
     def leases(self) -> int:
         row = self.connection.execute("SELECT count(owner) FROM catfeeder_cron.oauth_tokens").fetchone()
