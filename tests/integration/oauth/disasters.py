@@ -79,7 +79,7 @@ class Block:
             self._admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(self._name)))
             self._admin.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = %s AND application_name = 'catfeeder-cron'",
+                " WHERE datname = %s AND application_name LIKE 'catfeeder-cron%%'",
                 [self._name],
             )
 
