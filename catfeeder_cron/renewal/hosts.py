@@ -51,7 +51,7 @@ _LOOKED = """
 # token may be one that the host has spent itself.
 _STATE = """
     SELECT l.id, l.reason IS NOT NULL AND now() < l.since + %(most)s AS is_new,
-           l.server = catfeeder_cron.server(),
+           l.server = catfeeder_cron.server() AND l.counter >= %(counter)s,
            now() < l.since + %(least)s, extract(epoch FROM l.since + %(most)s - now())::float8,
            array(SELECT h.host FROM catfeeder_cron.oauth_hosts h
                  WHERE (h.folder = %(folder)s OR h.renewed_at
@@ -130,6 +130,7 @@ def why_wait(context: JobContext, host: Host | None) -> Wait | None:
             return None
         parameters = {
             "folder": host.folder if host else None,
+            "counter": lineage.counter if lineage else 0,
             "keep": context.resources.oauth.settings.keep_answers,
             "least": _LEAST,
             "most": _MOST,

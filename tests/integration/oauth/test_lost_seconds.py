@@ -457,13 +457,13 @@ def test_a_run_whose_server_loses_seconds_claims_nothing_more_and_says_so(world:
     assert provider.reused == []
 
 
-def test_a_run_on_a_server_that_went_back_unnoticed_sends_nothing(world: World, provider: Provider) -> None:
+def test_a_run_on_a_server_that_went_back_unnoticed_waits_for_a_heartbeat(world: World, provider: Provider) -> None:
     notice(world)
     log_in(world, provider, 3)
     world.connection.execute("UPDATE catfeeder_cron.lineage SET counter = counter - 1")
-    assert world.renew(timeout=3).outcome != "succeeded"
-    world.connection.execute("UPDATE catfeeder_cron.lineage SET server = 'another'")
-    assert world.renew(timeout=3).outcome != "succeeded"
+    assert world.renew(timeout=3).outcome == "timed_out"
+    world.connection.execute("UPDATE catfeeder_cron.lineage SET counter = counter + 1, server = 'another'")
+    assert world.renew(timeout=3).outcome == "timed_out"
     assert provider.requests == []
 
 
