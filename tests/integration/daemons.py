@@ -29,16 +29,6 @@ max_workers = {max_workers}
 
 """
 
-# A server of the tests has just been started, and nobody is taken for dead soon after that.
-STARTED_LONG_AGO = """
-    CREATE SCHEMA fake;
-    CREATE FUNCTION fake.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql
-        AS $$ SELECT now() - interval '1 h' $$;
-    DO $$ BEGIN
-        EXECUTE format('ALTER DATABASE %I SET search_path = fake, pg_catalog, public', current_database());
-    END $$"""
-
-
 wait_for = eventually
 
 

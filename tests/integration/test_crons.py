@@ -24,7 +24,6 @@ from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import load_settings
 from tests.integration.daemons import (
     SECOND,
-    STARTED_LONG_AGO,
     Office,
     Work,
     has_account,
@@ -40,8 +39,7 @@ Events = Callable[[], list[str]]
 
 
 @pytest.fixture
-def office(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Iterator[Office]:
-    admin.execute(STARTED_LONG_AGO)
+def office(with_schema_started_long_ago: None, database_url: str, tmp_path: Path) -> Iterator[Office]:
     office = Office(database_url, tmp_path)
     yield office
     office.close()

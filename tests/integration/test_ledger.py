@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.ledger import (
     DIED,
     NO_DAEMON,
@@ -24,7 +24,7 @@ from catfeeder_cron.ledger import (
     SlotClaim,
 )
 from catfeeder_cron.schedule import Slots
-from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
+from tests.integration.daemons import HOUR, report, rows, wait_for
 from tests.support.waiting import eventually
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
@@ -32,10 +32,8 @@ NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
 
 
 @pytest.fixture
-def open_ledger(open_database: Callable[..., Database], admin: psycopg.Connection) -> Callable[..., Ledger]:
+def open_ledger(with_schema_started_long_ago: None, open_database: Callable[..., Database]) -> Callable[..., Ledger]:
     """Opens the ledger for one more process; `daemon` is its identity."""
-    admin.execute(STARTED_LONG_AGO)
-    schema.ensure(open_database())
 
     def open_one(daemon: UUID | None = None) -> Ledger:
         return Ledger(open_database(pool_max_size=2), Process("daemon", daemon or uuid4()))

@@ -13,7 +13,7 @@ from catfeeder_cron.config import Settings
 from catfeeder_cron.errors import DatabaseError
 from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.oauth.client import OAuthClient
-from tests.integration.daemons import STARTED_LONG_AGO, heart, rows, tasks_of, wait_for
+from tests.integration.daemons import heart, rows, tasks_of, wait_for
 
 Configure = Callable[[str], Settings]
 
@@ -22,9 +22,7 @@ ALWAYS_ON = "check-actions"
 
 
 @pytest.fixture
-def configure(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Configure:
-    admin.execute(STARTED_LONG_AGO)
-
+def configure(with_schema_started_long_ago: None, database_url: str, tmp_path: Path) -> Configure:
     def read(jobs: str) -> Settings:
         path = tmp_path / "config.toml"
         built_ins_off = "".join(f"[jobs.{job}]\nenabled = false\n" for job in CAN_BE_OFF if job not in jobs)

@@ -17,7 +17,7 @@ from catfeeder_cron.ledger import Ledger, Process
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.listeners import Listeners, Run, RunListener
 from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Supervisor
-from tests.integration.daemons import STARTED_LONG_AGO, context, report, rows, wait_for
+from tests.integration.daemons import context, report, rows, wait_for
 from tests.support.waiting import SOON
 
 
@@ -47,8 +47,9 @@ class Office(RunListener):
 
 
 @pytest.fixture
-def open_office(open_database: Callable[..., Database], admin: psycopg.Connection) -> Iterator[Callable[[], Office]]:
-    admin.execute(STARTED_LONG_AGO)
+def open_office(
+    with_schema_started_long_ago: None, open_database: Callable[..., Database]
+) -> Iterator[Callable[[], Office]]:
     opened: list[Office] = []
 
     def open_one() -> Office:

@@ -1,0 +1,168 @@
+"""Databases for tests, each used by one test after the other: empty ones, and such as hold the tables from the start.
+
+To create the tables and to drop them again costs 40 to 150 ms of CPU time, more than most tests do besides. So they
+stay, and are only emptied, for as long as no test changes anything but rows.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import psycopg
+
+from catfeeder_cron.config import DatabaseSettings, DatabaseTables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database.schema.indexes import create_indexes
+from catfeeder_cron.jobs import built_in
+
+# A new database for each test would cost 70 to 200 ms, this a tenth. DROP waits for the sessions that are closing.
+_END_SESSIONS = """
+    SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid();"""
+_DROP_EVERYTHING = """
+    DO $$
+    DECLARE schema text;
+    BEGIN
+        FOR schema IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+            EXECUTE format('DROP SCHEMA %I CASCADE', schema);
+        END LOOP;
+        EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+    END $$;
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO PUBLIC"""
+
+# A sequence, since what it counts stays where the statement is rolled back. The few rows that there are from the start
+# are kept, in tables whose names nobody takes for the program's.
+_WATCH = """
+    CREATE SCHEMA watch;
+    CREATE SEQUENCE watch.changes;
+    CREATE FUNCTION watch.note() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER
+        AS $$ BEGIN PERFORM nextval('watch.changes'); END $$;
+    CREATE TABLE watch.tables AS
+        SELECT c.oid, c.oid::regclass::text AS name, NULL::text AS kept
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND n.nspname IN ('public', 'catfeeder_cron');
+    UPDATE watch.tables SET kept = 'watch.kept_' || oid WHERE pg_relation_size(oid) > 0;
+    DO $$
+    DECLARE one record;
+    BEGIN
+        FOR one IN SELECT name, kept FROM watch.tables WHERE kept IS NOT NULL LOOP
+            EXECUTE format('CREATE TABLE %s AS TABLE %s', one.kept, one.name);
+        END LOOP;
+    END $$;
+    CREATE EVENT TRIGGER watch ON ddl_command_end EXECUTE FUNCTION watch.note();
+    CREATE EVENT TRIGGER watch_drops ON sql_drop EXECUTE FUNCTION watch.note()"""
+
+_START_LONG_AGO = """
+    CREATE SCHEMA fake;
+    CREATE FUNCTION fake.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql
+        AS $$ SELECT now() - interval '1 h' $$"""
+_FIND_FAKES_FIRST = """
+    DO $$ BEGIN
+        IF to_regnamespace('fake') IS NOT NULL THEN
+            EXECUTE format('ALTER DATABASE %I SET search_path = fake, pg_catalog, public', current_database());
+        END IF;
+    END $$"""
+
+# Statistics would change the plans of the next test.
+_IS_CHANGED = """
+    SELECT (SELECT is_called FROM watch.changes)
+        OR EXISTS (SELECT FROM pg_statistic WHERE starelid IN (SELECT oid FROM watch.tables))"""
+
+# A table that has a page was written to, whatever is left in it.
+_EMPTY_TABLES = """
+    DO $$
+    DECLARE written text; one record; differs boolean;
+    BEGIN
+        SELECT string_agg(name, ', ') INTO written
+            FROM watch.tables WHERE kept IS NULL AND pg_relation_size(oid) > 0;
+        IF written IS NOT NULL THEN
+            EXECUTE format('TRUNCATE %s RESTART IDENTITY CASCADE', written);
+        END IF;
+        FOR one IN SELECT name, kept FROM watch.tables WHERE kept IS NOT NULL LOOP
+            EXECUTE format('SELECT EXISTS (TABLE %1$s EXCEPT TABLE %2$s) OR EXISTS (TABLE %2$s EXCEPT TABLE %1$s)',
+                           one.name, one.kept) INTO differs;
+            IF differs THEN
+                EXECUTE format('TRUNCATE %1$s; INSERT INTO %1$s OVERRIDING SYSTEM VALUE TABLE %2$s',
+                               one.name, one.kept);
+            END IF;
+        END LOOP;
+        EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+        PERFORM pg_stat_reset();
+    END $$"""
+
+
+def _tables(database: Database) -> Iterable[str]:
+    return create_tables(database, DatabaseTables())
+
+
+def _started_long_ago(database: Database) -> Iterable[str]:
+    with database.transaction() as connection:
+        connection.execute(_START_LONG_AGO)
+    return ()
+
+
+def _indexes(database: Database) -> Iterable[str]:
+    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
+    return create_indexes(database, DatabaseTables(), wanted)
+
+
+# The fixture that a test asks for when its database shall hold this from the start: what which `init-db` creates.
+_STEPS: dict[str, tuple[Callable[[Database], Iterable[str]], ...]] = {
+    "with_schema": (schema.upgrade,),
+    "with_schema_started_long_ago": (schema.upgrade, _started_long_ago),
+    "with_tables": (schema.upgrade, _tables),
+    "with_indexes": (schema.upgrade, _tables, _indexes),
+}
+
+
+def contents_for(fixtures: Iterable[str]) -> str:
+    """Return the name of what the database of a test with these fixtures holds from the start, "" for nothing."""
+    return max((name for name in _STEPS if name in fixtures), key=[*_STEPS].index, default="")
+
+
+class TestDatabase:
+    """A database that one test after the other uses."""
+
+    __test__ = False
+
+    def __init__(self, url: str, contents: str) -> None:
+        self.url = url
+        self._steps = _STEPS.get(contents, ())
+        self._is_prepared = not self._steps
+
+    def prepare(self) -> None:
+        """Create what it is to hold, unless it is there."""
+        if not self._is_prepared:
+            with Database(DatabaseSettings.model_validate({"url": self.url})) as database:
+                list(chain.from_iterable(step(database) for step in self._steps))
+            with self._connect() as connection:
+                connection.execute(_WATCH)
+                connection.execute(_FIND_FAKES_FIRST)
+            self._is_prepared = True
+
+    def clear(self) -> None:
+        """End all sessions and remove what a test has left there."""
+        # A daemon that the test leaves to its fixtures to end may come back, and lock in another order.
+        for last in (False, False, True):
+            try:
+                with self._connect() as connection:
+                    self._clear(connection)
+            except psycopg.errors.DeadlockDetected:
+                if last:
+                    raise
+            else:
+                break
+
+    def _clear(self, connection: "psycopg.Connection[Any]") -> None:
+        connection.execute(_END_SESSIONS)
+        if self._steps and connection.execute(_IS_CHANGED).fetchone() == (False,):
+            connection.execute(_EMPTY_TABLES)
+            connection.execute(_FIND_FAKES_FIRST)
+        else:
+            self._is_prepared = not self._steps
+            connection.execute(_DROP_EVERYTHING)
+
+    def _connect(self) -> "psycopg.Connection[Any]":
+        return psycopg.connect(self.url, autocommit=True)
