@@ -134,20 +134,16 @@ def own_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
 def _open_database(request: pytest.FixtureRequest) -> Iterator[Callable[[str], TestDatabase]]:
     """Gives the session's database with these contents."""
     server = servers.another() or request.getfixturevalue("server").conninfo
-    names: list[sql.Identifier] = []
+    opened: list[TestDatabase] = []
 
     @cache
     def open_one(contents: str) -> TestDatabase:
-        name = f"catfeeder_cron_test_{secrets.token_hex(4)}"
-        with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
-        names.append(sql.Identifier(name))
-        return TestDatabase(make_conninfo(server, dbname=name), contents)
+        opened.append(TestDatabase(server, contents))
+        return opened[-1]
 
     yield open_one
-    with psycopg.connect(server, autocommit=True) as connection:
-        for name in names:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+    for database in opened:
+        database.drop()
 
 
 @pytest.fixture
