@@ -10,11 +10,9 @@ import pytest
 
 from catfeeder_cron.checks import check
 from catfeeder_cron.config import DatabaseTables, OAuthSettings, load
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.database.embedded import EmbeddedServer
-from catfeeder_cron.database.schema.application import create_tables
-from catfeeder_cron.database.schema.indexes import create_indexes
-from catfeeder_cron.jobs import built_in, load_settings
+from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.checks import check_links
 from catfeeder_cron.renewal.links import Links
@@ -41,15 +39,8 @@ def findings(database_url: str, tmp_path: Path) -> Findings:
 
 
 @pytest.fixture
-def complete(database: Database) -> None:
+def complete(with_indexes: None, database_url: str) -> None:
     """All that `init-db --with-app-tables --with-indexes` creates."""
-    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
-    for step in (
-        schema.upgrade(database),
-        create_tables(database, DatabaseTables()),
-        create_indexes(database, DatabaseTables(), wanted),
-    ):
-        list(step)
 
 
 def worst(findings: list[Finding], subject: str) -> Finding:

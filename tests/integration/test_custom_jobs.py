@@ -44,7 +44,7 @@ def callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], l
 
 
 @pytest.fixture
-def crons_for(database_url: str, tmp_path: Path) -> Iterator[Callable[[str], Crons]]:
+def crons_for(with_schema: None, database_url: str, tmp_path: Path) -> Iterator[Callable[[str], Crons]]:
     """Gives the jobs of a configuration whose only custom job, `report`, has these lines."""
     opened: list[Crons] = []
 

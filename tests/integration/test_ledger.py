@@ -30,7 +30,7 @@ from catfeeder_cron.ledger import (
 )
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.times import timestamp
-from tests.integration.daemons import HOUR, heard_of_for_long, report, rows, wait_for
+from tests.integration.daemons import HOUR, report, rows, wait_for
 from tests.support.waiting import eventually
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
@@ -38,9 +38,8 @@ NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
 
 
 @pytest.fixture
-def open_ledger(open_database: Callable[..., Database], admin: psycopg.Connection) -> Callable[..., Ledger]:
+def open_ledger(with_schema_heard_of_for_long: None, open_database: Callable[..., Database]) -> Callable[..., Ledger]:
     """Opens the ledger for one more process; `daemon` is its identity."""
-    heard_of_for_long(open_database())
 
     def open_one(daemon: UUID | None = None) -> Ledger:
         return Ledger(open_database(pool_max_size=2), Process("daemon", daemon or uuid4()))

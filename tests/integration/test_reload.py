@@ -22,8 +22,7 @@ ALWAYS_ON = "check-actions"
 
 
 @pytest.fixture
-def configure(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Configure:
-
+def configure(with_schema_heard_of_for_long: None, database_url: str, tmp_path: Path) -> Configure:
     def read(jobs: str) -> Settings:
         path = tmp_path / "config.toml"
         built_ins_off = "".join(f"[jobs.{job}]\nenabled = false\n" for job in CAN_BE_OFF if job not in jobs)

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.config import DatabaseSettings
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, WENT_BACK, Ledger, Process
 from catfeeder_cron.schedule import IntervalSchedule, Schedule
@@ -43,9 +43,8 @@ class Daemon:
 
 
 @pytest.fixture
-def hire(database: Database, admin: psycopg.Connection) -> Callable[..., Daemon]:
+def hire(with_schema: None, database: Database, admin: psycopg.Connection) -> Callable[..., Daemon]:
     """Makes a daemon that knows the account of a job with a slot every minute to stand at START."""
-    schema.ensure(database)
 
     def one(
         database: Database = database,

@@ -19,7 +19,7 @@ from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run, RunListener
 from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, CUT_OFF, RECORD_LOST, RUNS_HERE, TAKEN_FOR_DEAD, Supervisor
-from tests.integration.daemons import SECOND, context, heard_of_for_long, report, rows, wait_for
+from tests.integration.daemons import SECOND, context, report, rows, wait_for
 from tests.support.waiting import SOON
 
 
@@ -49,8 +49,9 @@ class Office(RunListener):
 
 
 @pytest.fixture
-def open_office(open_database: Callable[..., Database], admin: psycopg.Connection) -> Iterator[Callable[[], Office]]:
-    heard_of_for_long(open_database())
+def open_office(
+    with_schema_heard_of_for_long: None, open_database: Callable[..., Database]
+) -> Iterator[Callable[[], Office]]:
     opened: list[Office] = []
 
     def open_one() -> Office:

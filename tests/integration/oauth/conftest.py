@@ -14,8 +14,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.config import DatabaseSettings, OAuthSettings
-from catfeeder_cron.database import Database, schema
-from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
@@ -164,11 +163,9 @@ class World:
 
 
 @pytest.fixture
-def world(database_url: str, tmp_path: Path, loaded: LoadedProgram) -> Iterator[World]:
+def world(database_url: str, with_tables: None, tmp_path: Path, loaded: LoadedProgram) -> Iterator[World]:
     settings = DatabaseSettings.model_validate({"url": database_url})
     with Database(settings) as database, psycopg.connect(database_url, autocommit=True) as connection:
-        for _ in (*schema.upgrade(database), *create_tables(database, settings.tables)):
-            pass
         yield World(database_url, database, connection, tmp_path / "state", loaded)
 
 

@@ -15,7 +15,7 @@ from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.scheduler.executor import run_job
 from tests.integration.oauth.conftest import World
 
-USERS = 320
+USERS = 160
 SCRIPT = Path(__file__).with_name("authorization_server.py")
 
 
