@@ -84,14 +84,15 @@ def _wait_for_other_hosts(context: JobContext, host: Host) -> tuple[Lineage | No
 
     Returns the history that the run may work on, and whether it waited. Raises JobInterrupted and DatabaseError.
     """
-    waited = False
+    told = set[tuple[str, ...]]()
     while True:
         lineage = context.database.lineage  # first: what is found out next is at least as new
         wait = why_wait(context, host)
         if wait is None:
-            return lineage, waited
-        if not waited:
-            waited, seconds, hosts = True, round(wait.most_seconds), ", ".join(wait.hosts)
+            return lineage, bool(told)
+        if wait.hosts not in told:  # who they are is known only when a heartbeat has noticed
+            told.add(wait.hosts)
+            seconds, hosts = round(wait.most_seconds), ", ".join(wait.hosts)
             log.warning("oauth_waits_for_other_hosts", hosts=hosts, at_most_seconds=seconds, reason=wait.reason)
         context.stop.wait(_LOOK_AGAIN_SECONDS)
         context.checkpoint()
