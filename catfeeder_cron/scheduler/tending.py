@@ -1,4 +1,4 @@
-"""Has jobs look after their files, whether they are enabled or not, and whether the database can be reached or not."""
+"""Has jobs look after their files, whether they are enabled or not."""
 
 from uuid import UUID
 
@@ -32,8 +32,13 @@ class JobTending(RunListener):
         """Begin with the next heartbeat."""
         self._started = True
 
-    def beat(self, _reached: bool, /) -> None:
-        """Have the jobs tended every few minutes; at every heartbeat after the database's history went back."""
+    def beat(self, reached: bool, /) -> None:
+        """Have the jobs tended every few minutes; at every heartbeat after the database's history went back.
+
+        It begins with the first contact: before that nothing tells which files are needed.
+        """
+        if not reached:
+            return
         now, lineage = elapsed_seconds(), self._database.lineage
         if lineage and lineage.reason and lineage.id != self._lineage:
             self._lineage, self._often_until = lineage.id, now + _OFTEN_SECONDS

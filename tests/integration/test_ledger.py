@@ -364,6 +364,25 @@ def test_a_database_that_went_back_is_noticed_by_one_and_told_to_all(
     assert events(caplog) == ["history_went_back"]
 
 
+def test_of_many_that_see_one_loss_one_tells_it(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    processes = [ledger, *(open_ledger() for _ in range(3))]
+    for process in processes * 3:
+        before = lineage(process)
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 2")
+    admin.execute("UPDATE catfeeder_cron.daemons SET beats = 1")
+    after = [lineage(process) for process in processes * 2]
+    assert {each.id for each in after}.isdisjoint({before.id})
+    assert len({each.id for each in after}) == 1
+
+    # Another loss, of the change as well: all know a newer lineage than the database does.
+    admin.execute("UPDATE catfeeder_cron.lineage SET id = %s, since = %s, counter = 2", [before.id, before.since])
+    again = [lineage(process) for process in processes * 2]
+    assert len({each.id for each in again}) == 1
+    assert {each.id for each in again}.isdisjoint({before.id, after[0].id})
+
+
 def test_what_can_not_be_undone_is_handed_out_on_no_other_history(
     ledger: Ledger, open_ledger: Callable[..., Ledger], database: Database, admin: psycopg.Connection
 ) -> None:

@@ -53,8 +53,9 @@ def accounts(admin: psycopg.Connection) -> dict[str, str]:
 
 
 def scheduled(crons: Crons) -> dict[str, Any]:
-    """The tasks by their ids, without those of the job that is always there."""
-    return {task.id: task for task in tasks_of(crons).tasks if not task.id.startswith(ALWAYS_ON)}
+    """The tasks by their ids, without those of the job that is always there, and without the looking after files."""
+    others = [task for task in tasks_of(crons).tasks if not task.id.startswith(ALWAYS_ON)]
+    return {task.id: task for task in others if not task.id.endswith("(tending)")}
 
 
 JOB = "[jobs.{name}]\nsql = 'SELECT 1'\n{rest}\n"

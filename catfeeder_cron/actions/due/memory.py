@@ -86,10 +86,11 @@ class Memory:
             if self._by_key.get(key) is remembered:
                 self._by_key[key] = replace(remembered, looked_up_in=lineage.id if lineage else None)
 
-    def forget(self, key: str) -> None:
-        """Forget an outcome that the database has."""
+    def mark_stored(self, key: str, lineage: Lineage | None) -> None:
+        """Remember that the database has the outcome in this history; it may lose it once more."""
         with self._lock:
-            self._by_key.pop(key, None)
+            if found := self._by_key.get(key):
+                self._by_key[key] = replace(found, lineage=lineage.id if lineage else None, stored=True)
 
     def _forget_old(self) -> None:
         old = elapsed_seconds() - KEPT_SECONDS

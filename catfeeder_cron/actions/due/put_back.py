@@ -71,9 +71,9 @@ def put_back(context: JobContext, leases: Leases) -> int:
                 logged = already_logged(connection, context.tables, again)
                 outcomes.store(connection, context.tables, again, 0, logged)
         for finished in again:
-            memory.forget(finished.claimed.action.key)
+            memory.mark_stored(finished.claimed.action.key, lineage)
         for each in found.intact:
-            memory.forget(each.finished.claimed.action.key)
+            memory.mark_stored(each.finished.claimed.action.key, lineage)
         for each in (*found.elsewhere, *found.vanished):
             memory.looked_up(each, lineage)
         stored += len(again)

@@ -136,6 +136,11 @@ def test_what_this_process_has_done_is_stored_again_and_not_done_again(
     run()
     assert len(told("action_was_done_before")) == 1
 
+    history.go_back("Actions", "ActionLog")
+    history.heartbeat(database)
+    run()
+    assert len(actions.notes()) == len(ids), "nor after a second loss"
+
 
 def test_another_process_does_it_again_with_the_same_key_and_its_line_says_so(
     actions: Actions,

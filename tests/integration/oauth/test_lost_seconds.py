@@ -82,7 +82,7 @@ def recover(world: World) -> None:
 
 def make_due(world: World) -> None:
     world.let_time_pass()
-    world.connection.execute("UPDATE \"ActiveOauths\" SET token_expiration = now() + interval '1 min'")
+    world.connection.execute('UPDATE "ActiveOauths" SET token_expiration = now()')
 
 
 def restored(caplog: pytest.LogCaptureFixture) -> list[int]:
