@@ -48,6 +48,7 @@ class DatabaseSettings(Table):
     pool_max_size: int = Field(default=8, ge=1)
     connect_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=10)
     statement_timeout: StatementTimeout = timedelta(seconds=30)
+    naive_timestamps: Zone = ZoneInfo("UTC")
     tables: DatabaseTables = DatabaseTables()
 
     @property

@@ -66,6 +66,6 @@ def forget_deleted(context: JobContext) -> None:
 def recover(context: JobContext) -> None:
     """Take over the journals of dead processes now. Raises DatabaseError."""
     try:
-        take_over(context.database, Links(context.tables), journal_folder(context))
+        take_over(context.database, Links.find(context.database, context.tables), journal_folder(context))
     except OSError as error:
         log.error("oauth_journals_unreadable", folder=error.filename, reason=error.strerror)
