@@ -12,10 +12,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from catfeeder_cron.database import Database
+from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database.schema.application import create_tables
 from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.report import JobReport
+from tests.support.waiting import eventually
 
 STEP = timedelta(minutes=15)
 
@@ -199,3 +203,66 @@ def test_a_clean_up_deletes_what_has_expired_by_each_reading_and_nothing_alive(
         assert clean(**options).counts == {"deleted": len(expired), "remaining": 0}
         left = {row[0] for row in admin.execute('SELECT id FROM "Connections"')}
         assert left == set(range(len(rows))) - expired, cutoff
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_date_expires_as_its_day_begins_in_the_zone(
+    admin: psycopg.Connection, clean: Clean, open_database: Callable[..., Database], indexed: bool
+) -> None:
+    """It is another day in one of these zones, 26 hours apart, at every moment."""
+    for zone in ("Pacific/Kiritimati", "Etc/GMT+12"):
+        admin.execute('DROP TABLE IF EXISTS "Connections"')
+        admin.execute('CREATE TABLE "Connections" (id bigint, expiration_date date)')
+        if indexed:
+            admin.execute('CREATE INDEX ON "Connections" (expiration_date)')
+        admin.execute(
+            'INSERT INTO "Connections" SELECT n, (now() AT TIME ZONE %s)::date + n FROM generate_series(-3, 3) n',
+            [zone],
+        )
+        assert clean(database=open_database(naive_timestamps=zone)).counts["deleted"] == 4
+
+
+def test_a_column_with_a_zone_ignores_the_setting(
+    admin: psycopg.Connection, clean: Clean, open_database: Callable[..., Database]
+) -> None:
+    admin.execute('CREATE TABLE "Connections" (id bigint, expiration_date timestamptz)')
+    admin.execute("""INSERT INTO "Connections" VALUES (1, now() - interval '1 min'), (2, now() + interval '1 min')""")
+    assert clean(database=open_database(naive_timestamps="Asia/Tokyo")).counts["deleted"] == 1
+
+
+def test_an_index_serves_a_column_without_a_zone(
+    admin: psycopg.Connection, clean: Clean, open_database: Callable[..., Database]
+) -> None:
+    """The bound is converted and not the column, in the clean-up's statements and in those of renewals."""
+    admin.execute('CREATE TABLE "Connections" (id bigint, expiration_date timestamp)')
+    admin.execute("""INSERT INTO "Connections"
+        SELECT n, (now() AT TIME ZONE 'Europe/Paris') + n * interval '1 min' FROM generate_series(-1000, 99000) n""")
+    admin.execute('CREATE INDEX ON "Connections" (expiration_date)')
+    admin.execute('VACUUM ANALYZE "Connections"')
+    database = open_database(naive_timestamps="Europe/Paris")
+
+    assert clean(database=database).counts["deleted"] == 1001
+
+    # Without the index nothing is fetched through it, and with the column converted, every row is. What a session has
+    # fetched is known when it has ended.
+    database.close()
+    fetched = "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'Connections' AND n_tup_del > 0"
+    (rows,) = eventually(lambda: admin.execute(fetched).fetchone())
+    assert 1001 <= rows < 5000
+
+
+def test_an_index_serves_the_rows_that_are_due(database: Database, admin: psycopg.Connection) -> None:
+    for _ in (*schema.upgrade(database), *create_tables(database, DatabaseTables())):
+        pass
+    admin.execute('ALTER TABLE "ActiveOauths" ALTER token_expiration TYPE timestamp')
+    admin.execute("""INSERT INTO "ActiveOauths" (token_expiration, token_lifespan, refresh_link)
+        SELECT (now() AT TIME ZONE 'Europe/Paris') + n * interval '1 min', 3600, 'r'
+        FROM generate_series(-50, 20000) n""")
+    admin.execute('CREATE INDEX ON "ActiveOauths" (token_expiration)')
+    admin.execute('ANALYZE "ActiveOauths"')
+    links = Links(DatabaseTables(), TimeColumn("Europe/Paris"))
+    window = Window(datetime.now(UTC), timedelta(minutes=5), datetime.now(UTC))
+    explained = links.statement("EXPLAIN SELECT FROM {active} a WHERE {expires}")
+    with database.transaction() as connection:
+        plan = "\n".join(row[0] for row in connection.execute(explained, window.parameters()))
+    assert "Index Cond: (token_expiration < GREATEST" in plan, plan
