@@ -105,6 +105,6 @@ def _looks_wrong(job_id: str, column: str, zone: str, ahead: timedelta) -> Findi
     return Finding(
         "warning",
         job_id,
-        f"{column}: its newest rows lie in the future when taken in {zone}, so the web server writes a zone whose clocks "
-        f"are at least {least} ahead; correct {_KEY}",
+        f"{column}: its newest rows lie in the future when taken in {zone}, so the web server writes a zone whose "
+        f"clocks are at least {least} ahead; correct {_KEY}",
     )

@@ -23,14 +23,14 @@ from catfeeder_cron.errors import SchemaProblem
 
 # The first condition keeps infinite times, and those next to the limits of the type, from being moved by hours.
 _EARLIEST: LiteralString = """
-    CASE WHEN {column} NOT BETWEEN '0002-01-01' AND '9998-12-31' THEN {column} AT TIME ZONE 'UTC'
+    CASE WHEN {column} NOT BETWEEN '0002-01-01' AND '9998-12-31' THEN {column}::timestamp AT TIME ZONE 'UTC'
          WHEN ((({column} - interval '25 h') AT TIME ZONE {zone}) + interval '25 h') AT TIME ZONE {zone} = {column}
              THEN (({column} - interval '25 h') AT TIME ZONE {zone}) + interval '25 h'
          ELSE (({column} + interval '25 h') AT TIME ZONE {zone}) - interval '25 h' END"""
 
 _LATEST: LiteralString = """
-    CASE WHEN {column} NOT BETWEEN '0002-01-01' AND '9998-12-31' THEN {column} AT TIME ZONE 'UTC'
-         ELSE {column} AT TIME ZONE {zone} END"""
+    CASE WHEN {column} NOT BETWEEN '0002-01-01' AND '9998-12-31' THEN {column}::timestamp AT TIME ZONE 'UTC'
+         ELSE {column}::timestamp AT TIME ZONE {zone} END"""
 
 _NONE_EARLIER_FROM: LiteralString = """
     greatest(({instant}) AT TIME ZONE {zone},

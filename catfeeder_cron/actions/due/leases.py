@@ -16,7 +16,7 @@ from uuid import UUID, uuid4, uuid5
 from psycopg import sql
 
 from catfeeder_cron.actions.action import Action
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection, single
 from catfeeder_cron.times import elapsed_seconds
 
@@ -25,18 +25,18 @@ from catfeeder_cron.times import elapsed_seconds
 # just claimed or cancelled is not claimed.
 _CLAIM = """
     WITH picked AS MATERIALIZED (
-        SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND due_at <= now()
+        SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND {is_due}
         LIMIT %(most)s FOR UPDATE SKIP LOCKED)
     UPDATE {actions} AS a
-    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = now() + %(lease)s,
+    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = {lease_ends},
         lease_owner = %(process)s || ' since ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     FROM picked WHERE a.id = picked.id
     RETURNING a.id, a.user_id, a.name, a.kind, left(a.payload::text, %(longest)s), a.attempts, a.lease_owner,
         a.repeat_every IS NOT NULL,
         least(greatest(coalesce(
             (SELECT r.due_at FROM catfeeder_cron.action_retries r
-             WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at),
-            a.due_at::timestamptz), '0001-01-02Z'), '9999-12-30Z')"""
+             WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND {retry_shown} = a.due_at),
+            {due_of_a}), '0001-01-02Z'), '9999-12-30Z')"""
 
 # `ours` are the rows that still have our lease, `locked` those of them that no other session has locked, `extended`
 # gets the new lease. A locked row is left: its session may be cancelling it, and no daemon can claim it meanwhile.
@@ -47,12 +47,10 @@ _EXTEND = """
         SELECT id FROM {actions}
         WHERE id = ANY(%(ids)s) AND lease_owner = ANY(%(owners)s) AND state = 'running' FOR UPDATE SKIP LOCKED),
     extended AS (
-        UPDATE {actions} AS a SET lease_until = now() + %(lease)s FROM locked WHERE a.id = locked.id RETURNING a.id)
+        UPDATE {actions} AS a SET lease_until = {lease_ends} FROM locked WHERE a.id = locked.id RETURNING a.id)
     SELECT ours.id, extended.id IS NOT NULL FROM ours LEFT JOIN extended USING (id)"""
 
 _LONGEST_PAYLOAD = 1_000_000
-
-_LAPSED = "state = 'running' AND (lease_until IS NULL OR lease_until < now())"
 
 # `lapsed` are the rows whose lease is over, `logged` writes their lines in "ActionLog", `changed` makes them pending or
 # failed, `forgotten` deletes the retries of the failed ones. The attempt was counted when it began. A row that is
@@ -65,8 +63,8 @@ _TAKE_OVER = """
     logged AS (
         INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
         SELECT id, attempts,
-               CASE WHEN lease_owner ~ %(owner_pattern)s THEN right(lease_owner, 27)::timestamptz END,
-               now(), 'lost', %(reason)s
+               CASE WHEN lease_owner ~ %(owner_pattern)s THEN {started} END,
+               {finished}, 'lost', %(reason)s
         FROM lapsed),
     changed AS (
         UPDATE {actions} AS a
@@ -81,15 +79,16 @@ _TAKE_OVER = """
 _OWNER_PATTERN = r" since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$"
 LOST = "the process that ran it ended, or froze, before its lease was over"
 
-_COUNT_DUE = "SELECT count(*) FROM {actions} WHERE (state = 'pending' AND due_at <= now()) OR ({lapsed})"
+_COUNT_DUE = "SELECT count(*) FROM {actions} WHERE (state = 'pending' AND {is_due}) OR ({lapsed})"
 
 # least() ignores NULL. Both times are bounded, because now() can't be subtracted from an infinite time.
 _DUE_IN = """
     SELECT extract(epoch FROM least(
-        (SELECT min(greatest(due_at::timestamptz, now() - interval '1 day')) FROM (
+        (SELECT min(greatest({due}, now() - interval '1 day')) FROM (
             SELECT due_at FROM {actions} WHERE state = 'pending' ORDER BY due_at LIMIT 1) AS next
-         WHERE due_at < now() + interval '1 day'),
-        (SELECT min(lease_until)::timestamptz FROM {actions} WHERE state = 'running')) - now())::float8"""
+         WHERE {due} < now() + interval '1 day'),
+        (SELECT {lease} FROM (
+            SELECT min(lease_until) AS lease_until FROM {actions} WHERE state = 'running') AS next)) - now())::float8"""
 
 _ORIGIN = "SELECT origin FROM catfeeder_cron.action_origin"
 
@@ -109,7 +108,7 @@ class Claimed:
 class Leases:
     """The leases of one run. Each method works inside the caller's transaction."""
 
-    def __init__(self, tables: DatabaseTables, lease: timedelta) -> None:
+    def __init__(self, tables: ActionTables, lease: timedelta) -> None:
         self._tables = tables
         self._lease = lease
         self._process = f"{platform.node()} {os.getpid()} {uuid4().hex[:8]}"
@@ -152,7 +151,7 @@ class Leases:
         return Claimed(Action(id, user_id, name, kind, payload, due_at, attempt, key), owner, lease_ends, unreadable)
 
     def _sql(self, text: LiteralString) -> sql.Composed:
-        return statement(text, self._tables)
+        return self._tables.statement(text)
 
 
 def _read(payload: str | None) -> tuple[Any, str | None]:
@@ -165,21 +164,12 @@ def _read(payload: str | None) -> tuple[Any, str | None]:
         return None, f"payload: can't be read ({type(error).__name__})"
 
 
-def count_due(connection: Connection, tables: DatabaseTables) -> int:
+def count_due(connection: Connection, tables: ActionTables) -> int:
     """Count the rows that a run would claim now."""
-    return int(single(connection, statement(_COUNT_DUE, tables))[0])
+    return int(single(connection, tables.statement(_COUNT_DUE))[0])
 
 
-def due_in_seconds(connection: Connection, tables: DatabaseTables) -> float | None:
+def due_in_seconds(connection: Connection, tables: ActionTables) -> float | None:
     """Return in how many seconds the next row is due or the next lease ends; None if neither is known."""
-    (seconds,) = single(connection, statement(_DUE_IN, tables))
+    (seconds,) = single(connection, tables.statement(_DUE_IN))
     return None if seconds is None else float(seconds)
-
-
-def statement(text: LiteralString, tables: DatabaseTables) -> sql.Composed:
-    """Return the statement with the names of the tables filled in."""
-    return sql.SQL(text).format(
-        actions=sql.Identifier(tables.schema_, tables.actions),
-        action_log=sql.Identifier(tables.schema_, tables.action_log),
-        lapsed=sql.SQL(_LAPSED),
-    )

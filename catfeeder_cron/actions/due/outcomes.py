@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catfeeder_cron.actions.due.attempts import Finished
-from catfeeder_cron.actions.due.leases import statement
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection
 
 _LONGEST_WAIT_SECONDS = 3600
@@ -22,13 +21,13 @@ _STORE = """
                              %(waits)s::float8[]) AS v (id, owner, verdict, detail, wait)),
     held AS MATERIALIZED (
         SELECT a.id, a.state, a.attempts, a.repeat_every, v.owner, v.detail,
-               coalesce(r.due_at, a.due_at::timestamptz) AS slot,
+               coalesce(r.due_at, {due_of_a}) AS slot,
                now() + v.wait * interval '1 second' AS retry_at,
                CASE WHEN v.verdict = 'retried' AND a.attempts >= coalesce(a.max_attempts, 5) THEN 'failed'
                     ELSE v.verdict END AS verdict
         FROM verdict v JOIN {actions} a ON a.id = v.id AND a.lease_owner = v.owner
         LEFT JOIN catfeeder_cron.action_retries r
-            ON a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at
+            ON a.repeat_every IS NOT NULL AND r.action = a.id::text AND {retry_shown} = a.due_at
         FOR UPDATE OF a SKIP LOCKED),
     next AS (
         SELECT held.*, CASE WHEN verdict = 'done' AND repeat_every > interval '0' AND isfinite(repeat_every)
@@ -43,7 +42,7 @@ _STORE = """
         FROM held),
     logged AS (
         INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
-        SELECT id, attempts, right(owner, 27)::timestamptz, now(), verdict, detail FROM next),
+        SELECT id, attempts, {owner_started}, {finished}, verdict, detail FROM next),
     remembered AS (
         INSERT INTO catfeeder_cron.action_retries (action, due_at, retry_at)
         SELECT id::text, slot, retry_at FROM next
@@ -59,8 +58,8 @@ _STORE = """
                          WHEN next.verdict = 'retried' OR repeat_at IS NOT NULL THEN 'pending'
                          ELSE next.verdict END,
             due_at = CASE WHEN next.state <> 'running' THEN a.due_at
-                          WHEN next.verdict = 'retried' THEN next.retry_at
-                          ELSE coalesce(repeat_at, a.due_at) END,
+                          WHEN next.verdict = 'retried' THEN {retry_at}
+                          ELSE coalesce({repeat_at}, a.due_at) END,
             attempts = CASE WHEN next.state = 'running' AND repeat_at IS NOT NULL THEN 0 ELSE a.attempts END,
             last_error = CASE WHEN next.verdict = 'done' THEN NULL ELSE next.detail END
         FROM next WHERE a.id = next.id
@@ -80,7 +79,7 @@ class StoredOutcome:
 
 
 def store(
-    connection: Connection, tables: DatabaseTables, finished: Sequence[Finished], retry_after_seconds: float
+    connection: Connection, tables: ActionTables, finished: Sequence[Finished], retry_after_seconds: float
 ) -> tuple[list[StoredOutcome], list[Finished]]:
     """Store outcomes; return those that are dealt with, and those that must wait because their row is locked.
 
@@ -94,7 +93,7 @@ def store(
         "details": [each.detail for each in finished],
         "waits": [_wait_seconds(each, retry_after_seconds) for each in finished],
     }
-    rows = connection.execute(statement(_STORE, tables), parameters).fetchall()
+    rows = connection.execute(tables.statement(_STORE), parameters).fetchall()
     seen_to, locked = [], []
     for key, verdict, still_ours in rows:
         if verdict is None and still_ours:

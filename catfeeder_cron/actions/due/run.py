@@ -13,6 +13,7 @@ from catfeeder_cron.actions.due.fair_order import Busy, Candidate, FairOrder, du
 from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
@@ -46,11 +47,17 @@ class DueActionsRun:
     """
 
     def __init__(
-        self, context: JobContext, settings: ActionsSettings, built_in: Mapping[str, Handler], limits: Limits
+        self,
+        context: JobContext,
+        tables: ActionTables,
+        settings: ActionsSettings,
+        built_in: Mapping[str, Handler],
+        limits: Limits,
     ) -> None:
         self._context = context
+        self._tables = tables
         self._limits = limits
-        self._leases = Leases(context.tables, limits.lease)
+        self._leases = Leases(tables, limits.lease)
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
         self._attempts = Attempts(Handlers(settings, built_in, context.resources.children, action_timeout_seconds))
@@ -114,7 +121,7 @@ class DueActionsRun:
         asked = time.monotonic()
         with self._context.transaction() as connection:
             given_up = self._leases.take_over(connection)
-            self._order = due_in_fair_order(connection, self._context.tables, self._begun)
+            self._order = due_in_fair_order(connection, self._tables, self._begun)
         self._claimed_of_order = 0
         for action in given_up:
             self._context.counts.update(due=1, given_up=1)
@@ -176,7 +183,7 @@ class DueActionsRun:
     def _store_together(self, finished: list[Finished]) -> tuple[list[StoredOutcome], list[Finished]]:
         with self._context.database.transaction() as connection:
             retry_after_seconds = self._limits.retry_after.total_seconds()
-            return outcomes.store(connection, self._context.tables, finished, retry_after_seconds)
+            return outcomes.store(connection, self._tables, finished, retry_after_seconds)
 
     def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
         """Store one outcome. If the database refuses it, the row's lease runs out, and in the end its attempts do."""
