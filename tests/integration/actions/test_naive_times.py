@@ -91,6 +91,19 @@ def test_a_lease_without_a_zone_lasts_and_lapses_by_the_clock_of_the_zone(
     assert actions.get(lapsed, "state") == "done"
 
 
+def test_the_slot_of_a_repetition_outlives_its_retries(actions: Actions, run: Run, in_zone: InZone) -> None:
+    zone = ZoneInfo("Europe/Paris")
+    context = in_zone(zone)
+    failing = add(actions, zone, -185, kind="fail", repeat_every=timedelta(hours=1))
+    (slot,) = actions.admin.execute('SELECT due_at AT TIME ZONE %s FROM "Actions"', [zone.key]).fetchone() or (None,)
+
+    for _ in range(3):
+        run(context, retry_after=0)
+
+    assert actions.get(failing, "attempts") >= 3
+    assert actions.admin.execute("SELECT due_at FROM catfeeder_cron.action_retries").fetchall() == [(slot,)]
+
+
 @pytest.mark.parametrize("change", range(-90, 91, 20))
 @pytest.mark.parametrize("set_clocks", [set_back, set_forward])
 def test_while_the_clocks_change_an_action_runs_once_and_its_slot_is_kept(
