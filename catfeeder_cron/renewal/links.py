@@ -9,7 +9,7 @@ from psycopg import sql
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Connection, Database, single
 from catfeeder_cron.database.catalog import find_table
-from catfeeder_cron.database.time_columns import WITH_ZONE, TimeColumn
+from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.job import JobContext
 
 # How long other processes leave a row alone whose request may have been acted on without a known answer. In this time
@@ -98,8 +98,8 @@ class Links:
     """The table of links and the tables beside it, by their configured names."""
 
     tables: DatabaseTables
-    expiry: TimeColumn = WITH_ZONE
-    """How `token_expiration` holds times. A statement that reads or writes it needs the answer of `find`."""
+    expiry: TimeColumn
+    """How `token_expiration` holds times."""
 
     @classmethod
     def find(cls, database: Database, tables: DatabaseTables) -> Self:

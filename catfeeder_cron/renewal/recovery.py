@@ -59,8 +59,9 @@ def forget_deleted(context: JobContext) -> None:
 
     It reads all links, so it belongs to the recovery and not to every run.
     """
+    links = Links.find(context.database, context.tables)
     with context.database.transaction() as connection:
-        connection.execute(Links(context.tables).statement(_FORGET))
+        connection.execute(links.statement(_FORGET))
 
 
 def recover(context: JobContext) -> None:

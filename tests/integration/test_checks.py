@@ -640,7 +640,7 @@ def test_a_paused_provider_is_told_with_its_reason(
     findings: Findings, ten_links: None, admin: psycopg.Connection, database: Database, refused: bool, level: str
 ) -> None:
     with database.transaction() as connection:
-        known = providers.load(connection, Links(DatabaseTables()), OAuthSettings(), ["google"])
+        known = providers.load(connection, Links.find(database, DatabaseTables()), OAuthSettings(), ["google"])
     pause = providers.refused("401: invalid_client") if refused else providers.out_of_order("503")
     providers.pause(database, known["google"][0], pause)
 
