@@ -19,6 +19,7 @@ from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.errors import SchemaProblem
 from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.report import JobReport
+from tests.integration.zones import named
 from tests.support.waiting import eventually
 
 STEP = timedelta(minutes=15)
@@ -266,3 +267,18 @@ def test_an_index_serves_the_rows_that_are_due(database: Database, admin: psycop
     with database.transaction() as connection:
         plan = "\n".join(row[0] for row in connection.execute(explained, window.parameters()))
     assert "Index Cond: (token_expiration < GREATEST" in plan, plan
+
+
+def test_a_run_that_needs_a_zone_that_the_server_does_not_know_fails_with_the_remedy(
+    admin: psycopg.Connection, clean: Clean, open_database: Callable[..., Database]
+) -> None:
+    admin.execute('CREATE TABLE "Connections" (id bigint, expiration_date timestamp)')
+    report = clean(database=open_database(naive_timestamps=named("Cat/Moon")))
+    assert report.outcome == "failed"
+    assert report.reason is not None
+    assert report.reason.startswith('this PostgreSQL does not know the zone "Cat/Moon" of database.naive_timestamps; ')
+
+
+def test_statements_of_a_session_stay_in_utc(open_database: Callable[..., Database]) -> None:
+    with open_database(naive_timestamps="Asia/Tokyo").transaction() as connection:
+        assert one(connection, sql.SQL("SELECT {}").format(sql.SQL("current_setting('timezone')"))) == "UTC"
