@@ -62,6 +62,17 @@ def run(context: JobContext, settings: CheckActions) -> None:
     DueActionsRun(context, tables, context.resources.actions, built_in(), limits).work()
 
 
+def recover(context: JobContext) -> None:
+    """Store the outcomes that this process remembers and the database has lost, or has not got in an outage."""
+    load("catfeeder_cron.actions.due.run")
+    from catfeeder_cron.actions.due.run import recover
+
+    with context.transaction() as connection:
+        tables = ActionTables.find(connection, context.tables, context.database.naive_timestamps)
+    if tables is not None:
+        recover(context, tables, CheckActions().lease)
+
+
 def due_in(context: JobContext) -> float | None:
     """Return in how many seconds the next action is due or a lease ends; None if there is neither."""
     with context.transaction() as connection:
@@ -75,6 +86,7 @@ JOB = Job(
     settings=CheckActions,
     run=run,
     shared=True,
+    irreversible=True,
     tables=(
         TableUse(
             "actions",
@@ -97,5 +109,6 @@ JOB = Job(
         WantedIndex("actions", "due_at", state="pending"),
         WantedIndex("actions", "lease_until", state="running"),
     ),
+    recover=recover,
     wake=Wake("catfeeder_cron_actions", due_in),
 )

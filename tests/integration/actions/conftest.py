@@ -21,7 +21,7 @@ from catfeeder_cron.scheduler.executor import run_job
 HERE = Path(__file__).parent
 KINDS = (
     *("note", "note_later", "noop", "fail", "hopeless", "postponed", "wait_for", "kill", "leave", "resign", "freeze"),
-    *("hang", "scribble", "generate", "garble", "until_stopped"),
+    *("hang", "scribble", "generate", "garble", "until_stopped", "beat", "beat_until_stopped"),
 )
 
 
@@ -71,7 +71,7 @@ def context(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def make(timeout: float = 300, allowed: tuple[str, ...] = (), **more: Any) -> JobContext:
         calls = {kind: {"call": f"handlers:{kind}"} for kind in KINDS}
         return JobContext(
-            database=database,
+            database=more.pop("database", database),
             tables=DatabaseTables(),
             timeout=timedelta(seconds=timeout),
             resources=Resources(actions=ActionsSettings.model_validate({"webhook": {"allowed": allowed}, **calls})),

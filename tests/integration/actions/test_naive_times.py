@@ -11,6 +11,7 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs.check_actions import due_in
 from tests.integration.actions.conftest import Actions, Run
+from tests.integration.actions.test_went_back import History, counted
 from tests.integration.zones import set_back, set_forward
 
 MINUTE = timedelta(minutes=1)
@@ -102,6 +103,81 @@ def test_the_slot_of_a_repetition_outlives_its_retries(actions: Actions, run: Ru
 
     assert actions.get(failing, "attempts") >= 3
     assert actions.admin.execute("SELECT due_at FROM catfeeder_cron.action_retries").fetchall() == [(slot,)]
+
+
+@pytest.mark.parametrize("name", ["Europe/Paris", "America/New_York"])
+def test_what_was_due_before_history_went_back_waits_by_the_clock_of_the_zone(
+    actions: Actions, run: Run, in_zone: InZone, name: str
+) -> None:
+    zone = ZoneInfo(name)
+    context, history = in_zone(zone), History(actions.admin)
+    early = add(actions, zone, -1)
+    history.notice("-4 s")
+    history.heartbeat(context.database)
+
+    assert counted(run(context)) == (0, 0)
+    assert actions.get(early, "state, attempts") == ("pending", 0)
+    assert 0 < (due_in(context) or 0) <= 31
+
+    history.notice("0 s")
+    history.heartbeat(context.database)
+    late = add(actions, zone, 0)
+    assert (due_in(context) or 0) <= 0
+    run(context)
+    assert actions.get(late, "state") == "done"
+
+    history.notice("28 s")
+    history.heartbeat(context.database)
+    run(context)
+    assert actions.get(early, "state") == "done"
+
+
+@pytest.mark.parametrize("lost", [("Actions", "ActionLog"), ("Actions",)])
+@pytest.mark.parametrize("change", range(-45, 91, 45))
+@pytest.mark.parametrize("set_clocks", [set_back, set_forward])
+def test_what_the_database_has_lost_is_stored_again_while_the_clocks_change(
+    actions: Actions,
+    run: Run,
+    in_zone: InZone,
+    set_clocks: Callable[[timedelta], ZoneInfo],
+    change: int,
+    lost: tuple[str, ...],
+) -> None:
+    zone = set_clocks(change * MINUTE)
+    context, history = in_zone(zone), History(actions.admin)
+    for kind, more in (("note", {}), ("note", {"repeat_every": timedelta(hours=1)}), ("fail", {})):
+        add(actions, zone, -185, kind, **more)
+    history.heartbeat(context.database)
+    history.save("Actions", "ActionLog")
+    run(context, retry_after="1h")
+    rows = "SELECT id, state, attempts, due_at FROM \"Actions\" WHERE kind = 'note' ORDER BY id"
+    lines = 'SELECT action_id, attempt, started_at, outcome FROM "ActionLog" ORDER BY action_id'
+    before = [actions.admin.execute(each.encode()).fetchall() for each in (rows, lines)]
+    history.go_back(*lost)
+    history.heartbeat(context.database)
+
+    run(context, retry_after="1h")
+
+    assert [actions.admin.execute(each.encode()).fetchall() for each in (rows, lines)] == before
+    assert len(actions.notes()) == 3
+
+
+def test_a_lease_lasts_although_its_end_has_a_later_reading(actions: Actions, run: Run, in_zone: InZone) -> None:
+    """Its owner claimed when the database's clock was ahead, and has extended it since that was set right."""
+    zone = set_back(30 * MINUTE)
+    context, history = in_zone(zone), History(actions.admin)
+    held = add(actions, zone, -60, state="running", attempts=1)
+    actions.admin.execute(
+        """UPDATE "Actions" SET lease_until = (now() + interval '50 s') AT TIME ZONE %s, lease_owner = 'host 1 since '
+           || to_char((now() + interval '1 h') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')""",
+        [zone.key],
+    )
+    actions.admin.execute("UPDATE catfeeder_cron.lineage SET heard_since = now() - interval '1 h', written_at = now()")
+    history.heartbeat(context.database)
+
+    run(context)
+
+    assert actions.get(held, "state") == "running"
 
 
 @pytest.mark.parametrize("change", range(-90, 91, 20))
