@@ -49,6 +49,7 @@ class DatabaseSettings(Table):
     pool_max_size: int = Field(default=8, ge=1)
     connect_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=10)
     statement_timeout: StatementTimeout = timedelta(seconds=30)
+    naive_timestamps: Zone = ZoneInfo("UTC")
     tables: DatabaseTables = DatabaseTables()
     _read_again: Callable[[], str] | None = PrivateAttr(default=None)
 

@@ -11,6 +11,7 @@ conninfo      adds libpq's settings to the operator's address
 errors        translates psycopg's errors
 embedded      a private server in a folder; embedded_programs runs its programs
 catalog       reads PostgreSQL's catalog
+time_columns  reads and writes the web server's times, with a zone or without one
 requirements  compares Cat Feeder's tables with a job's needs
 schema        creates and upgrades the daemon's tables, Cat Feeder's tables, and indexes
 """

@@ -61,6 +61,11 @@ class Database:
         """Return how long a statement may take in a transaction that sets no timeout of its own."""
         return self._settings.statement_timeout
 
+    @property
+    def naive_timestamps(self) -> str:
+        """Return the zone in which the web server writes its columns without one."""
+        return self._settings.naive_timestamps.key
+
     @contextmanager
     def transaction(self, *, timeout: timedelta | None = None, **local: str | int) -> Iterator[Connection]:
         """Yield a connection inside a READ COMMITTED transaction; commit on success, roll back on an exception.

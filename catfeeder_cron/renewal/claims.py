@@ -10,7 +10,7 @@ from psycopg import sql
 from catfeeder_cron.database import Database, single
 from catfeeder_cron.database.lineage import IS_CURRENT, Lineage
 from catfeeder_cron.job import JobContext
-from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
+from catfeeder_cron.renewal.links import FREE, Links, Window
 from catfeeder_cron.times import elapsed_seconds
 
 # `due` locks the rows, `claimed` writes their leases. Two guards keep a row from being claimed twice: the lock on it,
@@ -47,7 +47,7 @@ _READ = """
     SELECT a.id, a.refresh_link, t.sent FROM {active} a JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
     WHERE a.id = ANY (%(ids)s) AND t.owner = %(owner)s AND t.sent = {hash}"""
 
-_BY_EXPIRY = "{expires} AND (a.token_expiration, a.id) > (%(expiry)s::timestamptz, %(id)s)"
+_BY_EXPIRY = "{expires} AND (a.token_expiration, a.id) > (%(expiry)s::{time}, %(id)s)"
 _UNKNOWN_EXPIRY = "a.token_expiration IS NULL AND a.id > %(id)s"
 
 _RELEASE = """
@@ -145,7 +145,9 @@ class Claimer:
         known = self._expiry is not None
         return self.links.statement(
             _CLAIM,
-            place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
+            place=sql.SQL(_BY_EXPIRY).format(expires=self.links.expires(), time=self.links.expiry.type)
+            if known
+            else sql.SQL(_UNKNOWN_EXPIRY),
             current=sql.SQL(IS_CURRENT if self.lineage else "true"),
             free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
         )

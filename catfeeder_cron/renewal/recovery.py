@@ -137,8 +137,9 @@ def forget_deleted(context: JobContext) -> None:
 
     It reads all links, so it belongs to the recovery and not to every run.
     """
+    links = Links.find(context.database, context.tables)
     with context.database.transaction() as connection:
-        connection.execute(Links(context.tables).statement(_FORGET))
+        connection.execute(links.statement(_FORGET))
 
 
 def recover(context: JobContext, *, look: bool = True) -> None:
@@ -146,7 +147,7 @@ def recover(context: JobContext, *, look: bool = True) -> None:
 
     Old answers are deleted, and the other hosts are told that this one has looked.
     """
-    state, links = context.resources.state_directory, Links(context.tables)
+    state, links = context.resources.state_directory, Links.find(context.database, context.tables)
     keep_seconds = context.resources.oauth.settings.keep_answers.total_seconds()
     delete_old(state, keep_seconds)
     folder, looked_at = _place(context)

@@ -51,7 +51,7 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
     Raises RenewalError when nothing could be renewed and the reason is on our side, and JobInterrupted when the run
     ended early. The requests under way are then awaited, and their answers stored.
     """
-    client, links = context.resources.oauth, Links(context.tables)
+    client, links = context.resources.oauth, Links.find(context.database, context.tables)
     if not context.dry_run:
         context.counts.update(dict.fromkeys(COUNTS, 0))
         recover(context, look=not has_looked(context))

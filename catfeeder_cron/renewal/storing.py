@@ -23,6 +23,8 @@ _ENTRIES: LiteralString = """
            %(lifespans)s::bigint[], %(said)s::boolean[], %(refresh_lifespans)s::bigint[], %(ages)s::float8[])
         AS n(id, sent, token, refresh_token, lifespan, said, refresh_lifespan, age)"""
 
+_NEW_END: LiteralString = "now() + (n.lifespan - n.age) * interval '1 s'"
+
 # The answer goes only into a row that still holds the token that was sent. So a newer login is never overwritten, and a
 # late answer is still stored. The time since the request is subtracted from the token's lifespan. `before` reads the
 # old issue time, because RETURNING shows the row after the update only.
@@ -34,7 +36,7 @@ _STORE = """
             token = coalesce(n.token, a.token),
             refresh_link = coalesce(n.refresh_token, a.refresh_link),
             token_expiration = CASE WHEN n.token IS NULL THEN a.token_expiration
-                                    ELSE now() + (n.lifespan - n.age) * interval '1 s' END,
+                                    ELSE {new_end} END,
             token_lifespan = CASE WHEN n.said THEN n.lifespan ELSE a.token_lifespan END
         FROM {entries}
         WHERE a.id = n.id AND {hash} = n.sent
@@ -153,7 +155,8 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], *, ag
         "again": again,
     }
     parts = sql.SQL(_ENTRIES)
-    stored: dict[int, str | None] = dict(connection.execute(links.statement(_STORE, entries=parts), parameters))
+    statement = links.statement(_STORE, entries=parts, new_end=links.expiry.stored(_NEW_END))
+    stored: dict[int, str | None] = dict(connection.execute(statement, parameters))
     parameters |= {"stored": list(stored), "issued": list(stored.values())}
     after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(BACK_OFF))
     connection.execute(after, parameters)

@@ -15,10 +15,9 @@ from typing import Any, LiteralString
 from uuid import UUID, uuid4, uuid5
 
 import psycopg
-from psycopg import sql
 
 from catfeeder_cron.actions.action import Action
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection, single
 from catfeeder_cron.database.lineage import IS_CURRENT, Lineage
 from catfeeder_cron.times import elapsed_seconds
@@ -29,18 +28,18 @@ from catfeeder_cron.times import elapsed_seconds
 # its own clock; now() is when the transaction began, which may be long before.
 _CLAIM = """
     WITH picked AS MATERIALIZED (
-        SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND due_at <= now() AND {may_begin}
+        SELECT id FROM {actions} WHERE id = ANY(%(ids)s) AND state = 'pending' AND {is_due} AND {may_begin}
         LIMIT %(most)s FOR UPDATE SKIP LOCKED)
     UPDATE {actions} AS a
-    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = clock_timestamp() + %(lease)s,
+    SET state = 'running', attempts = coalesce(a.attempts, 0) + 1, lease_until = {lease_ends},
         lease_owner = %(process)s || ' since ' || to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
     FROM picked WHERE a.id = picked.id
     RETURNING a.id, a.user_id, a.name, a.kind, left(a.payload::text, %(longest)s), a.attempts, a.lease_owner,
         a.repeat_every IS NOT NULL,
         least(greatest(coalesce(
             (SELECT r.due_at FROM catfeeder_cron.action_retries r
-             WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at),
-            a.due_at::timestamptz), '0001-01-02Z'), '9999-12-30Z')"""
+             WHERE a.repeat_every IS NOT NULL AND r.action = a.id::text AND {retry_shown} = a.due_at),
+            {due_of_a}), '0001-01-02Z'), '9999-12-30Z')"""
 
 # `ours` are the rows that still have our lease, `locked` those of them that no other session has locked, `extended`
 # gets the new lease. A locked row is left: its session may be cancelling it, and no daemon can claim it meanwhile.
@@ -51,8 +50,7 @@ _EXTEND = """
         SELECT id FROM {actions}
         WHERE id = ANY(%(ids)s) AND lease_owner = ANY(%(owners)s) AND state = 'running' FOR UPDATE SKIP LOCKED),
     extended AS (
-        UPDATE {actions} AS a SET lease_until = clock_timestamp() + %(lease)s
-        FROM locked WHERE a.id = locked.id RETURNING a.id)
+        UPDATE {actions} AS a SET lease_until = {lease_ends} FROM locked WHERE a.id = locked.id RETURNING a.id)
     SELECT ours.id, extended.id IS NOT NULL FROM ours LEFT JOIN extended USING (id)"""
 
 _LONGEST_PAYLOAD = 1_000_000
@@ -60,24 +58,24 @@ _LONGEST_PAYLOAD = 1_000_000
 # A server that lost its last seconds hands out what was done already. Until a heartbeat has noticed it hands out
 # nothing. Then each process has 27 s for a heartbeat of its own: it stores what it remembers (see put_back), and ends
 # what it has begun. One that is cut off ends its handlers 25 s after its last heartbeat, a webhook ends after 20 s.
-_WENT_BACK = """
+_WENT_BACK: LiteralString = """
     SELECT since FROM catfeeder_cron.lineage
     WHERE reason IS NOT NULL AND since BETWEEN now() - interval '27 s' AND now() + interval '5 s'"""
-_NOT_DONE_BEFORE: LiteralString = f"due_at > coalesce(({_WENT_BACK}), '-infinity')"
-_MAY_BEGIN = (IS_CURRENT, _NOT_DONE_BEFORE)
+_NOT_DONE_BEFORE: LiteralString = f"coalesce({{due}} > ({_WENT_BACK}), true)"
+_MAY_BEGIN: LiteralString = f"{IS_CURRENT} AND {_NOT_DONE_BEFORE}"
 
-_LAPSED = "state = 'running' AND (lease_until IS NULL OR lease_until < now())"
+_LAPSED: LiteralString = "state = 'running' AND (lease_until IS NULL OR {lease_is_over})"
 
 # A lease that ends too late for one that was claimed or extended now, and was claimed in the future: a clock of the
 # database's that was ahead has left it.
-_LAPSED_OR_IN_THE_FUTURE = """
-    state = 'running' AND (lease_until IS NULL OR lease_until < now() OR lease_until > now() + 2 * %(lease)s
+_LAPSED_OR_IN_THE_FUTURE: LiteralString = """
+    state = 'running' AND (lease_until IS NULL OR {lease_is_over} OR {lease_at_earliest} > now() + 2 * %(lease)s
         AND CASE WHEN lease_owner ~ %(owner_pattern)s THEN right(lease_owner, 27)::timestamptz END
             > now() + interval '5 s')"""
 
 # After an outage, or when the database's clock was set, all leases have lapsed at once. Those that hold them extend
 # them every 20 s, and store their outcomes as soon as they can: they have 30 s for that.
-_ALL_HAD_TIME = """
+_ALL_HAD_TIME: LiteralString = """
     EXISTS (SELECT FROM catfeeder_cron.lineage
             WHERE written_at BETWEEN now() - interval '15 s' AND now() + interval '5 s'
               AND heard_since < now() - interval '30 s')"""
@@ -94,8 +92,8 @@ _TAKE_OVER = """
     logged AS (
         INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
         SELECT id, attempts,
-               CASE WHEN lease_owner ~ %(owner_pattern)s THEN right(lease_owner, 27)::timestamptz END,
-               now(), 'lost', %(reason)s
+               CASE WHEN lease_owner ~ %(owner_pattern)s THEN {owner_started} END,
+               {finished_now}, 'lost', %(reason)s
         FROM lapsed),
     changed AS (
         UPDATE {actions} AS a
@@ -115,19 +113,20 @@ _LAPSED_TOO_SHORT_AGO = """
 OWNER_PATTERN = r" since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$"
 LOST = "the process that ran it ended, or froze, before its lease was over"
 
-_COUNT_DUE = "SELECT count(*) FROM {actions} WHERE (state = 'pending' AND due_at <= now()) OR ({lapsed})"
+_COUNT_DUE = "SELECT count(*) FROM {actions} WHERE (state = 'pending' AND {is_due}) OR ({lapsed})"
 
 # least() and greatest() ignore NULL. The times are bounded, because now() can't be subtracted from an infinite time.
 _DUE_IN = """
     WITH went_back AS ({went_back})
     SELECT extract(epoch FROM least(
-        (SELECT min(greatest(due_at::timestamptz, now() - interval '1 day',
-                             (SELECT since + interval '27 s' FROM went_back))) FROM (
+        (SELECT min(greatest({due}, now() - interval '1 day', (SELECT since + interval '27 s' FROM went_back))) FROM (
             SELECT due_at FROM {actions} WHERE state = 'pending' ORDER BY due_at LIMIT 1) AS next
-         WHERE due_at < now() + interval '1 day'),
-        (SELECT min(due_at)::timestamptz FROM {actions}
-         WHERE state = 'pending' AND due_at > (SELECT since FROM went_back) AND due_at < now() + interval '1 day'),
-        (SELECT min(lease_until)::timestamptz FROM {actions} WHERE state = 'running')) - now())::float8"""
+         WHERE {due} < now() + interval '1 day'),
+        (SELECT {due} FROM went_back, LATERAL (
+            SELECT due_at FROM {actions} WHERE state = 'pending' AND {due_after_since} ORDER BY due_at LIMIT 1) AS next
+         WHERE {due} < now() + interval '1 day'),
+        (SELECT {lease} FROM (
+            SELECT min(lease_until) AS lease_until FROM {actions} WHERE state = 'running') AS next)) - now())::float8"""
 
 _ORIGIN = "SELECT origin FROM catfeeder_cron.action_origin"
 
@@ -153,7 +152,7 @@ class Leases:
     statement asks for it.
     """
 
-    def __init__(self, tables: DatabaseTables, lease: timedelta, lineage: Callable[[], Lineage | None]) -> None:
+    def __init__(self, tables: ActionTables, lease: timedelta, lineage: Callable[[], Lineage | None]) -> None:
         self._tables = tables
         self._lineage = lineage
         self._lease = lease
@@ -178,7 +177,7 @@ class Leases:
         lineage = self._lineage()
         lease_ends = elapsed_seconds() + self._lease.total_seconds()
         may_begin, more = may_begin_now(lineage, done_before=done_before)
-        rows = connection.execute(statement(_CLAIM, self._tables, may_begin=may_begin), parameters | more)
+        rows = connection.execute(self._tables.statement(_CLAIM, may_begin=may_begin), parameters | more)
         return [self._claimed(row, self._origin, lineage.id if lineage else None, lease_ends) for row in rows]
 
     def extend(self, connection: Connection, held: list[Claimed]) -> tuple[set[Any], set[Any]]:
@@ -188,7 +187,7 @@ class Leases:
             "owners": [each.owner for each in held],
             "lease": self._lease,
         }
-        rows = connection.execute(statement(_EXTEND, self._tables), parameters).fetchall()
+        rows = connection.execute(self._tables.statement(_EXTEND), parameters).fetchall()
         return {row[0] for row in rows}, {row[0] for row in rows if row[1]}
 
     def take_over(self, connection: Connection, held: list[Claimed]) -> list[Any]:
@@ -208,11 +207,10 @@ class Leases:
     ) -> "psycopg.Cursor[tuple[Any, ...]]":
         parameters = {"owner_pattern": OWNER_PATTERN, "reason": LOST, "lease": self._lease}
         known = self._lineage() is not None
-        lapsed = statement(
+        lapsed = self._tables.statement(
             text,
-            self._tables,
-            lapsed=sql.SQL(_LAPSED_OR_IN_THE_FUTURE if known else _LAPSED),
-            all_had_time=sql.SQL(_ALL_HAD_TIME if known else "true"),
+            lapsed=_LAPSED_OR_IN_THE_FUTURE if known else _LAPSED,
+            all_had_time=_ALL_HAD_TIME if known else "true",
         )
         return connection.execute(lapsed, parameters | {"ours": [each.owner for each in held]})
 
@@ -234,31 +232,19 @@ def _read(payload: str | None) -> tuple[Any, str | None]:
         return None, f"payload: can't be read ({type(error).__name__})"
 
 
-def count_due(connection: Connection, tables: DatabaseTables) -> int:
+def count_due(connection: Connection, tables: ActionTables) -> int:
     """Count the rows that a run would claim now."""
-    return int(single(connection, statement(_COUNT_DUE, tables))[0])
+    return int(single(connection, tables.statement(_COUNT_DUE, lapsed=_LAPSED))[0])
 
 
-def due_in_seconds(connection: Connection, tables: DatabaseTables) -> float | None:
+def due_in_seconds(connection: Connection, tables: ActionTables) -> float | None:
     """Return in how many seconds the next row is due or the next lease ends; None if neither is known."""
-    (seconds,) = single(connection, statement(_DUE_IN, tables))
+    (seconds,) = single(connection, tables.statement(_DUE_IN, went_back=_WENT_BACK))
     return None if seconds is None else float(seconds)
 
 
-def may_begin_now(lineage: Lineage | None, *, done_before: bool = False) -> tuple[sql.Composable, dict[str, Any]]:
+def may_begin_now(lineage: Lineage | None, *, done_before: bool = False) -> tuple[LiteralString, dict[str, Any]]:
     """Return the condition on a row that no other process has done it, as far as can be known, with its parameters."""
     if lineage is None:
-        return sql.SQL("true"), {}
-    condition = sql.SQL(IS_CURRENT) if done_before else sql.SQL(" AND ").join(map(sql.SQL, _MAY_BEGIN))
-    return condition, lineage.parameters()
-
-
-def statement(text: LiteralString, tables: DatabaseTables, **parts: sql.Composable) -> sql.Composed:
-    """Return the statement with the names of the tables, and these parts, filled in."""
-    names = {
-        "actions": sql.Identifier(tables.schema_, tables.actions),
-        "action_log": sql.Identifier(tables.schema_, tables.action_log),
-        "lapsed": sql.SQL(_LAPSED),
-        "went_back": sql.SQL(_WENT_BACK),
-    }
-    return sql.SQL(text).format(**(names | parts))
+        return "true", {}
+    return IS_CURRENT if done_before else _MAY_BEGIN, lineage.parameters()

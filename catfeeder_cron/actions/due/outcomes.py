@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from catfeeder_cron.actions.due.attempts import Finished
-from catfeeder_cron.actions.due.leases import statement
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection
 from catfeeder_cron.times import elapsed_seconds
 
@@ -27,14 +26,14 @@ _STORE = """
                              %(waits)s::float8[], %(starts)s::text[], %(ages)s::float8[], %(known)s::bool[])
             AS v (id, owner, verdict, detail, wait, start, age, known)),
     held AS MATERIALIZED (
-        SELECT a.id, a.state, a.attempts, a.due_at, a.repeat_every, v.start, v.age, v.known, v.detail,
-               coalesce(r.due_at, a.due_at::timestamptz) AS slot,
+        SELECT a.id, a.state, a.attempts, a.repeat_every, v.start, v.age, v.known, v.detail,
+               {due_of_a} AS due, coalesce(r.due_at, {due_of_a}) AS slot,
                now() + v.wait * interval '1 second' AS retry_at,
                CASE WHEN v.verdict = 'retried' AND a.attempts >= coalesce(a.max_attempts, 5) THEN 'failed'
                     ELSE v.verdict END AS verdict
         FROM verdict v JOIN {actions} a ON a.id = v.id AND a.lease_owner = v.owner
         LEFT JOIN catfeeder_cron.action_retries r
-            ON a.repeat_every IS NOT NULL AND r.action = a.id::text AND r.retry_at = a.due_at
+            ON a.repeat_every IS NOT NULL AND r.action = a.id::text AND {retry_shown} = a.due_at
         FOR UPDATE OF a SKIP LOCKED),
     next AS (
         SELECT held.*, CASE WHEN verdict = 'done' AND repeat_every > interval '0' AND isfinite(repeat_every)
@@ -49,11 +48,10 @@ _STORE = """
         FROM held),
     logged AS (
         INSERT INTO {action_log} (action_id, attempt, started_at, finished_at, outcome, detail)
-        SELECT id, attempts, start::timestamptz, greatest(start::timestamptz, now() - age * interval '1 second'),
-               verdict, nullif(concat_ws('; ', detail, (
+        SELECT id, attempts, {started}, {finished}, verdict, nullif(concat_ws('; ', detail, (
                    SELECT %(again)s FROM catfeeder_cron.lineage
                    WHERE reason IS NOT NULL AND since > now() - interval '1 hour'
-                     AND next.due_at <= since AND start::timestamptz > since)), '')
+                     AND next.due <= since AND start::timestamptz > since)), '')
         FROM next WHERE NOT known),
     remembered AS (
         INSERT INTO catfeeder_cron.action_retries (action, due_at, retry_at)
@@ -70,8 +68,8 @@ _STORE = """
                          WHEN next.verdict = 'retried' OR repeat_at IS NOT NULL THEN 'pending'
                          ELSE next.verdict END,
             due_at = CASE WHEN next.state <> 'running' THEN a.due_at
-                          WHEN next.verdict = 'retried' THEN next.retry_at
-                          ELSE coalesce(repeat_at, a.due_at) END,
+                          WHEN next.verdict = 'retried' THEN {retry_at}
+                          ELSE coalesce({repeat_at}, a.due_at) END,
             attempts = CASE WHEN next.state = 'running' AND repeat_at IS NOT NULL THEN 0 ELSE a.attempts END,
             last_error = CASE WHEN next.verdict = 'done' THEN NULL ELSE next.detail END
         FROM next WHERE a.id = next.id
@@ -94,7 +92,7 @@ class StoredOutcome:
 
 def store(
     connection: Connection,
-    tables: DatabaseTables,
+    tables: ActionTables,
     finished: Sequence[Finished],
     retry_after_seconds: float,
     logged: Collection[Any] = (),
@@ -116,7 +114,7 @@ def store(
         "again": _MAY_BE_AGAIN,
         "known": [each.claimed.action.id in logged for each in finished],
     }
-    rows = connection.execute(statement(_STORE, tables), parameters).fetchall()
+    rows = connection.execute(tables.statement(_STORE), parameters).fetchall()
     seen_to, locked = [], []
     for key, verdict, still_ours in rows:
         if verdict is None and still_ours:

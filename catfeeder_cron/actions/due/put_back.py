@@ -6,9 +6,9 @@ from typing import Any
 
 from catfeeder_cron.actions.due import outcomes
 from catfeeder_cron.actions.due.attempts import Finished
-from catfeeder_cron.actions.due.leases import Claimed, Leases, statement
+from catfeeder_cron.actions.due.leases import Claimed, Leases
 from catfeeder_cron.actions.due.memory import Remembered, memory_of
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection, single
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
@@ -23,7 +23,7 @@ _LOOK_UP = """
     WITH locked AS MATERIALIZED (
         SELECT a.id, a.state, coalesce(a.attempts, 0) AS attempts, a.lease_owner, a.repeat_every IS NOT NULL AS repeats,
                coalesce((SELECT r.due_at FROM catfeeder_cron.action_retries r
-                         WHERE r.action = a.id::text AND r.retry_at = a.due_at), a.due_at::timestamptz) AS slot
+                         WHERE r.action = a.id::text AND {retry_shown} = a.due_at), {due_of_a}) AS slot
         FROM {actions} a WHERE a.id = ANY(%(ids)s) FOR UPDATE SKIP LOCKED)
     SELECT a.id, l.state, l.attempts, l.lease_owner, l.repeats, l.repeats AND l.slot = v.due_at,
            l.repeats AND l.slot < v.due_at
@@ -35,7 +35,8 @@ _MAY_READ_LOG = "SELECT has_table_privilege(%(table)s, 'SELECT')"
 _LOGGED = """
     SELECT action_id FROM {action_log}
     WHERE action_id = ANY(%(ids)s) AND (action_id, attempt, started_at) IN (
-        SELECT * FROM unnest(%(ids)s, %(attempts)s::int[], %(starts)s::timestamptz[]))"""
+        SELECT id, attempt, {started}
+        FROM unnest(%(ids)s, %(attempts)s::int[], %(starts)s::text[]) AS v (id, attempt, start))"""
 
 DETAIL = "the database had lost this outcome, and the process that ran it has stored it again"
 
@@ -51,7 +52,7 @@ class _Found:
     vanished: list[Remembered] = field(default_factory=list)
 
 
-def put_back(context: JobContext, leases: Leases) -> int:
+def put_back(context: JobContext, tables: ActionTables, leases: Leases) -> int:
     """Store what this process remembers and the database does not have; return how many outcomes that were.
 
     An action that another process has begun again meanwhile, or whose row has vanished, is told in the log. Any number
@@ -63,13 +64,13 @@ def put_back(context: JobContext, leases: Leases) -> int:
     while some := list(islice(waiting, _AT_ONCE)):
         by_id = {each.finished.claimed.action.id: each for each in some}
         with context.transaction() as connection:
-            found = _look_up(connection, context.tables, by_id)
+            found = _look_up(connection, tables, by_id)
             claimed = leases.claim(connection, list(found.to_claim), len(found.to_claim), done_before=True)
             again = [again_as(each, found.to_claim[each.action.id]) for each in claimed]
             again += [again_as(each.finished.claimed, each) for each in found.ours.values()]
             if again:
-                logged = already_logged(connection, context.tables, again)
-                outcomes.store(connection, context.tables, again, 0, logged)
+                logged = already_logged(connection, tables, again)
+                outcomes.store(connection, tables, again, 0, logged)
         for finished in again:
             memory.mark_stored(finished.claimed.action.key, lineage)
         for each in found.intact:
@@ -97,11 +98,11 @@ def again_as(claimed: Claimed, remembered: Remembered) -> Finished:
     return replace(before, claimed=claimed, detail=detail, begun_as=before.begun_as or before.claimed.owner)
 
 
-def already_logged(connection: Connection, tables: DatabaseTables, finished: list[Finished]) -> set[Any]:
+def already_logged(connection: Connection, tables: ActionTables, finished: list[Finished]) -> set[Any]:
     """Return the actions whose line in "ActionLog" is there, as far as this role may read that."""
     if not finished:
         return set()
-    table = statement("{action_log}", tables).as_string(connection)
+    table = tables.statement("{action_log}").as_string(connection)
     (may_read,) = single(connection, _MAY_READ_LOG, {"table": table})
     if not may_read:
         return set()
@@ -110,13 +111,13 @@ def already_logged(connection: Connection, tables: DatabaseTables, finished: lis
         "attempts": [each.claimed.action.attempt for each in finished],
         "starts": [(each.begun_as or each.claimed.owner)[-27:] for each in finished],
     }
-    return {id for (id,) in connection.execute(statement(_LOGGED, tables), parameters)}
+    return {id for (id,) in connection.execute(tables.statement(_LOGGED), parameters)}
 
 
-def _look_up(connection: Connection, tables: DatabaseTables, by_id: dict[Any, Remembered]) -> _Found:
+def _look_up(connection: Connection, tables: ActionTables, by_id: dict[Any, Remembered]) -> _Found:
     found = _Found()
     dues = [each.finished.claimed.action.due_at for each in by_id.values()]
-    rows = connection.execute(statement(_LOOK_UP, tables), {"ids": list(by_id), "dues": dues}).fetchall()
+    rows = connection.execute(tables.statement(_LOOK_UP), {"ids": list(by_id), "dues": dues}).fetchall()
     for id, state, attempts, owner, repeats, same_slot, earlier_slot in rows:
         remembered = by_id.pop(id)
         before = remembered.finished

@@ -16,6 +16,7 @@ from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.memory import KEPT_SECONDS, memory_of
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
 from catfeeder_cron.actions.due.put_back import again_as, already_logged, put_back
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
 from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, JobTimedOut
@@ -52,11 +53,17 @@ class DueActionsRun:
     """
 
     def __init__(
-        self, context: JobContext, settings: ActionsSettings, built_in: Mapping[str, Handler], limits: Limits
+        self,
+        context: JobContext,
+        tables: ActionTables,
+        settings: ActionsSettings,
+        built_in: Mapping[str, Handler],
+        limits: Limits,
     ) -> None:
         self._context = context
+        self._tables = tables
         self._limits = limits
-        self._leases = Leases(context.tables, limits.lease, lambda: context.database.lineage)
+        self._leases = Leases(tables, limits.lease, lambda: context.database.lineage)
         self._memory = memory_of(context.database)
         self._done_before = 0
         lease_seconds = limits.lease.total_seconds()
@@ -150,13 +157,13 @@ class DueActionsRun:
         return waits
 
     def _read_due(self) -> None:
-        self._done_before += put_back(self._context, self._leases)
+        self._done_before += put_back(self._context, self._tables, self._leases)
         asked = elapsed_seconds()
         with self._context.transaction() as connection:
             held = [*self._under_way.values(), *(each.claimed for each in self._unstored)]
             given_up = self._leases.take_over(connection, held)
             lineage = self._context.database.lineage
-            self._order = due_in_fair_order(connection, self._context.tables, self._begun, lineage)
+            self._order = due_in_fair_order(connection, self._tables, self._begun, lineage)
         self._claimed_of_order = 0
         for action in given_up:
             self._context.counts.update(due=1, given_up=1)
@@ -232,8 +239,8 @@ class DueActionsRun:
     def _store_together(self, finished: list[Finished]) -> tuple[list[StoredOutcome], list[Finished]]:
         with self._context.database.transaction() as connection:
             retry_after_seconds = self._limits.retry_after.total_seconds()
-            known = already_logged(connection, self._context.tables, [each for each in finished if each.begun_as])
-            return outcomes.store(connection, self._context.tables, finished, retry_after_seconds, known)
+            known = already_logged(connection, self._tables, [each for each in finished if each.begun_as])
+            return outcomes.store(connection, self._tables, finished, retry_after_seconds, known)
 
     def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
         """Store one outcome. If the database refuses it, the row's lease runs out, and in the end its attempts do."""
@@ -290,10 +297,10 @@ class DueActionsRun:
         self._attempts.cancel([each for each in self._under_way if each not in ours])
 
 
-def recover(context: JobContext, lease: timedelta) -> None:
+def recover(context: JobContext, tables: ActionTables, lease: timedelta) -> None:
     """Store the outcomes that this process remembers and the database does not have, if there are any."""
-    leases = Leases(context.tables, lease, lambda: context.database.lineage)
-    if stored := put_back(context, leases):
+    leases = Leases(tables, lease, lambda: context.database.lineage)
+    if stored := put_back(context, tables, leases):
         log.warning("action_was_done_before", actions=stored, reason=_DONE_BEFORE)
 
 

@@ -14,6 +14,7 @@ import pytest
 from catfeeder_cron.actions.due.leases import Leases
 from catfeeder_cron.actions.due.memory import Memory, memory_of
 from catfeeder_cron.actions.due.put_back import DETAIL
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.config import DatabaseTables
 from catfeeder_cron.database import Database
 from catfeeder_cron.database.lineage import Lineage
@@ -93,7 +94,8 @@ def test_a_server_that_lost_its_last_seconds_hands_out_nothing_before_a_heartbea
 def test_what_was_due_before_history_went_back_waits_until_all_have_stored_what_they_remember(
     actions: Actions, history: History, run: Run, context: Callable[..., JobContext], database: Database
 ) -> None:
-    early = actions.add("note")
+    early, ancient = actions.add("note"), actions.add("note")
+    actions.admin.execute("""UPDATE "Actions" SET due_at = '-infinity' WHERE id = %s""", [ancient])
     history.notice("-4 s")
     history.heartbeat(database)
 
@@ -111,7 +113,7 @@ def test_what_was_due_before_history_went_back_waits_until_all_have_stored_what_
     history.notice("-1 h")  # a clock of the database's that was ahead: nothing waits for that time
     history.heartbeat(database)
     run()
-    assert actions.get(early, "state") == "done"
+    assert {actions.get(id, "state") for id in (early, ancient)} == {"done"}
 
 
 def test_what_this_process_has_done_is_stored_again_and_not_done_again(
@@ -315,7 +317,7 @@ def test_a_lease_is_taken_over_when_its_owner_had_time_to_come_back(
     actions: Actions, history: History, database: Database
 ) -> None:
     action = lapsed(actions, "another", "-1 s")
-    leases = Leases(DatabaseTables(), timedelta(seconds=60), lambda: database.lineage)
+    leases = Leases(ActionTables(DatabaseTables()), timedelta(seconds=60), lambda: database.lineage)
 
     def take_over() -> tuple[str, bool]:
         with database.transaction() as connection:
@@ -363,8 +365,10 @@ def test_a_lease_that_a_wrong_clock_left_in_the_future_keeps_nobody_waiting(
     ahead, long = (lapsed(actions, f"host 1 since {since}", "1 h") for since in row)
     actions.admin.execute("UPDATE catfeeder_cron.lineage SET heard_since = now() - interval '1 h', written_at = now()")
 
+    leases = Leases(ActionTables(DatabaseTables()), timedelta(seconds=60), lambda: database.lineage)
+
     with database.transaction() as connection:
-        Leases(DatabaseTables(), timedelta(seconds=60), lambda: database.lineage).take_over(connection, [])
+        leases.take_over(connection, [])
 
     assert actions.get(ahead, "state") == "pending"
     assert actions.get(long, "state") == "running"

@@ -130,7 +130,9 @@ class World:
         """Return acme as a run would ask it."""
         context = self.context()
         with context.transaction() as connection:
-            known = providers.load(connection, Links(context.tables), context.resources.oauth.settings, ["acme"])
+            known = providers.load(
+                connection, Links.find(context.database, context.tables), context.resources.oauth.settings, ["acme"]
+            )
         return known["acme"][0]
 
     def now(self) -> datetime:

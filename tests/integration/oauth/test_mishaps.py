@@ -314,7 +314,7 @@ def test_what_was_called_dead_in_an_earlier_round_says_nothing_of_this_one(world
         "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, refused, failures)"
         " SELECT id, sha256(convert_to(refresh_link, 'UTF8')), 1 FROM \"ActiveOauths\""
     )
-    links, slot = Links(world.context().tables), datetime.now(UTC)
+    links, slot = Links.find(world.database, world.context().tables), datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
     acme = world.known_provider()
     elsewhere = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
@@ -332,7 +332,7 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
     world.connection.execute("INSERT INTO catfeeder_cron.oauth_tokens (oauth_id) VALUES (%s)", [id])
     slot = datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
-    acme, links = world.known_provider(), Links(world.context().tables)
+    acme, links = world.known_provider(), Links.find(world.database, world.context().tables)
     claims: list[TokenClaim] = []
 
     def claim() -> None:
@@ -467,7 +467,12 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 ) -> None:
     id, owner = world.add_link("gone"), uuid4()
     sent = claimed(world, owner)
-    settle(world.database, Links(world.context().tables), owner, [Failure(id, sent, uuid4(), dead=True)])
+    settle(
+        world.database,
+        Links.find(world.database, world.context().tables),
+        owner,
+        [Failure(id, sent, uuid4(), dead=True)],
+    )
     assert world.renew().counts["due"] == 0
     assert provider.requests == []
 
@@ -475,7 +480,12 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 def test_a_late_verdict_does_not_end_another_runs_lease(world: World, provider: Provider) -> None:
     id = world.add_link(provider.log_in("tom"))
     sent = claimed(world, uuid4())
-    settle(world.database, Links(world.context().tables), uuid4(), [Failure(id, sent, uuid4(), failed=True)])
+    settle(
+        world.database,
+        Links.find(world.database, world.context().tables),
+        uuid4(),
+        [Failure(id, sent, uuid4(), failed=True)],
+    )
     assert world.leases() == 1
 
 
