@@ -204,8 +204,8 @@ class JobScheduler(RunListener):
                 return  # a reload has replaced them
             if self._tasks.waits_too_long(job_id, slots.trigger):
                 self._add(slots)
-            if slots.due() is None:
-                return
+            if slots.due(self._clock.now()) is None:
+                return  # a slot that is only nearly due has a task that comes for it
             if self._executor.settings.jobs[job_id].catch_up:
                 self._tasks.run_soon("catching up", self._run_due, job_id, "catch_up", at_once=2)
                 return
