@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
-from itertools import chain, groupby
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import LiteralString
 
@@ -41,6 +41,7 @@ from tests.support.program import Program
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+_numbers = count()
 _QUICK = ("tests/unit", "tests/integration/test_")
 
 
@@ -92,6 +93,12 @@ def pytest_report_header() -> str:
         return "PostgreSQL: the embedded one"
     with psycopg.connect(url) as connection:
         return f"PostgreSQL: {servers.version_of(connection)}, which {servers.VARIABLE} names"
+
+
+@pytest.fixture(autouse=True)
+def own_state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test know what another, or a daemon of this machine, has kept of a database with the same identity."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path_factory.getbasetemp() / f"state-{next(_numbers)}"))
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,11 @@ class DatabaseSettings(Table):
         copy._read_again = read  # noqa: SLF001 - of this class
         return copy
 
+    @property
+    def is_read_again(self) -> bool:
+        """Whether the address comes from a file of its own, whose password serves the next connection."""
+        return self._read_again is not None
+
     def conninfo_now(self) -> str:
         """Return the address as the file has it now that it came from; as it was where that file can't be used."""
         before = self.conninfo.get_secret_value()

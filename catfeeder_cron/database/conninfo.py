@@ -49,9 +49,15 @@ def password_replaced(conninfo: str, by: str) -> str:
 
     A process stays with the database that it was started for, whatever a file says later.
     """
+    return by if differ_in_password_at_most(conninfo, by) else conninfo
+
+
+def differ_in_password_at_most(one: str, other: str) -> bool:
+    """Tell whether two addresses are those of the same database and user."""
     try:
-        given, new = conninfo_to_dict(conninfo), conninfo_to_dict(by)
+        given, new = conninfo_to_dict(one), conninfo_to_dict(other)
     except psycopg.ProgrammingError:
-        return conninfo
-    passwords = given.pop("password", None), new.pop("password", None)
-    return by if given == new and passwords[0] != passwords[1] else conninfo
+        return False
+    given.pop("password", None)
+    new.pop("password", None)
+    return given == new

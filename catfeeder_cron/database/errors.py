@@ -31,6 +31,10 @@ class AllInUse(DatabaseUnavailable):
     """The server answers, but every connection of this process stayed in use."""
 
 
+class ServerFull(DatabaseUnavailable):
+    """The server answers, and may serve what needs no room, but its disk is full."""
+
+
 class RollBack(Exception):
     """Raised inside a transaction's block, it rolls the transaction back and ends the block without an error."""
 
@@ -65,6 +69,8 @@ def translate(error: Exception) -> DatabaseError:
             return PermissionDenied(message)
         case error if isinstance(error, _UNDEFINED):
             return UndefinedObject(message)
+        case pg.DiskFull():
+            return ServerFull(message)
         case _ if error.sqlstate[:2] in {"08", "28", "3D", "53"} or error.sqlstate[:3] == "57P":
             return DatabaseUnavailable(message)
         case _:

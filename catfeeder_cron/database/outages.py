@@ -1,15 +1,18 @@
 """Whether the server answers, as far as this process knows, and the two log lines that tell an outage."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from catfeeder_cron import lifecycle
-from catfeeder_cron.database.errors import AllInUse
+from catfeeder_cron.database.errors import AllInUse, ServerFull
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
 
 log = get_logger("catfeeder_cron.database")
+
+_FULL_FOR_SECONDS = 60.0
 
 
 class Outages:
@@ -23,6 +26,7 @@ class Outages:
         self._reachable = False
         self._logged = False  # the last line in the log says that the server can't be reached
         self._closed = False
+        self._full_at = float("-inf")
         # Any thread that uses the database takes it, for the swap in `_is_news` alone: of two threads that meet an
         # outage together, one logs it. No other lock is taken, and nothing is logged, while it is held.
         self._lock = threading.Lock()
@@ -47,6 +51,7 @@ class Outages:
             raise
         except DatabaseUnavailable as error:
             if not self._closed:
+                self._full_at = time.monotonic() if isinstance(error, ServerFull) else float("-inf")
                 self._trouble = str(error)
                 if self._is_news(outage=True):
                     log.error("database_unreachable", reason=str(error))
@@ -57,7 +62,13 @@ class Outages:
         self._reachable = False
 
     def answered(self) -> None:
-        """Record that the server has answered, and log the end of an outage."""
+        """Record that the server has answered, and log the end of an outage.
+
+        A server whose disk is full answers most of the time: its outage is over when it has not said so for a minute.
+        """
+        if time.monotonic() - self._full_at < _FULL_FOR_SECONDS:
+            self._reachable = True
+            return
         self._trouble = ""
         if self._is_news(outage=False):
             log.info("database_reachable_again")

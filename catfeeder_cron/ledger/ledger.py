@@ -19,6 +19,7 @@ from catfeeder_cron.ledger.constants import (
     DIED,
     EARLY_SECONDS,
     HEARTBEAT_SECONDS,
+    SETTLE_SECONDS,
     SILENCE_SECONDS,
     STILL_RUNNING,
 )
@@ -74,12 +75,14 @@ class Ledger:
         trigger: Trigger | None,
         *,
         shared: bool = False,
+        grows: bool = True,
     ) -> SlotClaim:
         """Account for the slots of `job` up to `slot`, if they were accounted for until `known`.
 
         The slots in between were `missed`. Of all processes that try, one may run the slot; of a shared job each may,
-        once. Without a `trigger` no process runs it, and `missed` covers the slot itself. If the answer lies before the
-        slot, another process has changed the account: try again.
+        once. Without a `trigger` no process runs it, and `missed` covers the slot itself. With `grows` the first of
+        them is joined to a stretch that was missed before for the same reason. If the answer lies before the slot,
+        another process has changed the account: try again.
         """
         parameters = {
             "job": job,
@@ -92,16 +95,16 @@ class Ledger:
             "reasons": [stretch.reason for stretch in missed],
             "trigger": trigger,
             "shared": shared,
+            "grows": grows,
             "still_running": STILL_RUNNING,
-            "early": _EARLY,
         }
-        ((accounted_until, run_id, too_early),) = self._database.query(
-            statements.CLAIM, self._process.parameters() | parameters
+        ((accounted_until, run_id, too_early, wait_seconds),) = self._database.query(
+            statements.CLAIM, self._process.parameters() | self._history() | parameters
         )
-        return SlotClaim(accounted_until or known, run_id, too_early)
+        return SlotClaim(accounted_until or known, run_id, too_early, wait_seconds)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
-        """Claim a run outside the schedule; None when the job is running already."""
+        """Claim a run outside the schedule; None when the job is running already, or the database just went back."""
         return self._claim_without_slot(job, "manual", shared)
 
     def claim_woken(self, job: str, *, shared: bool) -> int | None:
@@ -110,13 +113,25 @@ class Ledger:
 
     def claim_retry(self, job: str) -> int | None:
         """Claim the retry of a failed run; None if it is not due or taken, or the job runs or is paused."""
-        rows = self._database.query(statements.CLAIM_RETRY, self._process.parameters() | {"job": job})
+        parameters = self._process.parameters() | self._history() | {"job": job, "shared": False}
+        rows = self._database.query(statements.CLAIM_RETRY, parameters)
         return rows[0][0] if rows else None
 
     def _claim_without_slot(self, job: str, trigger: Trigger, shared: bool) -> int | None:
-        parameters = self._process.parameters() | {"job": job, "trigger": trigger, "shared": shared}
+        parameters = self._process.parameters() | self._history() | {"job": job, "trigger": trigger, "shared": shared}
         rows = self._database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
         return rows[0][0] if rows else None
+
+    def settles_in(self) -> float | None:
+        """Return in how many seconds runs may begin again after the database went back; None if they may."""
+        rows = self._database.query(statements.UNSETTLED, self._history() | {"shared": False})
+        return rows[0][0] if rows else None
+
+    def _history(self) -> dict[str, Any]:
+        """Return the parameters of the condition that the database is the one that this process knows."""
+        lineage = self._database.lineage
+        known = lineage.parameters() if lineage else {"lineage": None, "lineage_counter": 0}
+        return known | {"settle": timedelta(seconds=SETTLE_SECONDS), "early": _EARLY}
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
         """Return host, pid and start of the run of `job` that keeps this process from running it."""

@@ -56,9 +56,16 @@ class LineageWatch:
         self._lock = Lock()
 
     def recall(self, identity: UUID) -> None:
-        """Read what the host remembers of the database with this identity; called before the first heartbeat."""
+        """Read what the host remembers of the database with this identity; called before the first heartbeat.
+
+        The folder is made if it is not there.
+        """
         with self._lock:
-            if self._folder is None or not _is_ours(self._folder):
+            if self._folder is None:
+                return
+            with suppress(OSError):
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(self._folder):
                 return
             self._path = self._folder / f"database-{identity}.json"
             with suppress(OSError, ValueError, TypeError):  # absent, or written by something else

@@ -98,3 +98,5 @@ class SlotClaim:
     """None if the caller does not get the run."""
     too_early: bool
     """The slot lies ahead by the database's clock."""
+    wait_seconds: float | None = None
+    """In how many seconds the slot may be claimed, where the database has just gone back."""

@@ -1,13 +1,26 @@
 """The SQL statements of the ledger. Each is atomic, and any number of processes may run it at once."""
 
+# A server that lost its last seconds may have lost the record of a run that is under way. Until a heartbeat has noticed
+# that, and for 25 seconds after it, in which all processes end such runs, no run begins that must be the only one.
+UNSETTLED = """
+        SELECT greatest(1, extract(epoch FROM l.since + %(settle)s - now()))::float8 AS seconds
+        FROM catfeeder_cron.lineage l
+        WHERE NOT %(shared)s
+          AND (l.reason IS NOT NULL AND l.since > now() - %(settle)s AND l.since < now() + %(early)s
+               OR %(lineage)s::uuid IS NOT NULL AND NOT (l.id = %(lineage)s AND l.counter >= %(lineage_counter)s
+                                                         AND l.server = catfeeder_cron.server()))"""
+
 # One row of `schedule` serves as the lock: the process that moves it on from the value that all have read has claimed
 # the slot. The same statement accounts for the slots before it, so that a death in between leaves none of them out.
 # A slot of a job that is paused, or still running, becomes a missed one. A stretch grows while its reason stays.
 # No slot is claimed before its time has come by the server's clock, whatever the claiming machine's clock says.
 CLAIM = """
-    WITH advanced AS (
+    WITH unsettled AS MATERIALIZED ({unsettled}
+          AND %(trigger)s::text IS NOT NULL),
+    advanced AS (
         INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s <= now() + %(early)s
+        SELECT %(job)s, %(described)s, %(slot)s
+        WHERE %(slot)s <= now() + %(early)s AND NOT EXISTS (SELECT FROM unsettled)
         ON CONFLICT (job) DO UPDATE
         SET accounted_until = excluded.accounted_until, retry_slot = NULL, retry_at = NULL
         WHERE s.accounted_until = %(known)s
@@ -45,7 +58,7 @@ CLAIM = """
         UPDATE catfeeder_cron.job_runs r
         SET last_slot = s.last, missed = r.missed + s.missed, finished_at = now()
         FROM (SELECT * FROM stretch ORDER BY first LIMIT 1) s
-        WHERE r.job = %(job)s AND r.last_slot = %(known)s AND r.missed IS NOT NULL AND r.reason = s.reason
+        WHERE %(grows)s AND r.job = %(job)s AND r.last_slot = %(known)s AND r.missed IS NOT NULL AND r.reason = s.reason
           AND r.shared = s.shared AND (NOT s.shared OR r.daemon = %(daemon)s)
         RETURNING s.first),
     added AS (
@@ -55,24 +68,27 @@ CLAIM = """
                %(host)s, %(pid)s, %(daemon)s, now()
         FROM stretch WHERE first NOT IN (SELECT first FROM grown)
         ON CONFLICT DO NOTHING)
-    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s > now() + %(early)s"""
+    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s > now() + %(early)s,
+           (SELECT seconds FROM unsettled)""".replace("{unsettled}", UNSETTLED)
 
 # A run without a slot. A manual run ignores a pause; a woken run respects it, as runs of the schedule do.
 CLAIM_WITHOUT_SLOT = """
     INSERT INTO catfeeder_cron.job_runs (job, trigger, shared, host, pid, daemon)
     SELECT %(job)s, %(trigger)s, %(shared)s, %(host)s, %(pid)s, %(daemon)s
-    WHERE %(trigger)s = 'manual'
-       OR NOT EXISTS (SELECT FROM catfeeder_cron.pauses
-                      WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()))
+    WHERE (%(trigger)s = 'manual'
+           OR NOT EXISTS (SELECT FROM catfeeder_cron.pauses
+                          WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now())))
+      AND NOT EXISTS ({unsettled})
     ON CONFLICT DO NOTHING
-    RETURNING run_id"""
+    RETURNING run_id""".replace("{unsettled}", UNSETTLED)
 
 # The row of `schedule` is locked until the run is added, so only one of many processes gets it. A pause makes it a
 # skipped run; while the job runs (by hand), the retry waits.
 CLAIM_RETRY = """
     WITH due AS MATERIALIZED (
         SELECT retry_slot FROM catfeeder_cron.schedule
-        WHERE job = %(job)s AND retry_at <= now() AND accounted_until = retry_slot FOR UPDATE),
+        WHERE job = %(job)s AND retry_at <= now() AND accounted_until = retry_slot AND NOT EXISTS ({unsettled})
+        FOR UPDATE),
     paused AS (
         SELECT 'paused' || coalesce(': ' || because, '') AS reason FROM catfeeder_cron.pauses
         WHERE job IN (%(job)s, '*') AND (until IS NULL OR until > now()) ORDER BY job DESC LIMIT 1),
@@ -87,7 +103,7 @@ CLAIM_RETRY = """
     done AS (
         UPDATE catfeeder_cron.schedule SET retry_slot = NULL, retry_at = NULL
         WHERE job = %(job)s AND EXISTS (SELECT FROM added))
-    SELECT run_id FROM added WHERE outcome IS NULL"""
+    SELECT run_id FROM added WHERE outcome IS NULL""".replace("{unsettled}", UNSETTLED)
 
 # The run that keeps this process from running the job: of a shared job only a run of this process does.
 UNDER_WAY = """
@@ -152,7 +168,8 @@ RESTORE = """
     SELECT %(job)s, (SELECT * FROM slots)::timestamptz, %(trigger)s, %(shared)s, %(outcome)s, %(reason)s, %(counts)s,
            %(error)s, %(started_at)s, %(started_at)s::timestamptz + %(duration)s, %(host)s, %(pid)s, %(daemon)s
     WHERE NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
-                      WHERE run_id = %(run_id)s AND daemon = %(daemon)s AND job = %(job)s)
+                      WHERE run_id = %(run_id)s AND daemon = %(daemon)s AND job = %(job)s
+                        AND slot IS NOT DISTINCT FROM %(slot)s)
     ON CONFLICT DO NOTHING"""
 
 # It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.

@@ -165,6 +165,8 @@ class JobScheduler(RunListener):
             self._come_again(slots)
         report = self._executor.run_scheduled(job_id, partial(slots.claim, trigger), trigger, due)
         if report is None:
+            if seconds := slots.must_wait():
+                self._run_in(timedelta(seconds=seconds), job_id, trigger)
             return
         _warn_if_slow(report, slots.interval(begun))
         # Slots that came up meanwhile found no free worker. After a reload they belong to another account.
@@ -181,8 +183,10 @@ class JobScheduler(RunListener):
         now = self._clock.now()
         following = slots.trigger.next_fire_time(now)
         if following and following - now < _SOON and slots.accounted_until is not None:
-            at = datetime.now(UTC) + (following - now)
-            self._tasks.run_soon("coming again", self._run_due, slots.job_id, "schedule", at=at)
+            self._run_in(following - now, slots.job_id, "schedule")
+
+    def _run_in(self, delay: timedelta, job_id: str, trigger: Trigger) -> None:
+        self._tasks.run_soon("coming again", self._run_due, job_id, trigger, at=datetime.now(UTC) + delay)
 
     def _run_retry(self, job_id: str) -> None:
         """Retry a failed run, if this process gets it. Called in a worker thread."""

@@ -164,6 +164,11 @@ def _all_jobs(jobs: Mapping[str, Job[Any]], settings: Settings) -> dict[str, Job
 
 def _where_it_runs(job_id: str, ledger: Ledger) -> str:
     found = ledger.under_way(job_id)
+    if found is None and (seconds := ledger.settles_in()) is not None:
+        return (
+            f"{job_id} may be running elsewhere: the database moved or was restored, and may have lost the record; "
+            f"try again in {seconds:.0f} s, or with --wait"
+        )
     if found is None:
         return f"{job_id} was running elsewhere a moment ago; try again"
     host, pid, started_at = found

@@ -31,6 +31,7 @@ class JobSlots:
     """Until when the job's slots are accounted for, as far as this process knows; None before it has asked."""
     clock: Callable[[], datetime] = _now
     """The database's clock."""
+    _wait_seconds: float | None = None
     _claimed: deque[datetime] = field(default_factory=lambda: deque(maxlen=1000))
     # Held by a worker, or by the heartbeat's thread, while it claims or accounts for slots, the database's answer
     # included: two threads of this process would otherwise claim from the same account, and one of them in vain.
@@ -49,6 +50,12 @@ class JobSlots:
     def claim(self, trigger: Trigger) -> int | None:
         """Claim the slot that is due; return the id of the run, or None if this process does not get one."""
         return self._settle(trigger, run=True)
+
+    def must_wait(self) -> float | None:
+        """Return in how many seconds the slot may be claimed that could not be because the database went back; once."""
+        with self._lock:
+            seconds, self._wait_seconds = self._wait_seconds, None
+        return seconds
 
     def pass_over(self, reason: str | None = None, until: datetime | None = None) -> None:
         """Account for all slots that were due at `until` (default: now) as missed, for `reason`.
@@ -101,6 +108,9 @@ class JobSlots:
                     if claim.run_id is not None:
                         self._claimed.append(slot)
                     return claim.run_id
+                if claim.wait_seconds is not None:
+                    self._wait_seconds = claim.wait_seconds
+                    return None
                 if claim.too_early:
                     return None  # the server's clock was set back; the next heartbeat tells by how much
             return None
@@ -117,7 +127,10 @@ class JobSlots:
                 if slots := self.schedule.between(start, slot - MICROSECOND):
                     missed.append(Missed(slots, WENT_BACK))
                 start = slot
-            claim = self.ledger.claim(self.job_id, described, after, until, missed, None, shared=self.shared)
+            grows = bool(missed) and missed[0].slots.first == self.schedule.next_after(after)
+            claim = self.ledger.claim(
+                self.job_id, described, after, until, missed, None, shared=self.shared, grows=grows
+            )
             if claim.accounted_until <= after:
                 break  # the job was disabled meanwhile: it has no account
             after = claim.accounted_until  # another process may have done a part of it

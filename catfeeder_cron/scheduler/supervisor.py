@@ -168,7 +168,8 @@ class Supervisor:
             if run.run_id in heartbeat.open_runs:
                 self._put_off_deadline(run)
             else:
-                run.control.stop.set(JobAborted(RECORD_LOST if went_back else TAKEN_FOR_DEAD))
+                reason = RECORD_LOST if went_back else TAKEN_FOR_DEAD
+                run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
         self._end_backends(heartbeat.working)
@@ -336,11 +337,10 @@ class Supervisor:
 
     def _restore(self) -> None:
         """Record the runs anew whose records the database has lost, as far as this process remembers them."""
-        for ended in self.runs.recorded_lately():
-            if self._ledger.restore(self._record_of(ended)):
-                log.warning(
-                    "run_recorded_again", job=ended.report.job, run_id=ended.run_id, outcome=ended.report.outcome
-                )
+        lost = [ended for ended in self.runs.recorded_lately() if self._ledger.restore(self._record_of(ended))]
+        if lost:
+            jobs = sorted({ended.report.job for ended in lost})
+            log.warning("runs_recorded_again", runs=len(lost), jobs=jobs)
 
     def _record_of(self, ended: EndedRun) -> RunRecord:
         record = ended.record()

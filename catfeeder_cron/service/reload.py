@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable
 
 from catfeeder_cron import logs
 from catfeeder_cron.checks import check, check_callables
-from catfeeder_cron.config import Settings
+from catfeeder_cron.config import DatabaseSettings, Settings
+from catfeeder_cron.config.values import Table
 from catfeeder_cron.database import Database
+from catfeeder_cron.database.conninfo import differ_in_password_at_most
 from catfeeder_cron.errors import CatfeederCronError, ConfigurationError
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import Finding
@@ -92,5 +94,16 @@ def _settled_at_start(before: Settings, after: Settings) -> list[str]:
         f"{section}.{field.alias or name}"
         for section, (old, new, applied) in keys.items()
         for name, field in type(new).model_fields.items()
-        if name not in applied and getattr(old, name) != getattr(new, name)
+        if name not in applied and getattr(old, name) != getattr(new, name) and not _takes_effect(name, old, new)
     ]
+
+
+def _takes_effect(name: str, old: Table, new: Table) -> bool:
+    """Return whether the next connection uses a changed address: if only its password has changed, and in a file."""
+    return (
+        isinstance(old, DatabaseSettings)
+        and isinstance(new, DatabaseSettings)
+        and name == "conninfo"
+        and old.is_read_again
+        and differ_in_password_at_most(old.conninfo.get_secret_value(), new.conninfo.get_secret_value())
+    )

@@ -28,6 +28,7 @@ from catfeeder_cron.ledger import (
     RunRecord,
     SlotClaim,
 )
+from catfeeder_cron.ledger.constants import SETTLE_SECONDS
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.times import timestamp
 from tests.integration.daemons import HOUR, report, rows, wait_for
@@ -400,6 +401,35 @@ def test_what_can_not_be_undone_is_handed_out_on_no_other_history(
     assert not is_current(), "before any heartbeat has noticed"
     other.beat()
     assert not is_current(), "nor afterwards, before this process has heard of it"
+
+
+def test_no_run_begins_that_must_be_the_only_one_before_lost_runs_have_ended(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    """A run of another process may be under way whose record the server has lost."""
+    other = open_ledger()
+    for process in (ledger, other, ledger):
+        process.beat()
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 1")
+    unnoticed = claim(ledger, 0, 1)
+    assert (unnoticed.run_id, unnoticed.accounted_until) == (None, NOON)
+    assert unnoticed.wait_seconds
+    assert claim(ledger, 0, 1, shared=True).run_id, "that has leases"
+    set_account(admin, NOON)
+
+    for process in (ledger, other):
+        assert process.beat()
+    for process in (ledger, other):
+        wait = claim(process, 0, 2).wait_seconds
+        assert wait
+        assert SETTLE_SECONDS - 10 < wait <= SETTLE_SECONDS
+        assert process.claim_manual("job", shared=False) is None
+        assert process.settles_in()
+        process.register({"job": "every 1h"}, [])
+
+    admin.execute("UPDATE catfeeder_cron.lineage SET since = now() - interval '26 s'")
+    assert ledger.settles_in() is None
+    assert claim(ledger, 0, 2).run_id
 
 
 def test_what_a_host_remembers_tells_a_new_process_that_the_server_is_an_old_copy(

@@ -203,10 +203,30 @@ def test_a_slot_that_this_process_has_run_is_not_run_again_after_the_ledger_went
 
     assert daemon.at(START + 6 * MINUTE).claim()
 
-    # Slots 3 and 5 ran: the supervisor records these runs anew.
+    # Slots 3 and 5 ran: the supervisor records these runs anew. No stretch of lost slots goes over them.
     assert rows(admin, "slot, missed, reason", f"slot > '{START + 2 * MINUTE}'") == [
         (START + 4 * MINUTE, 1, WENT_BACK),
         (START + 6 * MINUTE, None, None),
+    ]
+
+
+def test_no_stretch_of_lost_slots_grows_over_one_that_ran(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    first, second = hire(), hire()
+    for daemon, minute in ((first, 2), (second, 3), (first, 4)):
+        run_id = daemon.at(START + minute * MINUTE).claim()
+        assert run_id
+        daemon.ledger.close(run_id, report())
+    second.slots.accounted_until = START + 3 * MINUTE
+    go_back(admin, 0)
+    second.at(START + 4 * MINUTE).slots.open(START)  # knows that 3 ran, and that 1 and 2 were accounted for
+    first.at(START + 4 * MINUTE).slots.open(START + 3 * MINUTE)
+    first.slots.open(START + 3 * MINUTE)
+    assert first.at(START + 5 * MINUTE).claim()
+    assert rows(admin, "slot, missed, reason") == [
+        (START + MINUTE, 2, WENT_BACK),
+        (START + 5 * MINUTE, None, None),
     ]
 
 

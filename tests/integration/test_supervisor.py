@@ -313,7 +313,7 @@ def test_runs_that_this_process_remembers_are_recorded_anew(
     office.supervisor.beat()
     ((job, found, trigger, outcome),) = rows(admin, "job, slot, trigger, outcome")
     assert (job, found, trigger, outcome) == ("job", slot, "schedule", "failed")
-    assert events(caplog) == ["history_went_back", "run_recorded_again"]
+    assert events(caplog) == ["history_went_back", "runs_recorded_again"]
 
 
 def test_a_run_that_the_server_has_as_open_again_is_closed_as_it_ended(
