@@ -1,0 +1,145 @@
+"""What must be true after an outage, by the jobs' own notes, the ledgers and the logs."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tests.proofs.fleet import Audit
+from tests.proofs.outages.daemons import Daemon, Daemons, TICK
+from tests.proofs.outages.postgresql import Cluster
+from tests.support.waiting import eventually
+
+AT_WORK_SECONDS = 30
+
+_RUNS = """
+    SELECT job, slot, daemon, started_at, outcome, reason FROM catfeeder_cron.job_runs
+    WHERE missed IS NULL AND slot IS NOT NULL AND NOT shared"""
+_STRETCHES = """
+    SELECT job, slot, last_slot, reason FROM catfeeder_cron.job_runs WHERE missed IS NOT NULL AND NOT shared"""
+_BEATS = "SELECT pid FROM catfeeder_cron.daemons WHERE heartbeat_at > %s AND heartbeat_at <= clock_timestamp()"
+_OPEN = "SELECT job, daemon, started_at FROM catfeeder_cron.job_runs WHERE outcome IS NULL"
+
+
+def require_never_twice_at_once(daemons: Daemons) -> int:
+    """By the jobs' own notes no two runs of one job were ever at work at once; return how many runs there were."""
+    runs = _notes(daemons.seen)
+    broken = []
+    for job, spans in runs.items():
+        for (_, end, one), (start, its_end, other) in pairwise(sorted(spans)):
+            if start < end:
+                broken.append(f"{job}: {one} and {other} for {min(end, its_end) - start:.1f} s")
+    assert not broken, f"two runs of one job at once: {broken}"
+    return sum(map(len, runs.values()))
+
+
+def _notes(seen: Path) -> dict[str, list[tuple[float, float, str]]]:
+    """Return when the runs of each job were seen first and last, and who they are."""
+    moments: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in seen.read_text().splitlines() if seen.exists() else []:
+        entry = json.loads(line)
+        moments[entry["job"], entry["run"]].append(entry["at"])
+    runs: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    for (job, run), seen_at in moments.items():
+        runs[job].append((min(seen_at), max(seen_at), run))
+    return runs
+
+
+def require_every_slot_once(cluster: Cluster, *jobs: str) -> None:
+    """Every slot between a job's first and its account has a row, and one only."""
+    for job in jobs or (TICK,):
+        Audit(cluster.own_url, job=job).require_every_slot_once()
+
+
+def require_all_at_work(daemons: Iterable[Daemon], cluster: Cluster, seconds: float = AT_WORK_SECONDS) -> None:
+    """Every daemon writes heartbeats in this cluster within so many seconds, and slots are run."""
+    with cluster.admin() as connection:
+        row = connection.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
+        moment: datetime = row[0]
+        expected = {daemon.pid: daemon.name for daemon in daemons}
+
+        def away() -> list[str]:
+            beating = {pid for (pid,) in connection.execute(_BEATS, [moment]).fetchall()}
+            return [name for pid, name in expected.items() if pid not in beating]
+
+        def ticks() -> int:
+            query = "SELECT count(*) FROM catfeeder_cron.job_runs WHERE job = %s AND outcome = 'succeeded'"
+            row = connection.execute(query + " AND started_at > %s", [TICK, moment]).fetchone()
+            return row[0] if row else 0
+
+        try:
+            eventually(lambda: not away() and ticks(), seconds=seconds)
+        except AssertionError:
+            raise AssertionError(f"not at work {seconds:g} s later: {away()}; slots run: {ticks()}") from None
+
+
+def require_said_once(daemons: Iterable[Daemon], event: str, since: datetime | None = None, least: int = 1) -> None:
+    """Every daemon has said this, and once only."""
+    for daemon in daemons:
+        said = daemon.said_after(event, since) if since else daemon.events(event)
+        assert least <= len(said) <= 1, f"{daemon.name} said {event} {len(said)} times: {said[:3]}"
+
+
+def require_calm(daemons: Iterable[Daemon], most: int, since: Sequence[int] = ()) -> None:
+    """No daemon has repeated a warning or an error more often than so."""
+    for number, daemon in enumerate(daemons):
+        repeated = {
+            event: count
+            for event, count in daemon.alarms(since[number] if since else 0).items()
+            if count > most
+        }
+        assert not repeated, f"{daemon.name} repeated itself: {repeated}"
+
+
+def require_no_run_left_open(cluster: Cluster) -> None:
+    """Once all daemons have stopped no run is open."""
+    with cluster.admin() as connection:
+        left = connection.execute(_OPEN).fetchall()
+    assert not left, f"runs left open: {left}"
+
+
+class Memory:
+    """What a ledger said before it was lost, to be held against the one that took its place."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        with cluster.admin() as connection:
+            self._ran = {
+                (job, slot): (daemon, started_at, outcome)
+                for job, slot, daemon, started_at, outcome, _ in connection.execute(_RUNS).fetchall()
+            }
+
+    def require_agreement(self, cluster: Cluster) -> None:
+        """Nothing that a living daemon knew better was run again by it, or told otherwise."""
+        with cluster.admin() as connection:
+            runs = connection.execute(_RUNS).fetchall()
+            stretches = connection.execute(_STRETCHES).fetchall()
+        again, otherwise = self._again(runs), self._otherwise(runs, stretches)
+        assert not again, f"slots that a daemon ran although it had run them itself: {again}"
+        assert not otherwise, f"slots that succeeded, and of which the ledger now says otherwise: {otherwise[:10]}"
+
+    def _again(self, runs: list[tuple[Any, ...]]) -> list[str]:
+        return [
+            f"{job} {slot:%H:%M:%S}"
+            for job, slot, daemon, started_at, _, _ in runs
+            if (job, slot) in self._ran and daemon == self._ran[job, slot][0] and started_at != self._ran[job, slot][1]
+        ]
+
+    def _otherwise(self, runs: list[tuple[Any, ...]], stretches: list[tuple[Any, ...]]) -> list[str]:
+        succeeded = {key: daemon for key, (daemon, _, outcome) in self._ran.items() if outcome == "succeeded"}
+        aborted = [
+            f"{job} {slot:%H:%M:%S}: {reason}"
+            for job, slot, daemon, _, outcome, reason in runs
+            if outcome == "aborted" and succeeded.get((job, slot)) == daemon
+        ]
+        untrue = ("no daemon was free", "no daemon alive")
+        missed = [
+            f"{job} {slot:%H:%M:%S}: {reason}"
+            for job, slot in succeeded
+            for its, first, last, reason in stretches
+            if its == job and first <= slot <= last and reason in untrue
+        ]
+        return aborted + missed
