@@ -134,13 +134,18 @@ class Audit:
             self.slots.update(slot + number * interval for number in range(missed))
         self.interval = interval
 
-    def require_every_slot_once(self) -> None:
-        first, last = min(self.slots), max(self.slots)
-        assert last == self.accounted_until, f"the last row is {last}, the account {self.accounted_until}"
-        expected = {first + number * self.interval for number in range(round((last - first) / self.interval) + 1)}
-        without, twice = expected - set(self.slots), [slot for slot, rows in self.slots.items() if rows > 1]
-        assert set(self.slots) <= expected
+    def require_no_slot_without_row(self) -> set[datetime]:
+        """Return the slots from the first row to the account."""
+        first, interval = min(self.slots), self.interval
+        expected = {first + n * interval for n in range(round((self.accounted_until - first) / interval) + 1)}
+        without = expected - set(self.slots)
         assert not without, f"{len(without)} slots without a row, from {min(without)} to {max(without)}"
+        return expected
+
+    def require_every_slot_once(self) -> None:
+        last, twice = max(self.slots), [slot for slot, rows in self.slots.items() if rows > 1]
+        assert last == self.accounted_until, f"the last row is {last}, the account {self.accounted_until}"
+        assert set(self.slots) == self.require_no_slot_without_row()
         assert not twice, f"{len(twice)} slots with several rows, from {min(twice)} to {max(twice)}"
         for (_, end, reason), (start, _, following) in zip(self.stretches, self.stretches[1:], strict=False):
             assert end + self.interval != start or reason != following, "one stretch for each reason"

@@ -3,17 +3,25 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tests.proofs.fleet import Audit
-from tests.proofs.outages.daemons import Daemon, Daemons, TICK
+from tests.proofs.outages.daemons import TICK, Daemon, Daemons
 from tests.proofs.outages.postgresql import Cluster
 from tests.support.waiting import eventually
 
 AT_WORK_SECONDS = 30
+# How far apart the slots of the jobs are.
+INTERVALS = {
+    TICK: timedelta(seconds=1),
+    "polite": timedelta(seconds=5),
+    "deaf": timedelta(seconds=5),
+    "statement": timedelta(seconds=5),
+    "minutely": timedelta(minutes=1),
+}
 
 _RUNS = """
     SELECT job, slot, daemon, started_at, outcome, reason FROM catfeeder_cron.job_runs
@@ -51,7 +59,13 @@ def _notes(seen: Path) -> dict[str, list[tuple[float, float, str]]]:
 def require_every_slot_once(cluster: Cluster, *jobs: str) -> None:
     """Every slot between a job's first and its account has a row, and one only."""
     for job in jobs or (TICK,):
-        Audit(cluster.own_url, job=job).require_every_slot_once()
+        Audit(cluster.own_url, interval=INTERVALS[job], job=job).require_every_slot_once()
+
+
+def require_no_slot_without_row(cluster: Cluster, *jobs: str) -> None:
+    """Every slot between a job's first and its account has a row; one that a clock told twice may have several."""
+    for job in jobs:
+        Audit(cluster.own_url, interval=INTERVALS[job], job=job).require_no_slot_without_row()
 
 
 def require_all_at_work(daemons: Iterable[Daemon], cluster: Cluster, seconds: float = AT_WORK_SECONDS) -> None:
@@ -88,9 +102,7 @@ def require_calm(daemons: Iterable[Daemon], most: int, since: Sequence[int] = ()
     """No daemon has repeated a warning or an error more often than so."""
     for number, daemon in enumerate(daemons):
         repeated = {
-            event: count
-            for event, count in daemon.alarms(since[number] if since else 0).items()
-            if count > most
+            event: count for event, count in daemon.alarms(since[number] if since else 0).items() if count > most
         }
         assert not repeated, f"{daemon.name} repeated itself: {repeated}"
 

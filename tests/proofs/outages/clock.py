@@ -1,6 +1,6 @@
 """A clock that a test sets while the process that reads it runs, by Debian's libfaketime.
 
-The clocks that only go on (monotonic, boot time) stay right, as they do where an operator or NTP sets a machine's clock.
+The clocks that only go on (monotonic, boot time) stay right, as they do where an operator or NTP sets the clock.
 """
 
 from collections.abc import Mapping

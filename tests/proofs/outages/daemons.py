@@ -43,6 +43,7 @@ class Daemon:
     program: Program
     prefix: Sequence[str]
     variables: Mapping[str, str]
+    jobs: str = ""
     lives: list[Running] = field(default_factory=list)
 
     def start(self) -> None:
@@ -141,7 +142,7 @@ class Daemons(list[Daemon]):
             "RECORDED_AS": name,
             **(variables or {}),
         }
-        self.append(Daemon(name, program, prefix, its))
+        self.append(Daemon(name, program, prefix, its, CONFIG + jobs))
         return self[-1]
 
     def start(self) -> None:

@@ -36,21 +36,26 @@ class Links:
                     [[self.provider.log_in(f"user{number}")] for number in range(self.number)],
                 )
 
-    def renew_all(self, cluster: Cluster, seconds: float = 60) -> None:
-        """Make all rows due and wait until each has another token, or is given up."""
+    def fall_due(self, cluster: Cluster) -> dict[int, str]:
+        """Make all rows due; return the access token that each has until then."""
         with cluster.admin() as connection:
             before = dict(connection.execute('SELECT id, token FROM "ActiveOauths"').fetchall())
-            connection.execute('UPDATE "ActiveOauths" SET token_expiration = now() + interval \'1 min\'')
+            connection.execute("UPDATE \"ActiveOauths\" SET token_expiration = now() + interval '1 min'")
+        return before
 
-            def left() -> int:
+    def renew_all(self, cluster: Cluster, seconds: float = 60) -> None:
+        """Make all rows due and wait until each has another token."""
+        before = self.fall_due(cluster)
+        with cluster.admin() as connection:
+
+            def old() -> int:
                 rows = connection.execute('SELECT id, token FROM "ActiveOauths"').fetchall()
                 return sum(before[id] == token for id, token in rows)
 
-            eventually(
-                lambda: left() == 0 or self.provider.reused,
-                f"a new token for every row: {{}} of {self.number}".format("all"),
-                seconds,
-            )
+            try:
+                eventually(lambda: old() == 0 or self.provider.reused, seconds=seconds)
+            except AssertionError:
+                raise AssertionError(f"{old()} of {self.number} links not renewed after {seconds:g} s") from None
         self.require_none_lost()
 
     def require_none_lost(self) -> None:
@@ -75,7 +80,9 @@ class Links:
         except AssertionError:
             self.require_none_lost()
             users = sorted(self.provider.live[token] for token in missing())
-            raise AssertionError(f"received and not stored after {seconds:g} s: {len(users)} tokens of {users}") from None
+            raise AssertionError(
+                f"received and not stored after {seconds:g} s: {len(users)} tokens of {users}"
+            ) from None
 
     def _stored(self, connection: psycopg.Connection) -> set[str]:
         return {token for (token,) in connection.execute('SELECT refresh_link FROM "ActiveOauths"').fetchall()}

@@ -94,13 +94,13 @@ class Network:
 
     def unplug(self, number: int) -> None:
         """Take the database's end of a link down; packets then have no way."""
-        _run(*self.at_database, "ip", "link", "set", f"link{number}", "down")
+        _run(*self.at_database, "ip", "link", "set", "dev", f"link{number}", "down")
 
     def heal(self) -> None:
         """Mend all links."""
         _run(*self.at_database, "iptables", "-F")
         for number in self._links:
-            _run(*self.at_database, "ip", "link", "set", f"link{number}", "up")
+            _run(*self.at_database, "ip", "link", "set", "dev", f"link{number}", "up")
         for proxy in Path(self._folder.name).iterdir():
             proxy.write_text("0")
 
@@ -124,13 +124,13 @@ class Network:
         return Path(self._folder.name, f"delay-{number}")
 
     def _add(self, number: int) -> None:
-        name, ours, its = self._daemon(number), f"link{number}", "link"
+        name, ours, its = self._daemon(number), f"link{number}", "uplink"
         _run("ip", "netns", "add", name)
         peer = ["peer", "name", its, "netns", name]
         _run("ip", "link", "add", ours, "netns", self._database, "type", "veth", *peer)
         for inside, link, last in ((self.at_database, ours, 1), (self.at(number), its, 2)):
             _run(*inside, "ip", "address", "add", f"10.213.{number}.{last}/30", "dev", link)
-            _run(*inside, "ip", "link", "set", link, "up")
+            _run(*inside, "ip", "link", "set", "dev", link, "up")
         _run(*self.at(number), "ip", "link", "set", "lo", "up")
 
     @property

@@ -111,6 +111,9 @@ class Cluster:
         if (self.folder / "data/postmaster.pid").exists():
             self._run("pg_ctl", "stop", "-D", "data", "-m", mode, "-w")
 
+    def is_running(self) -> bool:
+        return self._try("pg_ctl", "status", "-D", "data").returncode == 0
+
     def kill(self) -> None:
         """Kill all its processes at once, as the loss of its machine does."""
         postmaster = int((self.folder / "data/postmaster.pid").read_text().split()[0])

@@ -18,7 +18,7 @@ RECORDED = """
 [jobs.polite]
 call = "recorded:polite"
 kwargs = { job = "polite", seconds = 20 }
-interval = 10
+interval = 5
 """
 
 

@@ -45,7 +45,9 @@ host all cats 10.213.0.0/16 scram-sha-256
 _STATEMENTS = """
     SELECT array_agg(pid) FROM pg_stat_activity
     WHERE state = 'active' AND query LIKE 'SELECT pg_sleep(70) AS statement_of_a_job%'"""
-_OWNERS = "SELECT job, pid FROM catfeeder_cron.job_runs JOIN catfeeder_cron.daemons USING (daemon, pid) WHERE outcome IS NULL"
+_OWNERS = (
+    "SELECT job, pid FROM catfeeder_cron.job_runs JOIN catfeeder_cron.daemons USING (daemon, pid) WHERE outcome IS NULL"
+)
 
 
 @dataclass

@@ -1,0 +1,178 @@
+"""Clocks that are set wrong and right again: those of the daemons, one after the other, and that of the database."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from tests.proofs.outages import audits
+from tests.proofs.outages.clock import RIGHT, Clock
+from tests.proofs.outages.daemons import NO_RENEWAL, TICK, Daemon, Daemons
+from tests.proofs.outages.postgresql import Cluster
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.outage
+MakeClock = Callable[[str], Clock]
+ALL = ["+1h", "-1h", "+50m", "-50m", "+3d", "-3d"]
+WRONG_SECONDS = 25
+RIGHT_SECONDS = 12
+# A slot is claimed when it is due, by the database's clock; the rest is for a busy machine.
+AHEAD_SECONDS = 5
+JOBS = f"""{NO_RENEWAL}
+[jobs.polite]
+call = "recorded:polite"
+kwargs = {{ job = "polite", seconds = 15 }}
+interval = 5
+
+[jobs.minutely]
+sql = "SELECT 1"
+cron = "* * * * *"
+"""
+_AHEAD = """
+    SELECT job, extract(epoch FROM accounted_until - clock_timestamp())::float8 FROM catfeeder_cron.schedule
+    WHERE accounted_until > clock_timestamp() + %s * interval '1 s'"""
+_RUNS_SINCE = """
+    SELECT count(*) FROM catfeeder_cron.job_runs WHERE job = %s AND outcome = 'succeeded' AND run_id > %s"""
+_LIES = """
+    SELECT job, sum(missed)::int FROM catfeeder_cron.job_runs WHERE reason = 'no daemon alive' GROUP BY job"""
+
+
+def require_slots_run(cluster: Cluster, state: str, seconds: float = audits.AT_WORK_SECONDS) -> None:
+    """Three slots more are run within so many seconds."""
+    with cluster.admin() as connection:
+
+        def runs_since(before: int) -> int:
+            row = connection.execute(_RUNS_SINCE, [TICK, before]).fetchone()
+            return row[0] if row else 0
+
+        row = connection.execute("SELECT coalesce(max(run_id), 0) FROM catfeeder_cron.job_runs").fetchone()
+        assert row is not None
+        eventually(lambda: runs_since(row[0]) >= 3, f"slots of {TICK} run while {state}", seconds)
+
+
+def require_nothing_taken_ahead(cluster: Cluster, state: str) -> None:
+    """No job is accounted for beyond the present, and no slot is said to have had no daemon."""
+    with cluster.admin() as connection:
+        ahead = connection.execute(_AHEAD, [AHEAD_SECONDS]).fetchall()
+        lies = connection.execute(_LIES).fetchall()
+    assert not ahead, f"{state}: accounts in the future, by seconds: {ahead}"
+    assert not lies, f"{state}: slots said to have had no daemon alive: {lies}"
+
+
+def require_difference_told(daemon: Daemon, offset: str, before: int) -> None:
+    """The daemon says, once, that its clock differs, and has it as a trouble."""
+    eventually(
+        lambda: len(daemon.events("clock_differs")) > before,
+        f"{daemon.name} says that its clock is off by {offset}",
+        30,
+    )
+    told = daemon.events("clock_differs")[before:]
+    assert len(told) == 1, f"{daemon.name} said {len(told)} times that its clock is off by {offset}"
+    troubles = [trouble["kind"] for trouble in daemon.status()["troubles"]]
+    assert "clock" in troubles, f"{daemon.name}: {troubles}"
+
+
+@pytest.mark.parametrize(
+    ("number", "offsets"),
+    [
+        pytest.param(2, ["+50m"], id="two-daemons"),
+        pytest.param(1, ["-1h"], id="alone"),
+        pytest.param(1, ALL, id="alone-long", marks=pytest.mark.proof),
+        pytest.param(4, ALL, id="four-daemons-long", marks=pytest.mark.proof),
+    ],
+)
+def test_a_daemon_with_a_wrong_clock_takes_no_slot_and_leaves_none_out(
+    daemons: Daemons, primary: Cluster, make_clock: MakeClock, number: int, offsets: list[str]
+) -> None:
+    clocks = [make_clock(f"daemon-{each + 1}") for each in range(number)]
+    for clock in clocks:
+        daemons.add(primary.url(), JOBS, variables=clock.variables)
+    daemons.prepare()
+    daemons.start()
+    audits.require_all_at_work(daemons, primary)
+    for daemon, clock in list(zip(daemons, clocks, strict=True))[: 1 if offsets != ALL else number]:
+        for offset in offsets:
+            go_wrong_and_right(daemon, clock, offset, primary)
+    dead = [event for daemon in daemons for event in daemon.events("dead_run_closed")]
+    assert not dead, f"runs of living daemons were closed: {dead}"
+    audits.require_never_twice_at_once(daemons)
+    audits.require_all_at_work(daemons, primary)
+    daemons.stop()
+    audits.require_no_run_left_open(primary)
+    audits.require_every_slot_once(primary, "tick", "polite", "minutely")
+
+
+def go_wrong_and_right(daemon: Daemon, clock: Clock, offset: str, cluster: Cluster) -> None:
+    told = len(daemon.events("clock_differs"))
+    for set_to, seconds in ((offset, WRONG_SECONDS), (RIGHT, RIGHT_SECONDS)):
+        state = f"the clock of {daemon.name} is off by {offset}" if set_to == offset else f"it is right, after {offset}"
+        clock.set(set_to)
+        began = time.monotonic()
+        require_slots_run(cluster, state)
+        if set_to == offset:
+            require_difference_told(daemon, offset, told)
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
+        require_nothing_taken_ahead(cluster, state)
+        require_slots_run(cluster, state)
+    audits.require_calm([daemon], 3 + 2 * len(ALL))
+
+
+@pytest.mark.parametrize(
+    ("number", "offsets"),
+    [
+        pytest.param(2, ["+1h"], id="short"),
+        pytest.param(4, ALL, id="long", marks=pytest.mark.proof),
+    ],
+)
+def test_a_database_with_a_wrong_clock_kills_no_run_and_keeps_no_dead_daemon_alive(
+    daemons: Daemons, cluster: Callable[..., Cluster], make_clock: MakeClock, number: int, offsets: list[str]
+) -> None:
+    clock = make_clock("database")
+    database = cluster(variables=clock.variables)
+    database.create()
+    for _ in range(number):
+        daemons.add(database.url(), JOBS)
+    daemons.prepare()
+    daemons.start()
+    for offset in offsets:
+        clock.set(offset)
+        require_slots_run(database, f"the database's clock is off by {offset}")
+        time.sleep(WRONG_SECONDS)
+        require_no_living_run_closed(daemons)
+        owner = owner_of(database, daemons)
+        owner.lives[-1].kill()
+        clock.set(RIGHT)
+        require_slots_run(database, f"the database's clock is right again, after {offset}")
+        eventually(partial(has_no_run, database, owner), f"the dead runs of {owner.name} are closed", 60)
+        audits.require_never_twice_at_once(daemons)
+        owner.start()
+        require_slots_run(database, "all are there again")
+    audits.require_never_twice_at_once(daemons)
+    daemons.stop()
+    audits.require_no_run_left_open(database)
+    audits.require_no_slot_without_row(database, "tick", "polite", "minutely")
+
+
+def require_no_living_run_closed(daemons: Daemons) -> None:
+    """No daemon has closed a run of one that had not been killed."""
+    killed = {str(life.pid) for daemon in daemons for life in daemon.lives if life.process.poll() is not None}
+    closed = [event["run"] for daemon in daemons for event in daemon.events("dead_run_closed")]
+    wrongly = [run for run in closed if not any(f"pid {pid}" in run for pid in killed)]
+    assert not wrongly, f"runs of living daemons were closed: {wrongly}"
+
+
+def owner_of(cluster: Cluster, daemons: Daemons) -> Daemon:
+    """Return the daemon that runs the recorded job, as soon as one does."""
+    return eventually(lambda: next((each for each in daemons if runs_of(cluster, each)), None), "a run")  # type: ignore[no-any-return]
+
+
+def has_no_run(cluster: Cluster, daemon: Daemon) -> bool:
+    return not runs_of(cluster, daemon)
+
+
+def runs_of(cluster: Cluster, daemon: Daemon) -> int:
+    with cluster.admin() as connection:
+        query = "SELECT count(*) FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND job = 'polite' AND pid = %s"
+        row = connection.execute(query, [daemon.pid]).fetchone()
+    return row[0] if row else 0
