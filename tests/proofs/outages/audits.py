@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ INTERVALS = {
     "minutely": timedelta(minutes=1),
 }
 
+Check = Callable[[], object]
+
 _RUNS = """
     SELECT job, slot, daemon, started_at, outcome, reason FROM catfeeder_cron.job_runs
     WHERE missed IS NULL AND slot IS NOT NULL AND NOT shared"""
@@ -30,6 +33,21 @@ _STRETCHES = """
     SELECT job, slot, last_slot, reason FROM catfeeder_cron.job_runs WHERE missed IS NOT NULL AND NOT shared"""
 _BEATS = "SELECT pid FROM catfeeder_cron.daemons WHERE heartbeat_at > %s AND heartbeat_at <= clock_timestamp()"
 _OPEN = "SELECT job, daemon, started_at FROM catfeeder_cron.job_runs WHERE outcome IS NULL"
+
+
+def require_all(*checks: Check) -> None:
+    """Make all these checks, and say of each that fails what it found."""
+    found = [line for check in checks for line in _broken_by(check)]
+    assert not found, "\n* ".join([f"{len(found)} promises are broken:", *found])
+
+
+def _broken_by(check: Check) -> list[str]:
+    try:
+        check()
+    except AssertionError as error:
+        first, *more = str(error).split("\n* ")
+        return more or [first.split("\nassert ")[0]]
+    return []
 
 
 def require_never_twice_at_once(daemons: Daemons) -> int:
@@ -56,16 +74,20 @@ def _notes(seen: Path) -> dict[str, list[tuple[float, float, str]]]:
     return runs
 
 
-def require_every_slot_once(cluster: Cluster, *jobs: str) -> None:
+def require_every_slot_once(cluster: Cluster, job: str) -> None:
     """Every slot between a job's first and its account has a row, and one only."""
-    for job in jobs or (TICK,):
+    try:
         Audit(cluster.own_url, interval=INTERVALS[job], job=job).require_every_slot_once()
+    except AssertionError as error:
+        raise AssertionError(f"{job}: {error}") from None
 
 
-def require_no_slot_without_row(cluster: Cluster, *jobs: str) -> None:
+def require_no_slot_without_row(cluster: Cluster, job: str) -> None:
     """Every slot between a job's first and its account has a row; one that a clock told twice may have several."""
-    for job in jobs:
+    try:
         Audit(cluster.own_url, interval=INTERVALS[job], job=job).require_no_slot_without_row()
+    except AssertionError as error:
+        raise AssertionError(f"{job}: {error}") from None
 
 
 def require_all_at_work(daemons: Iterable[Daemon], cluster: Cluster, seconds: float = AT_WORK_SECONDS) -> None:
@@ -107,8 +129,22 @@ def require_calm(daemons: Iterable[Daemon], most: int, since: Sequence[int] = ()
         assert not repeated, f"{daemon.name} repeated itself: {repeated}"
 
 
+def require_no_run_closed_as_dead(daemons: Daemons) -> None:
+    """No daemon took another one, of which none was killed, for dead."""
+    closed = [event["run"] for daemon in daemons for event in daemon.events("dead_run_closed")]
+    assert not closed, f"runs of living daemons were closed: {closed}"
+
+
+def require_orderly_end(daemons: Daemons, cluster: Cluster, *jobs: str) -> None:
+    """All stop when asked to; then no run is open, and every slot of these jobs has its row."""
+    require_all(
+        daemons.stop,
+        lambda: require_no_run_left_open(cluster),
+        *(partial(require_every_slot_once, cluster, job) for job in jobs or (TICK,)),
+    )
+
+
 def require_no_run_left_open(cluster: Cluster) -> None:
-    """Once all daemons have stopped no run is open."""
     with cluster.admin() as connection:
         left = connection.execute(_OPEN).fetchall()
     assert not left, f"runs left open: {left}"

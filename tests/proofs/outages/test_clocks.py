@@ -91,31 +91,39 @@ def test_a_daemon_with_a_wrong_clock_takes_no_slot_and_leaves_none_out(
     daemons.prepare()
     daemons.start()
     audits.require_all_at_work(daemons, primary)
-    for daemon, clock in list(zip(daemons, clocks, strict=True))[: 1 if offsets != ALL else number]:
-        for offset in offsets:
-            go_wrong_and_right(daemon, clock, offset, primary)
-    dead = [event for daemon in daemons for event in daemon.events("dead_run_closed")]
-    assert not dead, f"runs of living daemons were closed: {dead}"
-    audits.require_never_twice_at_once(daemons)
-    audits.require_all_at_work(daemons, primary)
-    daemons.stop()
-    audits.require_no_run_left_open(primary)
-    audits.require_every_slot_once(primary, "tick", "polite", "minutely")
+    wrong = list(zip(daemons, clocks, strict=True))[: number if offsets == ALL else 1]
+    checks = [
+        partial(go_wrong_and_right, daemon, clock, offset, primary) for daemon, clock in wrong for offset in offsets
+    ]
+    audits.require_all(
+        *checks,
+        lambda: audits.require_no_run_closed_as_dead(daemons),
+        lambda: audits.require_never_twice_at_once(daemons),
+        lambda: audits.require_all_at_work(daemons, primary),
+        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "minutely"),
+    )
 
 
 def go_wrong_and_right(daemon: Daemon, clock: Clock, offset: str, cluster: Cluster) -> None:
     told = len(daemon.events("clock_differs"))
-    for set_to, seconds in ((offset, WRONG_SECONDS), (RIGHT, RIGHT_SECONDS)):
-        state = f"the clock of {daemon.name} is off by {offset}" if set_to == offset else f"it is right, after {offset}"
-        clock.set(set_to)
-        began = time.monotonic()
-        require_slots_run(cluster, state)
-        if set_to == offset:
-            require_difference_told(daemon, offset, told)
-        time.sleep(max(0.0, began + seconds - time.monotonic()))
-        require_nothing_taken_ahead(cluster, state)
-        require_slots_run(cluster, state)
-    audits.require_calm([daemon], 3 + 2 * len(ALL))
+    state = f"the clock of {daemon.name} is off by {offset}"
+    clock.set(offset)
+    time.sleep(WRONG_SECONDS)  # a clock has to be wrong for a while
+    while_wrong = [
+        lambda: require_nothing_taken_ahead(cluster, state),
+        lambda: require_slots_run(cluster, state),
+        lambda: require_difference_told(daemon, offset, told),
+    ]
+
+    def while_right() -> None:
+        clock.set(RIGHT)
+        time.sleep(RIGHT_SECONDS)
+        after = f"it is right again, after {offset}"
+        audits.require_all(
+            lambda: require_nothing_taken_ahead(cluster, after), lambda: require_slots_run(cluster, after)
+        )
+
+    audits.require_all(*while_wrong, while_right, lambda: audits.require_calm([daemon], 3 * len(ALL)))
 
 
 @pytest.mark.parametrize(
@@ -135,23 +143,37 @@ def test_a_database_with_a_wrong_clock_kills_no_run_and_keeps_no_dead_daemon_ali
         daemons.add(database.url(), JOBS)
     daemons.prepare()
     daemons.start()
-    for offset in offsets:
-        clock.set(offset)
-        require_slots_run(database, f"the database's clock is off by {offset}")
-        time.sleep(WRONG_SECONDS)
-        require_no_living_run_closed(daemons)
-        owner = owner_of(database, daemons)
+    audits.require_all(
+        *(partial(set_wrong_kill_and_set_right, clock, offset, database, daemons) for offset in offsets),
+        lambda: audits.require_never_twice_at_once(daemons),
+        daemons.stop,
+        lambda: audits.require_no_run_left_open(database),
+        *(partial(audits.require_no_slot_without_row, database, job) for job in ("tick", "polite", "minutely")),
+    )
+
+
+def set_wrong_kill_and_set_right(clock: Clock, offset: str, database: Cluster, daemons: Daemons) -> None:
+    """A daemon dies while the database's clock is wrong."""
+    state = f"the database's clock is off by {offset}"
+    clock.set(offset)
+    time.sleep(WRONG_SECONDS)
+    before = [lambda: require_slots_run(database, state), lambda: require_no_living_run_closed(daemons)]
+    owner = owner_of(database, daemons)
+
+    def die() -> None:
         owner.lives[-1].kill()
         clock.set(RIGHT)
-        require_slots_run(database, f"the database's clock is right again, after {offset}")
-        eventually(partial(has_no_run, database, owner), f"the dead runs of {owner.name} are closed", 60)
-        audits.require_never_twice_at_once(daemons)
-        owner.start()
-        require_slots_run(database, "all are there again")
-    audits.require_never_twice_at_once(daemons)
-    daemons.stop()
-    audits.require_no_run_left_open(database)
-    audits.require_no_slot_without_row(database, "tick", "polite", "minutely")
+
+    audits.require_all(
+        *before,
+        die,
+        lambda: require_slots_run(database, f"the database's clock is right again, after {offset}"),
+        lambda: eventually(
+            partial(has_no_run, database, owner), f"the dead runs of {owner.name} are closed, after {offset}", 60
+        ),
+        owner.start,
+        lambda: audits.require_all_at_work(daemons, database),
+    )
 
 
 def require_no_living_run_closed(daemons: Daemons) -> None:

@@ -24,6 +24,17 @@ SIZES = [pytest.param(1, 20, 20, id="short"), pytest.param(4, 200, 60, id="long"
 PIPE_BYTES = 4096
 
 
+def require_nothing_lost(daemons: Daemons, cluster: Cluster, oauth: Links) -> None:
+    audits.require_all(
+        lambda: audits.require_all_at_work(daemons, cluster),
+        lambda: oauth.require_stored(cluster),
+        lambda: oauth.renew_all(cluster),
+        lambda: oauth.require_stored(cluster),
+        lambda: audits.require_calm(daemons, 5),
+        lambda: audits.require_orderly_end(daemons, cluster),
+    )
+
+
 @pytest.mark.parametrize(("number", "links", "seconds"), SIZES)
 def test_the_databases_disk_is_full_for_a_while(
     daemons: Daemons,
@@ -52,14 +63,7 @@ def test_the_databases_disk_is_full_for_a_while(
         if not database.is_running():
             database.start()  # as whoever made room does
 
-        audits.require_all_at_work(daemons, database)
-        oauth.require_stored(database)
-        oauth.renew_all(database)
-        oauth.require_stored(database)
-        audits.require_calm(daemons, 5)
-        daemons.stop()
-        audits.require_every_slot_once(database)
-        audits.require_no_run_left_open(database)
+        require_nothing_lost(daemons, database, oauth)
         database.stop()
 
 
@@ -81,14 +85,7 @@ def test_the_disk_of_the_state_is_full_for_a_while(
             time.sleep(seconds)
             oauth.require_none_lost()
 
-        oauth.require_stored(primary)
-        oauth.renew_all(primary)
-        oauth.require_stored(primary)
-        audits.require_all_at_work(daemons, primary)
-        audits.require_calm(daemons, 5)
-        daemons.stop()
-        audits.require_every_slot_once(primary)
-        audits.require_no_run_left_open(primary)
+        require_nothing_lost(daemons, primary, oauth)
 
 
 @contextmanager
@@ -135,11 +132,16 @@ def test_a_log_that_nobody_reads_stops_no_job(daemons: Daemons, primary: Cluster
 
         time.sleep(seconds)
 
-        audits.require_all_at_work(daemons, primary, 15)
-        entries = [json.loads(line) for line in read_for(pipe, 15)]
-        told = [entry for entry in entries if entry["event"] == "log_lines_dropped"]
-        assert told, f"nothing was said of what was dropped: {[entry['event'] for entry in entries][-20:]}"
-        assert sum(entry["lines"] for entry in told) > seconds / 2, told
-        daemons.stop()
-    audits.require_every_slot_once(primary)
-    audits.require_no_run_left_open(primary)
+        audits.require_all(
+            lambda: audits.require_all_at_work(daemons, primary, 15),
+            lambda: require_told_what_was_dropped(pipe, seconds),
+            lambda: audits.require_orderly_end(daemons, primary),
+        )
+
+
+def require_told_what_was_dropped(pipe: int, seconds: float) -> None:
+    """When somebody reads again, all that comes is whole entries, and one tells how many are missing."""
+    entries = [json.loads(line) for line in read_for(pipe, 15)]
+    told = [entry for entry in entries if entry["event"] == "log_lines_dropped"]
+    assert told, f"nothing was said of what was dropped: {[entry['event'] for entry in entries][-20:]}"
+    assert sum(entry["lines"] for entry in told) > seconds / 2, told
