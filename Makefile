@@ -33,11 +33,11 @@ coverage: $(VENV)/program ## run the tests and say which lines and branches they
 	$(BIN)/coverage run -m pytest $(TESTS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
-# One after the other: each has the machine's time to itself, and some cut networks and set clocks.
+# The long forms run one after the other, with the machine's time to themselves; the short ones mostly wait.
 OUTAGES = $(BIN)/pytest $(if $(ONLY),$(ONLY),tests/proofs/outages)
 
 test-outages: $(VENV)/program ## as root, with Debian's postgresql, libfaketime, iptables: the short forms of the next
-	$(OUTAGES) -m "outage and not proof"
+	$(OUTAGES) -m "outage and not proof" --numprocesses 3
 
 proof-outages: $(VENV)/program ## prove it while the database moves, is cut off or restored, and clocks are wrong (an hour)
 	$(OUTAGES) -m "outage and proof" --timeout 2400 -o faulthandler_timeout=2430

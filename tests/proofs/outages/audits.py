@@ -120,6 +120,12 @@ def require_said_once(daemons: Iterable[Daemon], event: str, since: datetime | N
         assert least <= len(said) <= 1, f"{daemon.name} said {event} {len(said)} times: {said[:3]}"
 
 
+def require_never_said(daemons: Iterable[Daemon], event: str) -> None:
+    for daemon in daemons:
+        said = daemon.events(event)
+        assert not said, f"{daemon.name} said {event} {len(said)} times: {said[:3]}"
+
+
 def require_calm(daemons: Iterable[Daemon], most: int, since: Sequence[int] = ()) -> None:
     """No daemon has repeated a warning or an error more often than so."""
     for number, daemon in enumerate(daemons):

@@ -71,6 +71,27 @@ def test_connections_that_others_have_taken(daemons: Daemons, primary: Cluster, 
     require_recovered(daemons, primary)
 
 
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(30, id="short"), pytest.param(240, id="long", marks=pytest.mark.proof)]
+)
+def test_idle_sessions_that_the_server_ends_are_no_outage(daemons: Daemons, primary: Cluster, seconds: int) -> None:
+    primary.set("idle_session_timeout", "4s")
+    for _ in range(2):
+        daemons.add(primary.url(), NO_RENEWAL + "[jobs.tick-seldom]\nsql = 'SELECT 1'\ninterval = 15\n")
+    daemons.prepare()
+    daemons.start()
+    audits.require_all_at_work(daemons, primary)
+
+    time.sleep(seconds)
+
+    audits.require_all(
+        lambda: audits.require_all_at_work(daemons, primary),
+        lambda: audits.require_never_said(daemons, "database_unreachable"),
+        lambda: audits.require_calm(daemons, 2),
+        lambda: audits.require_orderly_end(daemons, primary),
+    )
+
+
 def from_pgpass(daemon: Daemon, cluster: Cluster) -> None:
     """Have a daemon find its password in ~/.pgpass, and its address in config.toml."""
     file = daemon.program.folder / ".pgpass"

@@ -7,7 +7,7 @@ import struct
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,7 +46,9 @@ def test_the_databases_disk_is_full_for_a_while(
     seconds: int,
 ) -> None:
     database = cluster()
-    with mounts.small_disk(database.folder, "400m"):
+    with ExitStack() as stack:
+        stack.enter_context(mounts.small_disk(database.folder, "400m"))
+        stack.callback(database.end)
         database.create()
         for _ in range(number):
             daemons.add(database.url(), RENEWAL)
@@ -64,7 +66,6 @@ def test_the_databases_disk_is_full_for_a_while(
             database.start()  # as whoever made room does
 
         require_nothing_lost(daemons, database, oauth)
-        database.stop()
 
 
 @pytest.mark.parametrize(("number", "links", "seconds"), SIZES)
