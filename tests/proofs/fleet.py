@@ -136,6 +136,7 @@ class Audit:
 
     def require_no_slot_without_row(self) -> set[datetime]:
         """Return the slots from the first row to the account."""
+        assert self.slots, "no slot has a row"
         first, interval = min(self.slots), self.interval
         expected = {first + n * interval for n in range(round((self.accounted_until - first) / interval) + 1)}
         without = expected - set(self.slots)
@@ -143,9 +144,10 @@ class Audit:
         return expected
 
     def require_every_slot_once(self) -> None:
-        last, twice = max(self.slots), [slot for slot, rows in self.slots.items() if rows > 1]
+        expected, last = self.require_no_slot_without_row(), max(self.slots)
         assert last == self.accounted_until, f"the last row is {last}, the account {self.accounted_until}"
-        assert set(self.slots) == self.require_no_slot_without_row()
+        assert set(self.slots) == expected
+        twice = [slot for slot, rows in self.slots.items() if rows > 1]
         assert not twice, f"{len(twice)} slots with several rows, from {min(twice)} to {max(twice)}"
         for (_, end, reason), (start, _, following) in zip(self.stretches, self.stretches[1:], strict=False):
             assert end + self.interval != start or reason != following, "one stretch for each reason"

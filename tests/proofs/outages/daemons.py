@@ -176,6 +176,6 @@ class Daemons(list[Daemon]):
         """Create all tables in the database of the first daemon."""
         first = self[0]
         done = first.program.run_command(
-            *first.prefix, *command(), "init-db", "--with-app-tables", variables=first.variables
+            *first.prefix, *command(), "init-db", "--with-app-tables", "--with-indexes", variables=first.variables
         )
         assert done.status == 0, done.stderr
