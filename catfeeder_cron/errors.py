@@ -130,7 +130,11 @@ class JobSkipped(JobInterrupted):
 
 
 class JobAborted(JobInterrupted):
-    """The process stops, and the run with it."""
+    """The process stops, and the run with it. An operator's callable is killed `grace_seconds` later."""
+
+    def __init__(self, reason: str, grace_seconds: float = 10) -> None:
+        self.grace_seconds = grace_seconds
+        super().__init__(reason)
 
 
 class JobTimedOut(JobInterrupted):

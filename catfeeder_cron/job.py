@@ -42,6 +42,8 @@ class Job(Generic[S]):
     run: Callable[["JobContext", S], None]
     shared: bool = False
     """Whether every daemon works on each slot, because the job divides its rows by leases."""
+    irreversible: bool = False
+    """Whether it has effects outside of the database, so that it must not run on an old copy of it."""
     tables: tuple[TableUse, ...] = ()
     wanted_indexes: tuple[WantedIndex, ...] = ()
     wake: "Wake | None" = None
@@ -52,6 +54,10 @@ class Job(Generic[S]):
 
     It may raise DatabaseUnavailable.
     """
+
+    def refused_on(self, database: Database) -> str:
+        """Return why the job must not run on this database as it is; empty if it may."""
+        return database.lineage.stale if self.irreversible and database.lineage else ""
 
 
 @dataclass(frozen=True, kw_only=True)

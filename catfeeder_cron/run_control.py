@@ -84,6 +84,8 @@ class RunControl:
     confirm: Callable[[], None] = lambda: None
     """Checks that the run still belongs to this process, and sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)
+    application_name: str | None = None
+    """Names the run to the server, so that other processes can tell whether a statement of it is still at work."""
     _started: float = field(default_factory=time.monotonic)
 
     @property

@@ -63,17 +63,29 @@ def elapsed_seconds() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
+def sender_now(date: str | None, here: datetime) -> datetime:
+    """Return the time by the sender's clock, from its Date header (RFC 9110, section 6.6.1); else `here`.
+
+    What the sender says of time counts from there, however wrong this machine's clock is.
+    """
+    return _http_date(date or "") or here
+
+
 def retry_after_seconds(value: str | None, now: datetime, most: float) -> float | None:
     """Read a Retry-After header (RFC 9110, section 10.2.3: seconds or a date), at most `most` seconds.
 
-    Returns None where there is no header, or it is neither.
+    A date counts from `now`. Returns None where there is no header, or it is neither.
     """
     value = (value or "").strip()
     if _RETRY_AFTER_SECONDS.fullmatch(value):
         return min(float(value), most)
+    date = _http_date(value)
+    return min(max(0.0, (date - now).total_seconds()), most) if date else None
+
+
+def _http_date(value: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(value)
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds()
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
-    return min(max(0.0, seconds), most)

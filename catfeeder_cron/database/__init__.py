@@ -3,6 +3,7 @@
 database      transactions and single statements, for the other wings
 pool          the address, the embedded server behind it, the pool, and waiting for a connection
 outages       whether the server answers; the log lines at the beginning and the end of an outage
+lineage       which history of the database this process works on
 statements    composes statements
 conninfo      adds libpq's settings to the operator's address
 errors        translates psycopg's errors

@@ -14,6 +14,7 @@ import psycopg
 from catfeeder_cron.config.settings import DatabaseSettings
 from catfeeder_cron.database import statements
 from catfeeder_cron.database.errors import RollBack, translated
+from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.database.outages import Outages
 from catfeeder_cron.database.pool import Pool
 from catfeeder_cron.database.statements import Connection
@@ -31,6 +32,8 @@ class Database:
     def __init__(self, settings: DatabaseSettings, application_name: str = "catfeeder-cron") -> None:
         self._settings = settings
         self._outages = Outages()
+        self.lineage: Lineage | None = None
+        """Which history of the database this process's last heartbeat met; None before the first."""
         self._pool = Pool(settings, application_name, self._outages)
 
     def __enter__(self) -> Self:

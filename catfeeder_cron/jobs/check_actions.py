@@ -71,6 +71,7 @@ JOB = Job(
     settings=CheckActions,
     run=run,
     shared=True,
+    irreversible=True,
     tables=(
         TableUse(
             "actions",

@@ -51,6 +51,7 @@ JOB = Job(
     settings=RenewOAuth,
     run=run,
     shared=True,
+    irreversible=True,
     tables=(
         TableUse(
             "active_oauths",

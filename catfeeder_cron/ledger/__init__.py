@@ -8,9 +8,10 @@ from catfeeder_cron.ledger.constants import (
     NO_DATABASE,
     NOT_FREE,
     STILL_RUNNING,
+    WENT_BACK,
 )
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Heartbeat, Missed, Process, Retries, SlotClaim, Trigger
+from catfeeder_cron.ledger.records import Heartbeat, Missed, Process, Retries, RunRecord, SlotClaim, Trigger
 
 __all__ = [
     "DEAD_AFTER_SECONDS",
@@ -20,11 +21,13 @@ __all__ = [
     "NO_DAEMON",
     "NO_DATABASE",
     "STILL_RUNNING",
+    "WENT_BACK",
     "Heartbeat",
     "Ledger",
     "Missed",
     "Process",
     "Retries",
+    "RunRecord",
     "SlotClaim",
     "Trigger",
 ]

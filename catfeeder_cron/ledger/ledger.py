@@ -6,27 +6,43 @@ however its caller ends. All use the server's clock. Any number of processes may
 
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.database import AllInUse, Database, schema
+from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.ledger import statements
-from catfeeder_cron.ledger.constants import DEAD_AFTER_SECONDS, DIED, HEARTBEAT_SECONDS, STILL_RUNNING
-from catfeeder_cron.ledger.records import Closed, Heartbeat, Missed, Process, Retries, SlotClaim, Trigger
+from catfeeder_cron.ledger.constants import (
+    DEAD_AFTER_SECONDS,
+    DIED,
+    EARLY_SECONDS,
+    HEARTBEAT_SECONDS,
+    SILENCE_SECONDS,
+    STILL_RUNNING,
+)
+from catfeeder_cron.ledger.lineage_watch import LineageWatch
+from catfeeder_cron.ledger.records import Closed, Heartbeat, Missed, Process, Retries, RunRecord, SlotClaim, Trigger
 from catfeeder_cron.report import JobReport
+from catfeeder_cron.times import timestamp
+
+_EARLY = timedelta(seconds=EARLY_SECONDS)
 
 
 class Ledger:
     """The ledger of one database, for one process. All methods may be called from any thread."""
 
-    def __init__(self, database: Database, process: Process) -> None:
+    def __init__(self, database: Database, process: Process, state_directory: Path | None = None) -> None:
         self._database = database
         self._process = process
+        self._lineage = LineageWatch(state_directory)
 
     def prepare(self) -> None:
         """Create or upgrade the ledger's tables where that is needed. Raises DatabaseError."""
         schema.ensure(self._database)
+        ((identity,),) = self._database.query(statements.IDENTITY, {})
+        self._lineage.recall(identity)
 
     def become_daemon(self) -> None:
         """Be listed as a daemon from the next heartbeat on."""
@@ -37,7 +53,12 @@ class Ledger:
 
         Returns until when the slots of each enabled job are accounted for: those of a new one until now.
         """
-        parameters = {"jobs": list(triggers), "triggers": list(triggers.values()), "disabled": disabled}
+        parameters = {
+            "jobs": list(triggers),
+            "triggers": list(triggers.values()),
+            "disabled": disabled,
+            "early": _EARLY,
+        }
         return dict(self._database.query(statements.REGISTER, parameters))
 
     def claim(
@@ -69,6 +90,7 @@ class Ledger:
             "trigger": trigger,
             "shared": shared,
             "still_running": STILL_RUNNING,
+            "early": _EARLY,
         }
         ((accounted_until, run_id, too_early),) = self._database.query(
             statements.CLAIM, self._process.parameters() | parameters
@@ -98,24 +120,39 @@ class Ledger:
         rows = self._database.query(statements.UNDER_WAY, self._process.parameters() | {"job": job})
         return rows[0] if rows else None
 
+    def application_name(self, run_id: int) -> str:
+        """Return the application_name of the backends that work for a run of this process."""
+        return f"catfeeder-cron run {run_id} {str(self._process.daemon)[:8]}"
+
     def close(self, run_id: int, report: JobReport, retries: Retries | None = None) -> Closed:
-        """Record how a run ended, and schedule a retry if it failed and `retries` says so.
+        """Record how a run of this process ended, and schedule a retry if it failed and `retries` says so.
 
         Consecutive runs between slots that succeed become one row per hour: `runs` says how many, the counts are their
-        sums.
+        sums. A report without a job closes the run whichever its job is.
         """
-        parameters = {
-            "run_id": run_id,
-            "outcome": report.outcome,
-            "reason": report.reason,
-            "error": report.reason if report.outcome == "failed" else None,
-            "counts": Jsonb(report.counts),
+        parameters = self._outcome(run_id, report) | {
+            "job": report.job or None,
             "retries": retries.most if retries else 0,
             "retry_after": retries.after if retries else timedelta(0),
             "retry_before": retries.before if retries else None,
         }
-        ((by_another, retry_in),) = self._database.query(statements.CLOSE, parameters)
-        return Closed(bool(by_another), retry_in)
+        ((vanished, by_another, retry_in),) = self._database.query(statements.CLOSE, parameters)
+        return Closed(vanished, by_another, retry_in)
+
+    def restore(self, run: RunRecord) -> bool:
+        """Record a run of this process anew if the ledger has lost it; return whether it had."""
+        lost = "recorded again, because the database had lost it"
+        of_slot = f" (slot {timestamp(run.slot)})" if run.slot else ""
+        parameters = self._outcome(run.run_id, run.report) | {
+            "reason": "; ".join(filter(None, [run.report.reason, lost + of_slot])),
+            "job": run.report.job,
+            "slot": run.slot,
+            "trigger": run.trigger,
+            "shared": run.shared,
+            "started_at": run.report.started_at,
+            "duration": run.report.duration,
+        }
+        return self._database.execute(statements.RESTORE, parameters) > 0
 
     def beat(self) -> Heartbeat:
         """Tell the other processes that this one lives, and close the open runs of dead ones."""
@@ -123,20 +160,44 @@ class Ledger:
             "died": DIED,
             "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
             "heartbeat": timedelta(seconds=HEARTBEAT_SECONDS),
+            "silence": timedelta(seconds=SILENCE_SECONDS),
+            "early": _EARLY,
         }
-        parameters |= self._process.parameters()
+        parameters |= self._process.parameters() | self._lineage.parameters()
         try:
-            ((open_runs, closed, retries),) = self._database.query(statements.BEAT, parameters)
+            (row,) = self._database.query(statements.BEAT, parameters)
         except AllInUse:
             # Long statements of the jobs hold all connections. The other processes must not take this one for dead.
             with self._database.session() as connection:
-                ((open_runs, closed, retries),) = connection.execute(statements.BEAT, parameters).fetchall()
-        soon = {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()}
-        return Heartbeat(set(open_runs), closed, soon)
+                (row,) = connection.execute(statements.BEAT, parameters).fetchall()
+        open_runs, closed, retries, working, server_now, *lineage = row
+        self._database.lineage = self._lineage.heard(Lineage(*lineage))
+        return Heartbeat(
+            set(open_runs),
+            closed,
+            {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()},
+            {int(pid): described for pid, described in (working or {}).items()},
+            server_now,
+            self._database.lineage,
+        )
+
+    def end_backend(self, pid: int) -> None:
+        """End the backend that still works for a dead process. Raises PermissionDenied for one of another role."""
+        self._database.query(statements.END_BACKEND, {"pid": pid})
 
     def leave(self) -> None:
         """Remove this process from the list of the living ones."""
         self._database.execute(statements.LEAVE, self._process.parameters())
+        self._lineage.close()
+
+    def _outcome(self, run_id: int, report: JobReport) -> dict[str, Any]:
+        return self._process.parameters() | {
+            "run_id": run_id,
+            "outcome": report.outcome,
+            "reason": report.reason,
+            "error": report.reason if report.outcome == "failed" else None,
+            "counts": Jsonb(report.counts),
+        }
 
     def forget(self, keep: timedelta) -> int:
         """Delete up to 5,000 runs older than `keep`, failures after three times as long; return how many."""

@@ -7,6 +7,8 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
+from catfeeder_cron.database.lineage import Lineage
+from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.version import __version__
 
@@ -47,9 +49,22 @@ class Retries:
 
 
 @dataclass(frozen=True)
+class RunRecord:
+    """A run that has ended, as this process knows it: enough to record it anew where the ledger has lost it."""
+
+    run_id: int
+    report: JobReport
+    slot: datetime | None = None
+    trigger: Trigger = "schedule"
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Closed:
     """The answer to the record of how a run ended."""
 
+    vanished: bool
+    """The ledger has no such run of this process: the server has lost its last seconds."""
     by_another: bool
     """Another process had closed the run before, because it took this one for dead."""
     retry_in: timedelta | None
@@ -66,6 +81,12 @@ class Heartbeat:
     """Descriptions of the runs of dead processes that this heartbeat has closed."""
     retries: dict[str, timedelta]
     """The jobs that are to be retried before the next heartbeat, and how soon."""
+    working: dict[int, str] = field(default_factory=dict, compare=False)
+    """The backends, by pid, that still work on a statement of a dead process's run, with descriptions of the runs."""
+    server_now: datetime | None = field(default=None, compare=False)
+    """What the server's clock showed."""
+    lineage: Lineage | None = field(default=None, compare=False)
+    """Which history of the database it met."""
 
 
 @dataclass(frozen=True)
@@ -76,4 +97,4 @@ class SlotClaim:
     run_id: int | None
     """None if the caller does not get the run."""
     too_early: bool
-    """The slot lies more than an hour ahead of the database's clock."""
+    """The slot lies ahead by the database's clock."""

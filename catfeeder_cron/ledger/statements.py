@@ -3,11 +3,11 @@
 # One row of `schedule` serves as the lock: the process that moves it on from the value that all have read has claimed
 # the slot. The same statement accounts for the slots before it, so that a death in between leaves none of them out.
 # A slot of a job that is paused, or still running, becomes a missed one. A stretch grows while its reason stays.
-# A process whose clock is far ahead must not take slots from the others: the slots are not due yet.
+# No slot is claimed before its time has come by the server's clock, whatever the claiming machine's clock says.
 CLAIM = """
     WITH advanced AS (
         INSERT INTO catfeeder_cron.schedule AS s (job, trigger, accounted_until)
-        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s < now() + interval '1 hour'
+        SELECT %(job)s, %(described)s, %(slot)s WHERE %(slot)s <= now() + %(early)s
         ON CONFLICT (job) DO UPDATE
         SET accounted_until = excluded.accounted_until, retry_slot = NULL, retry_at = NULL
         WHERE s.accounted_until = %(known)s
@@ -55,7 +55,7 @@ CLAIM = """
                %(host)s, %(pid)s, %(daemon)s, now()
         FROM stretch WHERE first NOT IN (SELECT first FROM grown)
         ON CONFLICT DO NOTHING)
-    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s >= now() + interval '1 hour'"""
+    SELECT (SELECT accounted_until FROM account), (SELECT run_id FROM claimed), %(slot)s > now() + %(early)s"""
 
 # A run without a slot. A manual run ignores a pause; a woken run respects it, as runs of the schedule do.
 CLAIM_WITHOUT_SLOT = """
@@ -94,15 +94,17 @@ UNDER_WAY = """
     SELECT host, pid, started_at FROM catfeeder_cron.job_runs
     WHERE job = %(job)s AND outcome IS NULL AND (NOT shared OR daemon = %(daemon)s)"""
 
-# It may be repeated after a lost answer: then it finds the run closed and changes nothing. A run between slots takes in
-# the run before it if that was between slots, too: a job that always has something due would add a row every second.
+# It may be repeated after a lost answer: then it finds the run closed and changes nothing. A server that lost its last
+# seconds may have given the number to another process's run, or to none. A run between slots takes in the run before it
+# if that was between slots, too: a job that always has something due would add a row every second.
 CLOSE = """
     WITH earlier AS (
         SELECT before.* FROM catfeeder_cron.job_runs this, LATERAL (
             SELECT * FROM catfeeder_cron.job_runs r
             WHERE r.job = this.job AND r.daemon = this.daemon AND r.run_id < this.run_id
             ORDER BY r.run_id DESC LIMIT 1) before
-        WHERE this.run_id = %(run_id)s AND this.outcome IS NULL AND %(outcome)s = 'succeeded'
+        WHERE this.run_id = %(run_id)s AND this.daemon = %(daemon)s AND this.outcome IS NULL
+          AND %(outcome)s = 'succeeded'
           AND (this.slot, this.trigger) IS NOT DISTINCT FROM (NULL, 'schedule')
           AND (before.slot, before.trigger, before.outcome) IS NOT DISTINCT FROM (NULL, 'schedule', 'succeeded')
           AND before.started_at > now() - interval '1 hour'
@@ -121,7 +123,7 @@ CLOSE = """
                                   UNION ALL
                                   SELECT each.* FROM taken_in, jsonb_each_text(taken_in.counts) AS each) both_of
                             GROUP BY key) summed)
-        WHERE run_id = %(run_id)s AND outcome IS NULL
+        WHERE run_id = %(run_id)s AND daemon = %(daemon)s AND job = coalesce(%(job)s, job) AND outcome IS NULL
         RETURNING job, slot),
     retry AS (
         SELECT job, slot, now() + interval '1 second' * (1 + random() / 4)
@@ -134,33 +136,97 @@ CLOSE = """
         FROM retry WHERE s.job = retry.job AND s.accounted_until = retry.slot
             AND (retry.retry_at < %(retry_before)s OR %(retry_before)s::timestamptz IS NULL)
         RETURNING s.retry_at - now() AS retry_in)
-    SELECT NOT EXISTS (SELECT FROM closed) AND EXISTS (
-               SELECT FROM catfeeder_cron.job_runs
-               WHERE run_id = %(run_id)s AND (outcome, reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text)),
-           (SELECT retry_in FROM awaited)"""
+    SELECT found.run_id IS NULL,
+           found.outcome IS NOT NULL AND (found.outcome, found.reason) IS DISTINCT FROM (%(outcome)s, %(reason)s::text),
+           (SELECT retry_in FROM awaited)
+    FROM (VALUES (0)) AS always LEFT JOIN catfeeder_cron.job_runs found
+         ON found.run_id = %(run_id)s AND found.daemon = %(daemon)s AND found.job = coalesce(%(job)s, found.job)"""
+
+# The record of a run whose row the server has lost. Its slot may have been run again meanwhile: then the row has none.
+RESTORE = """
+    WITH slots AS (
+        SELECT CASE WHEN NOT EXISTS (SELECT FROM catfeeder_cron.job_runs r
+                                     WHERE r.job = %(job)s AND r.slot = %(slot)s AND NOT r.shared) THEN %(slot)s END)
+    INSERT INTO catfeeder_cron.job_runs
+        (job, slot, trigger, shared, outcome, reason, counts, error, started_at, finished_at, host, pid, daemon)
+    SELECT %(job)s, (SELECT * FROM slots)::timestamptz, %(trigger)s, %(shared)s, %(outcome)s, %(reason)s, %(counts)s,
+           %(error)s, %(started_at)s, %(started_at)s::timestamptz + %(duration)s, %(host)s, %(pid)s, %(daemon)s
+    WHERE NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
+                      WHERE run_id = %(run_id)s AND daemon = %(daemon)s AND job = %(job)s)
+    ON CONFLICT DO NOTHING"""
 
 # It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.
-# After a restart of the server all heartbeats are old, so no process counts as dead until all had time to come back.
+# History went back, or may have, where the server is another one, on another timeline or with another copy of this
+# table, or where it knows of fewer heartbeats than this process has heard of, or has sent itself (its row in `daemons`
+# is `own`). However a silence came about (an outage, a restart, a failover, a clock that was set), nobody counts as
+# dead before all had time to be heard of again. A heartbeat in the future is none: the clock was set back since. A dead
+# process's statement that the server still works on is a run under way; its backend is known by its application_name.
 BEAT = """
-    WITH beat AS (
-        INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version)
-        VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s)
-        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind),
+    WITH here AS MATERIALIZED (SELECT catfeeder_cron.server() AS server),
+    known AS MATERIALIZED (
+        SELECT l.server, l.counter, here.server AS server_now, coalesce(own.beats, 0) AS own_beats,
+               l.server <> here.server OR l.counter < %(counter)s OR coalesce(own.beats, 0) < %(beats)s AS went_back
+        FROM catfeeder_cron.lineage l CROSS JOIN here LEFT JOIN catfeeder_cron.daemons own ON own.daemon = %(daemon)s
+        FOR UPDATE OF l),
+    lineage AS (
+        UPDATE catfeeder_cron.lineage l SET
+            id = CASE WHEN went_back THEN gen_random_uuid() ELSE l.id END,
+            since = CASE WHEN went_back THEN now() ELSE l.since END,
+            reason = CASE
+                WHEN known.server <> server_now
+                THEN format('the database is %%s now and was %%s before (system/timeline/copy)',
+                            server_now, known.server)
+                WHEN known.counter < %(counter)s
+                THEN format('the database knows of %%s heartbeats, and there were %%s',
+                            known.counter, %(counter)s::bigint)
+                WHEN own_beats < %(beats)s
+                THEN format('the database has lost %%s heartbeats of pid %%s on %%s',
+                            %(beats)s::bigint - own_beats, %(pid)s::int, %(host)s::text)
+                ELSE l.reason END,
+            server = server_now,
+            counter = greatest(known.counter, %(counter)s) + 1,
+            written_at = now(),
+            heard_since = CASE
+                WHEN went_back OR now() > l.written_at + %(silence)s OR now() < l.written_at - %(early)s
+                THEN now() ELSE l.heard_since END
+        FROM known
+        RETURNING l.id, l.since, l.reason, l.server, l.counter, l.heard_since),
+    beat AS (
+        INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version, beats)
+        VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s, %(beats)s + 1)
+        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind, beats = excluded.beats),
+    dead AS MATERIALIZED (
+        SELECT r.run_id, r.job, r.daemon FROM catfeeder_cron.job_runs r
+        WHERE r.outcome IS NULL AND r.daemon <> %(daemon)s
+          AND (SELECT heard_since FROM lineage) < now() - %(dead_after)s
+          AND NOT EXISTS (SELECT FROM catfeeder_cron.daemons d
+                          WHERE d.daemon = r.daemon AND d.heartbeat_at > now() - %(dead_after)s
+                            AND d.heartbeat_at <= now() + %(early)s)
+        FOR UPDATE OF r SKIP LOCKED),
+    working AS MATERIALIZED (
+        SELECT dead.run_id, dead.job, a.pid FROM dead JOIN pg_catalog.pg_stat_activity a
+            ON a.application_name = format('catfeeder-cron run %%s %%s', dead.run_id, left(dead.daemon::text, 8))),
     closed AS (
         UPDATE catfeeder_cron.job_runs r
         SET outcome = 'aborted', reason = %(died)s, finished_at = now()
-        WHERE r.outcome IS NULL AND r.daemon <> %(daemon)s
-          AND pg_postmaster_start_time() < now() - %(dead_after)s
-          AND NOT EXISTS (SELECT FROM catfeeder_cron.daemons d
-                          WHERE d.daemon = r.daemon AND d.heartbeat_at > now() - %(dead_after)s)
+        WHERE r.outcome IS NULL AND r.run_id IN (SELECT run_id FROM dead EXCEPT SELECT run_id FROM working)
         RETURNING r.job, r.host, r.pid, r.run_id),
     gone AS (
-        DELETE FROM catfeeder_cron.daemons d
-        WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s)
+        DELETE FROM catfeeder_cron.daemons WHERE daemon IN (
+            SELECT d.daemon FROM catfeeder_cron.daemons d
+            WHERE d.heartbeat_at < now() - interval '1 day' AND d.daemon <> %(daemon)s FOR UPDATE SKIP LOCKED))
     SELECT array(SELECT run_id FROM catfeeder_cron.job_runs WHERE outcome IS NULL AND daemon = %(daemon)s),
            array(SELECT format('%%s (run %%s on %%s, pid %%s)', job, run_id, host, pid) FROM closed),
            (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule
-            WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot)"""
+            WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot),
+           (SELECT jsonb_object_agg(pid, format('%%s (run %%s)', job, run_id)) FROM working),
+           clock_timestamp(), id, since, reason, server, counter
+    FROM lineage"""
+
+# Ends the statement that a dead process's run has left behind, and its locks. Refused for a backend of another role.
+END_BACKEND = "SELECT pg_terminate_backend(%(pid)s)"
+
+IDENTITY = "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1"
 
 LEAVE = "DELETE FROM catfeeder_cron.daemons WHERE daemon = %(daemon)s"
 
@@ -174,7 +240,7 @@ REGISTER = """
         trigger = excluded.trigger,
         retry_slot = CASE WHEN s.trigger = excluded.trigger THEN s.retry_slot END,
         retry_at = CASE WHEN s.trigger = excluded.trigger THEN s.retry_at END,
-        accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + interval '1 hour'
+        accounted_until = CASE WHEN s.trigger <> excluded.trigger OR s.accounted_until > now() + %(early)s
                                THEN excluded.accounted_until ELSE s.accounted_until END
     RETURNING job, accounted_until"""
 

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 from catfeeder_cron.oauth.answers import Ambiguous, Answer, Dead, Partial, Refused, Renewed, Transient
 from catfeeder_cron.oauth.quoting import quote
-from catfeeder_cron.times import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds, sender_now
 
 MOST_BYTES = 64 * 1024
 """A longer body, as sent or unpacked, is not read."""
@@ -42,7 +42,7 @@ class Unreadable(ValueError):
 def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable[str], now: datetime) -> Answer:
     """Return the meaning of a complete response. `body` is as it was sent, at most a little longer than MOST_BYTES.
 
-    No `reason` quotes one of `secrets`. An HTTP date in Retry-After counts from `now`.
+    No `reason` quotes one of `secrets`. An HTTP date in Retry-After counts from the answer's Date, else from `now`.
     """
     secrets = tuple(secrets)
     try:
@@ -52,7 +52,9 @@ def read(status: int, headers: Mapping[str, str], body: bytes, secrets: Iterable
         fields, trouble = {}, str(unreadable)
     code = fields.get("error")
     code = code if isinstance(code, str) else ""
-    retry_after = retry_after_seconds(headers.get("retry-after"), now, _LONGEST_RETRY_AFTER)
+    retry_after = retry_after_seconds(
+        headers.get("retry-after"), sender_now(headers.get("date"), now), _LONGEST_RETRY_AFTER
+    )
     secrets = (*secrets, *_tokens(fields))
     reason = _reason(status, code or trouble, fields, secrets)
     if 200 <= status < 300:

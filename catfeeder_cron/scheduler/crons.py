@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -204,6 +204,18 @@ class Crons:
         """The ids of those running jobs that don't end though their time is up."""
         runtime = self._here()
         return runtime.supervisor.timeouts.stuck if runtime else []
+
+    @property
+    def troubles(self) -> list[str]:
+        """What is wrong with the clocks or the database's history, a line each."""
+        runtime = self._here()
+        return runtime.troubles if runtime else []
+
+    @property
+    def now(self) -> datetime:
+        """The time by the database's clock, as far as it is known, which slots go by."""
+        runtime = self._here()
+        return runtime.clock.now() if runtime else datetime.now(UTC)
 
     @property
     def schedules(self) -> dict[str, Schedule]:

@@ -25,12 +25,12 @@ from catfeeder_cron.errors import (
     UnknownJob,
 )
 from catfeeder_cron.job import Job, JobContext, Resources
-from catfeeder_cron.ledger import Retries
+from catfeeder_cron.ledger import Retries, Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.report import JobReport, Outcome, Progress, no_progress
 from catfeeder_cron.run_control import is_for_the_program
-from catfeeder_cron.scheduler.listeners import Run
+from catfeeder_cron.scheduler.listeners import Origin, Run
 from catfeeder_cron.scheduler.supervisor import Supervisor
 
 log = get_logger("catfeeder_cron.runs")
@@ -99,6 +99,7 @@ class Executor:
         self,
         job_id: str,
         claim: Callable[[], int | None],
+        trigger: Trigger = "manual",
         progress: Progress = no_progress,
         slot: datetime | None = None,
     ) -> JobReport | None:
@@ -108,7 +109,7 @@ class Executor:
         """
         job, settings = self.find(job_id)
         context = self.context(job_id, progress, slot)
-        run = self._supervisor.begin(job_id, settings, context, claim)
+        run = self._supervisor.begin(job_id, settings, context, claim, Origin(slot, trigger, job.shared))
         if run is None:
             return None
         try:
@@ -119,11 +120,11 @@ class Executor:
             raise
 
     def run_scheduled(
-        self, job_id: str, claim: Callable[[], int | None], slot: datetime | None = None
+        self, job_id: str, claim: Callable[[], int | None], trigger: Trigger, slot: datetime | None = None
     ) -> JobReport | None:
         """Do as `run`, but log an error that prevents the run, and return None."""
         try:
-            return self.run(job_id, claim, slot=slot)
+            return self.run(job_id, claim, trigger, slot=slot)
         except UnknownJob:
             return None  # a reload has removed it at this moment
         except (DatabaseUnavailable, JobInterrupted):
@@ -164,7 +165,7 @@ class Executor:
         if not isinstance(settings, CustomJobSettings) or not settings.retries:
             return None
         try:
-            before = self.settings.schedule(job_id).next_after(datetime.now(UTC))
+            before = self.settings.schedule(job_id).next_after(self._supervisor.clock.now())
         except UnknownJob:  # a reload has removed it
             return None
         return Retries(settings.retries, settings.retry_after, before)
@@ -234,6 +235,8 @@ def not_run(job_id: str, outcome: Outcome, reason: str, *, dry_run: bool) -> Job
 def _outcome(job: Job[Any], context: JobContext, settings: JobSettings) -> tuple[Outcome, str | None]:
     try:
         context.checkpoint()
+        if refusal := job.refused_on(context.database):
+            raise JobSkipped(refusal)
         if job.tables:
             with context.transaction() as connection:
                 require_tables(connection, context.tables, job.id, job.tables)

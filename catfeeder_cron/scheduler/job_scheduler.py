@@ -23,6 +23,7 @@ from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.executor import Executor
 from catfeeder_cron.scheduler.job_tasks import JobTasks
 from catfeeder_cron.scheduler.listeners import RunListener
+from catfeeder_cron.scheduler.server_clock import ClockWatch, ServerClock
 from catfeeder_cron.scheduler.slots import JobSlots
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 
@@ -30,13 +31,21 @@ log = get_logger("catfeeder_cron.scheduler")
 
 # A slot that has just come up is not overdue: another daemon is about to run it.
 _NOT_OVERDUE_YET = timedelta(seconds=5)
+# A task that waited by this machine's clock may come this much too early by the database's.
+_NEARLY = timedelta(seconds=0.15)
+# A task that comes earlier than that, because a clock was set, comes again at its slot if that is so near.
+_SOON = timedelta(seconds=2)
 
 
 class JobScheduler(RunListener):
     """All methods may be called from any thread."""
 
-    def __init__(self, tasks: JobTasks, executor: Executor, ledger: Ledger, downtime: Downtime) -> None:
+    def __init__(
+        self, tasks: JobTasks, executor: Executor, ledger: Ledger, downtime: Downtime, clock: ServerClock
+    ) -> None:
         self._tasks = tasks
+        self._clock = clock
+        self._clock_watch = ClockWatch(clock)
         self._executor = executor
         self._ledger = ledger
         self._downtime = downtime
@@ -93,7 +102,14 @@ class JobScheduler(RunListener):
             self._open_accounts(changed, gone)
 
     def beat(self, reached: bool, /) -> None:
-        """Open the accounts at the first heartbeat and after each return, and catch up on overdue slots."""
+        """Open the accounts at the first heartbeat and after each return, and catch up on overdue slots.
+
+        Where this machine's clock was set, have the tasks wait anew.
+        """
+        if self._clock_watch.was_set():
+            with self._lock:
+                for slots in self._slots.values():
+                    self._add(slots)
         if reached:
             with self._opening:
                 self._open_and_recover()
@@ -124,11 +140,14 @@ class JobScheduler(RunListener):
     def _slots_of(self, job_id: str) -> JobSlots:
         job, settings = self._executor.find(job_id)
         schedule = self._executor.settings.schedule(job_id)
-        trigger = ScheduleTrigger(schedule, job_id, settings.jitter)
-        return JobSlots(job_id, schedule, trigger, job.shared, self._ledger, self._downtime)
+        trigger = ScheduleTrigger(schedule, job_id, settings.jitter, self._clock)
+        return JobSlots(job_id, schedule, trigger, job.shared, self._ledger, self._downtime, clock=self._now)
+
+    def _now(self) -> datetime:
+        return self._clock.now() + _NEARLY
 
     def _add(self, slots: JobSlots) -> bool:
-        if slots.schedule.next_after(datetime.now(UTC)) is None:
+        if slots.schedule.next_after(self._clock.now()) is None:
             log.info("job_has_no_slot_ahead", job=slots.job_id, trigger=slots.schedule.describe())
             return True
         summary = self._executor.find(slots.job_id)[0].summary
@@ -140,31 +159,42 @@ class JobScheduler(RunListener):
             slots = self._slots.get(job_id)
         if slots is None:
             return  # a reload has removed the job
-        begun = datetime.now(UTC)
-        report = self._executor.run_scheduled(job_id, partial(slots.claim, trigger), slots.due())
+        begun = self._clock.now()
+        due = slots.due()
+        if due is None:
+            self._come_again(slots)
+        report = self._executor.run_scheduled(job_id, partial(slots.claim, trigger), trigger, due)
         if report is None:
             return
         _warn_if_slow(report, slots.interval(begun))
         # Slots that came up meanwhile found no free worker. After a reload they belong to another account.
         try:
             if self._slots.get(job_id) is slots:
-                slots.pass_over(STILL_RUNNING, until=report.started_at + report.duration)
+                slots.pass_over(STILL_RUNNING, until=begun + report.duration)
         except DatabaseUnavailable:
             pass  # the database has logged it; they are accounted for when it is back
         except CatfeederCronError as error:
             log.error("slots_not_accounted_for", job=job_id, reason=str(error))
 
+    def _come_again(self, slots: JobSlots) -> None:
+        """Have the job's task come at its next slot, where it came a moment too early by the database's clock."""
+        now = self._clock.now()
+        following = slots.trigger.next_fire_time(now)
+        if following and following - now < _SOON and slots.accounted_until is not None:
+            at = datetime.now(UTC) + (following - now)
+            self._tasks.run_soon("coming again", self._run_due, slots.job_id, "schedule", at=at)
+
     def _run_retry(self, job_id: str) -> None:
         """Retry a failed run, if this process gets it. Called in a worker thread."""
         if job_id in self._slots:
-            self._executor.run_scheduled(job_id, partial(self._ledger.claim_retry, job_id))
+            self._executor.run_scheduled(job_id, partial(self._ledger.claim_retry, job_id), "retry")
 
     def _open_accounts(self, unopened: dict[str, JobSlots], gone: Iterable[str] = ()) -> None:
         """Learn how far the jobs' slots are accounted for, and catch up; close the accounts of those `gone`."""
         triggers = {job_id: slots.schedule.describe() for job_id, slots in unopened.items()}
         disabled = [job_id for job_id, job in self._executor.settings.jobs.items() if not job.enabled]
         for job_id, accounted_until in self._ledger.register(triggers, [*disabled, *gone]).items():
-            unopened[job_id].accounted_until = accounted_until
+            unopened[job_id].open(accounted_until)
             self._catch_up(unopened[job_id])
 
     def _catch_up(self, slots: JobSlots) -> None:
@@ -179,7 +209,7 @@ class JobScheduler(RunListener):
             if self._executor.settings.jobs[job_id].catch_up:
                 self._tasks.run_soon("catching up", self._run_due, job_id, "catch_up", at_once=2)
                 return
-        slots.pass_over(until=datetime.now(UTC) - _NOT_OVERDUE_YET)
+        slots.pass_over(until=self._clock.now() - _NOT_OVERDUE_YET)
 
     def _recover(self, job_id: str) -> None:
         """Have a job recover from an outage. Called in a worker thread."""

@@ -9,7 +9,7 @@ from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.listeners import Run, RunListener
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 
-Purpose = Literal["catching up", "woken", "recovering", "retrying"]
+Purpose = Literal["catching up", "coming again", "woken", "recovering", "retrying"]
 
 
 class JobTasks(RunListener):

@@ -1,16 +1,26 @@
 """Tells the listeners what happens to the runs of this process: pings, wakers, the status, the metrics, in one list."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import CatfeederCronError
+from catfeeder_cron.ledger.records import Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl, is_for_the_program
 
 log = get_logger("catfeeder_cron.scheduler")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run came from. A `shared` job's run is no obstacle to runs of other processes."""
+
+    slot: datetime | None = None
+    trigger: Trigger = "manual"
+    shared: bool = False
 
 
 @dataclass(eq=False)
@@ -21,6 +31,7 @@ class Run:
     job_id: str
     settings: JobSettings
     control: RunControl
+    origin: Origin = field(default_factory=Origin)
     stuck_reported_at: timedelta | None = None
     """How far it was beyond its timeout when it was last reported as stuck."""
 

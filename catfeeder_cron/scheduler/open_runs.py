@@ -1,15 +1,21 @@
 """The runs of this process that the ledger has as open: under way, or ended and not recorded yet."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.errors import JobInterrupted
-from catfeeder_cron.ledger.records import Retries
+from catfeeder_cron.ledger.records import Retries, RunRecord
 from catfeeder_cron.report import JobReport
-from catfeeder_cron.scheduler.listeners import Run
+from catfeeder_cron.scheduler.listeners import Origin, Run
+from catfeeder_cron.times import elapsed_seconds
+
+# How many runs, and for how long, a process remembers for a ledger that loses its last seconds.
+_REMEMBERED = 1000
+_REMEMBERED_SECONDS = 3600
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +24,13 @@ class EndedRun:
 
     run_id: int
     report: JobReport
+    origin: Origin = field(default_factory=Origin)
     retries: Retries | None = None
+    ended_at: float = field(default_factory=elapsed_seconds)
+
+    def record(self) -> RunRecord:
+        """Return what the ledger needs to record the run anew."""
+        return RunRecord(self.run_id, self.report, self.origin.slot, self.origin.trigger, self.origin.shared)
 
 
 class OpenRuns:
@@ -34,6 +46,7 @@ class OpenRuns:
         self._under_way: list[Run] = []
         self._claiming = 0
         self._unrecorded: list[EndedRun] = []
+        self._recorded: deque[EndedRun] = deque(maxlen=_REMEMBERED)
         self._stop_reason: JobInterrupted | None = None
 
     @property
@@ -91,7 +104,7 @@ class OpenRuns:
             if run not in self._under_way:
                 return False
             self._under_way.remove(run)
-            self._unrecorded.append(EndedRun(run.run_id, report, retries))
+            self._unrecorded.append(EndedRun(run.run_id, report, run.origin, retries))
             self._changed.notify_all()
         return True
 
@@ -100,13 +113,21 @@ class OpenRuns:
         with self._changed:
             runs, self._under_way = self._under_way, []
             ended = [(run, aborted(run, reason)) for run in runs]
-            self._unrecorded += [EndedRun(run.run_id, report) for run, report in ended]
+            self._unrecorded += [EndedRun(run.run_id, report, run.origin) for run, report in ended]
         return ended
 
     def recorded(self, ended: EndedRun) -> None:
-        """Remove a run that the ledger has recorded."""
+        """Take a run off that the ledger has recorded, and remember it for an hour."""
         with self._changed:
             self._unrecorded.remove(ended)
+            # Runs between slots become one row, so nothing tells a lost row from one that was taken in.
+            if ended.origin.slot or ended.origin.trigger != "schedule":
+                self._recorded.append(ended)
+
+    def recorded_lately(self) -> list[EndedRun]:
+        """Return the runs that were recorded within the last hour, a thousand at most, the oldest first."""
+        with self._changed:
+            return [ended for ended in self._recorded if elapsed_seconds() - ended.ended_at < _REMEMBERED_SECONDS]
 
     def unknown_of(self, run_ids: set[int]) -> set[int]:
         """Return which of these runs are none of the open ones."""

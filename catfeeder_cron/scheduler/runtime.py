@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from catfeeder_cron.config import CustomJobSettings, Settings
+from catfeeder_cron.config import CustomJobSettings, Settings, state_directory
 from catfeeder_cron.custom_jobs import custom_job
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import JobAborted, JobInterrupted, JobIsRunning
@@ -27,6 +27,7 @@ from catfeeder_cron.scheduler.job_scheduler import JobScheduler
 from catfeeder_cron.scheduler.job_tasks import JobTasks
 from catfeeder_cron.scheduler.listeners import Listeners, RunListener
 from catfeeder_cron.scheduler.pings import Pings
+from catfeeder_cron.scheduler.server_clock import ServerClock
 from catfeeder_cron.scheduler.supervisor import Supervisor
 from catfeeder_cron.scheduler.wakers import JobWakers
 
@@ -63,16 +64,23 @@ class Runtime:
         self.database = given.database or Database(settings.database)
         self.tasks = tasks
         downtime = Downtime(datetime.now(UTC))
-        self.ledger = Ledger(self.database, Process("run-once"))
+        self.clock = ServerClock()
+        self.ledger = Ledger(self.database, Process("run-once"), state_directory())
         self.listeners = Listeners(*given.listeners)
-        self.supervisor = Supervisor(self.ledger, downtime, settings.scheduler.history_keep, self.listeners)
+        self.supervisor = Supervisor(self.ledger, downtime, settings.scheduler.history_keep, self.listeners, self.clock)
         self.executor = Executor(settings, _all_jobs(given.jobs, settings), self.database, self.supervisor, given.oauth)
         self._job_tasks = JobTasks(tasks)
-        self.job_scheduler = JobScheduler(self._job_tasks, self.executor, self.ledger, downtime)
+        self.job_scheduler = JobScheduler(self._job_tasks, self.executor, self.ledger, downtime, self.clock)
         self._wakers = JobWakers(self._job_tasks, self.executor, self.database, self.ledger)
         self._pings = Pings()
-        for listener in (self._job_tasks, self.job_scheduler, self._wakers, self._pings):
+        for listener in (self.clock, self._job_tasks, self.job_scheduler, self._wakers, self._pings):
             self.listeners.add(listener)
+
+    @property
+    def troubles(self) -> list[str]:
+        """What is wrong with the clocks or the database's history, a line each."""
+        lineage = self.database.lineage
+        return [trouble for trouble in (lineage.stale if lineage else "", self.clock.trouble) if trouble]
 
     def schedule(self) -> bool:
         """Schedule every enabled job, and start the BackgroundTasks that was not given. Returns False on a failure."""
@@ -100,7 +108,7 @@ class Runtime:
         self.supervisor.beat()
         self.supervisor.start()
         deadline = time.monotonic() + wait.total_seconds()
-        while (report := self.executor.run(job_id, claim, progress)) is None:
+        while (report := self.executor.run(job_id, claim, "manual", progress)) is None:
             if time.monotonic() >= deadline:
                 raise JobIsRunning(_where_it_runs(job_id, self.ledger))
             stop_requested.wait(_TRY_AGAIN_SECONDS)

@@ -1,12 +1,13 @@
 """Claims the slots of a job that are due, and accounts for those that passed without a run."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock
 
-from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable
-from catfeeder_cron.ledger import Ledger, Missed, Trigger
+from catfeeder_cron.errors import DatabaseUnavailable
+from catfeeder_cron.ledger import WENT_BACK, Ledger, Missed, Trigger
 from catfeeder_cron.schedule import MICROSECOND, Schedule
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
@@ -29,6 +30,8 @@ class JobSlots:
     accounted_until: datetime | None = None
     """Until when the job's slots are accounted for, as far as this process knows; None before it has asked."""
     clock: Callable[[], datetime] = _now
+    """The database's clock."""
+    _claimed: deque[datetime] = field(default_factory=lambda: deque(maxlen=1000))
     # Held by a worker, or by the heartbeat's thread, while it claims or accounts for slots, the database's answer
     # included: two threads of this process would otherwise claim from the same account, and one of them in vain.
     _lock: Lock = field(default_factory=Lock)
@@ -54,6 +57,18 @@ class JobSlots:
         """
         self._settle("schedule", run=False, reason=reason, until=until)
 
+    def open(self, accounted_until: datetime) -> None:
+        """Take in until when the ledger has the slots accounted for.
+
+        Where the ledger lost its last seconds, this process knows better: its slots are not run again. An account in
+        the future, which a wrong clock left behind, counts for nothing.
+        """
+        with self._lock:
+            known = self.accounted_until
+            self.accounted_until = accounted_until
+            if known and accounted_until < known <= self.clock():
+                self._make_up_for(accounted_until, known)
+
     def interval(self, instant: datetime) -> timedelta | None:
         """Return the time between the two slots after `instant`; None if there are no two."""
         first = self.schedule.next_after(instant)
@@ -78,14 +93,35 @@ class JobSlots:
                     self.downtime.missed()
                     raise
                 self.downtime.seen(self.clock())
+                if claim.accounted_until < known <= self.clock():
+                    self._make_up_for(claim.accounted_until, known)
+                    continue
                 self.accounted_until = claim.accounted_until
                 if claim.accounted_until >= slot:
+                    if claim.run_id is not None:
+                        self._claimed.append(slot)
                     return claim.run_id
                 if claim.too_early:
-                    raise CatfeederCronError(
-                        "this machine's clock is more than an hour ahead of the database's; set one of them right"
-                    )
+                    return None  # the server's clock was set back; the next heartbeat tells by how much
             return None
+
+    def _make_up_for(self, after: datetime, until: datetime) -> None:
+        """Account anew for the slots in (`after`, `until`], whose account the ledger has lost. Called under the lock.
+
+        The runs that this process made are recorded again by the supervisor, so they are in no stretch.
+        """
+        described = self.schedule.describe()
+        while after < until:
+            missed, start = list[Missed](), after
+            for slot in [*(slot for slot in self._claimed if after < slot <= until), until + MICROSECOND]:
+                if slots := self.schedule.between(start, slot - MICROSECOND):
+                    missed.append(Missed(slots, WENT_BACK))
+                start = slot
+            claim = self.ledger.claim(self.job_id, described, after, until, missed, None, shared=self.shared)
+            if claim.accounted_until <= after:
+                break  # the job was disabled meanwhile: it has no account
+            after = claim.accounted_until  # another process may have done a part of it
+        self.accounted_until = after
 
     def _missed(self, after: datetime, until: datetime, reason: str | None) -> list[Missed]:
         """Return the slots in (`after`, `until`] as stretches, one for each reason."""

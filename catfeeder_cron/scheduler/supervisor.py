@@ -1,21 +1,30 @@
 """Keeps the runs of this process alive in the ledger, and records how they end."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from uuid import UUID
 
 from catfeeder_cron.config import JobSettings
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobAborted, JobInterrupted
-from catfeeder_cron.ledger.constants import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS
+from catfeeder_cron.errors import (
+    CatfeederCronError,
+    DatabaseError,
+    DatabaseUnavailable,
+    JobAborted,
+    JobInterrupted,
+    PermissionDenied,
+)
+from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS, HEARTBEAT_SECONDS
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Closed, Heartbeat, Retries
+from catfeeder_cron.ledger.records import Closed, Heartbeat, Retries, RunRecord
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl
 from catfeeder_cron.scheduler.downtime import Downtime
-from catfeeder_cron.scheduler.listeners import Listeners, Run
+from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run
 from catfeeder_cron.scheduler.open_runs import EndedRun, OpenRuns, aborted, aborted_report
+from catfeeder_cron.scheduler.server_clock import ServerClock
 from catfeeder_cron.scheduler.timeouts import Timeouts
 from catfeeder_cron.times import elapsed_seconds
 
@@ -24,10 +33,18 @@ log = get_logger("catfeeder_cron.scheduler")
 _FORGET_EVERY_SECONDS = 3600
 _AGAIN_SECONDS = 1.0
 _NEVER = float("-inf")
-# A run confirms its heartbeat before a batch once it is this old: the others close the run soon.
-_CONFIRM_AFTER_SECONDS = 0.7 * DEAD_AFTER_SECONDS
+# While the database is away, it is looked for this often.
+_OUTAGE_SECONDS = 2.0
+# A run confirms its heartbeat before a batch once it is this old: the fence is near.
+_CONFIRM_AFTER_SECONDS = 15
+# While runs are under way, the age of the heartbeat is looked at this often at least: no wait goes on while the machine
+# sleeps.
+_LOOK_AT_FENCE_SECONDS = 5.0
 
 TAKEN_FOR_DEAD = "this process was taken for dead, and the run was closed by another"
+CUT_OFF = f"cut off from the database for {FENCE_SECONDS} s, after which others may begin the job"
+RECORD_LOST = "the database went back to a time before this run began"
+RUNS_HERE = "the job was running in this process already"
 _CLOSED = "what runs the jobs of this process is closed"
 ANSWER_LOST = "the database was cut off while the run was claimed"
 
@@ -35,10 +52,21 @@ ANSWER_LOST = "the database was cut off while the run was claimed"
 class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`, and tells `listeners` about each event.
 
-    `runs` are the open runs, `timeouts` ends them in time. All methods may be called from any thread.
+    A second thread asks runs to end: those whose time is up, and all that may run nowhere else at the same time once no
+    heartbeat has arrived for 20 seconds (FENCE_SECONDS), because from 30 seconds on others may begin the job. It needs
+    no database for that. `runs` are the open runs, `timeouts` ends them in time, `clock` shows the database's time. All
+    methods may be called from any thread.
     """
 
-    def __init__(self, ledger: Ledger, downtime: Downtime, history_keep: timedelta, listeners: Listeners) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        downtime: Downtime,
+        history_keep: timedelta,
+        listeners: Listeners,
+        clock: ServerClock | None = None,
+    ) -> None:
+        self.clock = clock or ServerClock()
         self.runs = OpenRuns()
         self.timeouts = Timeouts(self.runs, listeners)
         self._ledger = ledger
@@ -47,9 +75,10 @@ class Supervisor:
         self._listeners = listeners
         self._unanswered: set[int] = set()
         self._closing = False
-        self._wake = threading.Event()
-        # Held while the thread is made and while the end is announced: no thread is made after that. Its holder may
-        # take it again: a signal's handler may close this in the middle of a start.
+        # What wakes the thread of the heartbeat, and the one that ends runs.
+        self._wake_heart, self._wake_watch = threading.Event(), threading.Event()
+        # Held while the threads are made and while the end is announced: none is made after that. Its holder may take
+        # it again: a signal's handler may close this in the middle of a start.
         self._starting = threading.RLock()
         # Held during a heartbeat, by the heartbeat's thread or by one that begins or confirms a run: heartbeats come
         # one after the other, and none begins after the end was announced.
@@ -59,17 +88,24 @@ class Supervisor:
         self._last_beat = _NEVER
         self._next_forget = elapsed_seconds()
         self._logged_failure = ""
-        self._thread: threading.Thread | None = None
+        self._lineage: UUID | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin the heartbeats, the first of them at once. Idempotent; does nothing after `close`."""
         with self._starting:
-            if self._thread is None and not self._closing:
-                self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
-                self._thread.start()
+            if not self._threads and not self._closing:
+                for name, work in (("heartbeat", self._beat_regularly), ("watch", self._watch)):
+                    self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+                    self._threads[-1].start()
 
     def begin(
-        self, job_id: str, settings: JobSettings, control: RunControl, claim: Callable[[], int | None]
+        self,
+        job_id: str,
+        settings: JobSettings,
+        control: RunControl,
+        claim: Callable[[], int | None],
+        origin: Origin = Origin(),  # noqa: B008 - it is frozen
     ) -> Run | None:
         """Begin to supervise the run that `claim` gets; return None when it gets none.
 
@@ -84,7 +120,11 @@ class Supervisor:
                 run_id = claim()
                 if run_id is None:
                     return None
-                run = Run(run_id, job_id, settings, control)
+                run = Run(run_id, job_id, settings, control, origin)
+                if not origin.shared and job_id in self.runs.job_ids:
+                    # Only a ledger that has lost the other run gives it a second one.
+                    self._ledger.close(run_id, aborted(run, RUNS_HERE))
+                    return None
                 self._supervise(run)
         except DatabaseUnavailable:
             self._downtime.missed()
@@ -120,14 +160,20 @@ class Supervisor:
             before, claiming = self.runs.seen_at_once()
             begun = elapsed_seconds()
             heartbeat = self._send_heartbeat()
+            if heartbeat.server_now:
+                self.clock.read(heartbeat.server_now, begun, elapsed_seconds())
             self._last_beat = begun
+            went_back = self._is_new_lineage(heartbeat)
         for run in before:
             if run.run_id not in heartbeat.open_runs:
-                run.control.stop.set(JobAborted(TAKEN_FOR_DEAD))
+                run.control.stop.set(JobAborted(RECORD_LOST if went_back else TAKEN_FOR_DEAD))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
-        self._downtime.seen(datetime.now(UTC))
+        self._end_backends(heartbeat.working)
+        self._downtime.seen(self.clock.now())
         self._record()
+        if went_back:
+            self._restore()
         self._close_unanswered(set() if claiming else heartbeat.open_runs)
         self._listeners.beat(True)
         for job, retry_in in heartbeat.retries.items():
@@ -135,11 +181,12 @@ class Supervisor:
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
-        with self._starting:  # either `start` has made the thread by now, or it makes none any more
+        with self._starting:  # either `start` has made the threads by now, or it makes none any more
             self._closing = True
-        self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=HEARTBEAT_SECONDS)
+        for thread, wake in zip(self._threads, (self._wake_heart, self._wake_watch), strict=False):
+            wake.set()
+            if thread is not threading.current_thread():
+                thread.join(timeout=HEARTBEAT_SECONDS)
         for run, report in self.runs.end_all(abandoned or ANSWER_LOST):
             self._listeners.ended(run, report)
         if self._last_beat > _NEVER:
@@ -151,21 +198,37 @@ class Supervisor:
                 if unrecorded := self.runs.unrecorded:
                     log.warning("runs_not_recorded", runs=len(unrecorded), reason=str(error))
 
-    def _watch(self) -> None:
-        """Send heartbeats and enforce timeouts, in the thread of the heartbeat."""
-        next_beat = elapsed_seconds()
+    def _beat_regularly(self) -> None:
+        """Send heartbeats, in the thread of the heartbeat; more often while none arrives."""
         while not self._closing:
-            if elapsed_seconds() >= next_beat:
-                next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
-                if not self._try_to_beat():
-                    self._listeners.beat(False)
+            next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
+            if not self._try_to_beat():
+                self._listeners.beat(False)
+                next_beat = elapsed_seconds() + _OUTAGE_SECONDS
+            self._wake_heart.wait(max(0.0, next_beat - elapsed_seconds()))
+            self._wake_heart.clear()
+
+    def _watch(self) -> None:
+        """End runs in time, in a thread of its own: nothing that it does waits for the database."""
+        while not self._closing:
             try:
-                next_timeout = self.timeouts.enforce()
+                look_in = min(self.timeouts.enforce(), self._fence())
             except Exception:  # of a callback that asks a run to stop
-                log.exception("timeout_not_enforced")
-                next_timeout = _AGAIN_SECONDS
-            self._wake.wait(max(0.0, min(next_beat - elapsed_seconds(), next_timeout)))
-            self._wake.clear()
+                log.exception("run_not_asked_to_end")
+                look_in = _AGAIN_SECONDS
+            self._wake_watch.wait(None if look_in == float("inf") else look_in)
+            self._wake_watch.clear()
+
+    def _fence(self) -> float:
+        """Ask every run to end that others may begin soon; return after how many seconds to look again."""
+        exclusive = [run for run in self.runs.under_way if not run.origin.shared and not run.control.stop]
+        left = FENCE_SECONDS - (elapsed_seconds() - self._last_beat)
+        if left > 0 and exclusive:
+            return min(left, _LOOK_AT_FENCE_SECONDS)
+        for run in exclusive:
+            log.error("run_cut_off", job=run.job_id, run_id=run.run_id, reason=CUT_OFF)
+            run.control.stop.set(JobAborted(CUT_OFF, FENCE_GRACE_SECONDS))
+        return float("inf")
 
     def _try_to_beat(self) -> bool:
         """Beat, and delete the old history every hour; log once why that can't be done."""
@@ -202,10 +265,10 @@ class Supervisor:
 
     def _supervise(self, run: Run) -> None:
         run.control.confirm = self._confirm
+        run.control.application_name = self._ledger.application_name(run.run_id)
         run.control.start_clock()
         self.runs.add(run)
-        if run.control.timeout.total_seconds() < HEARTBEAT_SECONDS:
-            self._wake.set()
+        self._wake_watch.set()
 
     def _confirm(self) -> None:
         """Beat before a batch when the others are about to take this process for dead, as after a freeze."""
@@ -223,13 +286,9 @@ class Supervisor:
                     self.runs.recorded(ended)
                     if closed.retry_in is not None:
                         retries.append((ended.report.job, closed.retry_in))
-                    if closed.by_another:
-                        log.warning(
-                            "run_was_closed_by_another",
-                            job=ended.report.job,
-                            run_id=ended.run_id,
-                            outcome=ended.report.outcome,
-                        )
+                    _tell_if_not_recorded(ended, closed)
+                    if closed.vanished:
+                        self._ledger.restore(self._record_of(ended))
         finally:  # without the lock: a listener may end or claim runs itself
             for job, retry_in in retries:
                 self._listeners.retry(job, retry_in)
@@ -251,6 +310,47 @@ class Supervisor:
         A run is closed when two heartbeats in a row find it: at the first its number may still be on the way.
         """
         unanswered = self.runs.unknown_of(open_runs)
+        recorded = {ended.run_id: ended.report for ended in self.runs.recorded_lately()}
         for run_id in unanswered & self._unanswered:
-            self._ledger.close(run_id, aborted_report("", ANSWER_LOST, {}, timedelta(0)))
+            self._ledger.close(run_id, recorded.get(run_id) or aborted_report("", ANSWER_LOST, {}, timedelta(0)))
         self._unanswered = unanswered
+
+    def _is_new_lineage(self, heartbeat: Heartbeat) -> bool:
+        """Whether the database went back, or may have, since the heartbeat before."""
+        if heartbeat.lineage is None:
+            return False
+        before, self._lineage = self._lineage, heartbeat.lineage.id
+        return before is not None and before != self._lineage
+
+    def _restore(self) -> None:
+        """Record the runs anew whose records the database has lost, as far as this process remembers them."""
+        for ended in self.runs.recorded_lately():
+            if self._ledger.restore(self._record_of(ended)):
+                log.warning(
+                    "run_recorded_again", job=ended.report.job, run_id=ended.run_id, outcome=ended.report.outcome
+                )
+
+    def _record_of(self, ended: EndedRun) -> RunRecord:
+        record = ended.record()
+        started_at = record.report.started_at + self.clock.correction()
+        return replace(record, report=replace(record.report, started_at=started_at))
+
+    def _end_backends(self, working: Mapping[int, str]) -> None:
+        """End the statements of dead processes' runs that the server still works on; their runs are closed after that.
+
+        A backend of a role that this one may not touch is waited for.
+        """
+        for pid, description in working.items():
+            try:
+                self._ledger.end_backend(pid)
+                log.warning("statement_of_dead_run_ended", run=description, backend=pid)
+            except PermissionDenied as error:
+                log.warning("dead_run_still_at_work", run=description, backend=pid, reason=str(error))
+
+
+def _tell_if_not_recorded(ended: EndedRun, closed: Closed) -> None:
+    run = {"job": ended.report.job, "run_id": ended.run_id, "outcome": ended.report.outcome}
+    if closed.vanished:
+        log.warning("run_recorded_again", **run)
+    elif closed.by_another:
+        log.warning("run_was_closed_by_another", **run)

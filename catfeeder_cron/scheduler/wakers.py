@@ -59,9 +59,11 @@ class JobWakers(RunListener):
 
     def _due_in(self, job_id: str) -> float | None:
         """Return in how many seconds the job has something to do, in the thread of its waker."""
-        wake = self._executor.find(job_id)[0].wake
+        job, _ = self._executor.find(job_id)
+        if job.wake is None or job.refused_on(self._database):
+            return None
         try:
-            return wake.due_in(self._executor.context(job_id)) if wake else None
+            return job.wake.due_in(self._executor.context(job_id))
         except (UndefinedObject, PermissionDenied) as problem:
             raise SchemaProblem(self._executor.explain(job_id, problem)) from None
 
@@ -73,4 +75,4 @@ class JobWakers(RunListener):
     def _run(self, job_id: str) -> None:
         """Run a job between its slots, unless it is running here, or paused. Called in a worker thread."""
         job, _ = self._executor.find(job_id)
-        self._executor.run_scheduled(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared))
+        self._executor.run_scheduled(job_id, partial(self._ledger.claim_woken, job_id, shared=job.shared), "schedule")

@@ -2,7 +2,7 @@
 
 import textwrap
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from catfeeder_cron.database import Database
 from catfeeder_cron.ledger.snapshot import Snapshot
@@ -50,12 +50,13 @@ class Health:
     def readiness_problems(self, snapshot: Snapshot) -> list[str]:
         """Return the reasons why jobs don't run as they should; none if the daemon is ready."""
         reasons = [f"{job} is stuck: it runs on though its timeout is over" for job in self._crons.stuck]
+        reasons += self._crons.troubles
         if self._stopping:
             reasons.append("the daemon is stopping")
         if snapshot.trouble:
             what = "the ledger can't be read" if snapshot.reachable else "the database is unreachable"
             return [f"{what}: {snapshot.trouble}", *reasons]
-        now = datetime.now(UTC)
+        now = self._crons.now
         for job, schedule in self._crons.schedules.items():
             account = snapshot.accounts.get(job)
             slots = schedule.between(account.accounted_until, now) if account and account.accounted_until else None
@@ -67,20 +68,27 @@ class Health:
     def _troubles(self) -> list[str]:
         stuck = [f"STUCK: {_listed(self._crons.stuck)}"] if self._crons.stuck else []
         trouble = textwrap.shorten(self._database.trouble, _LONGEST_TROUBLE, placeholder=" ...")
-        return [*([f"DATABASE UNREACHABLE: {trouble}"] if trouble else []), *stuck]
+        others = [
+            textwrap.shorten(f"TROUBLE: {each}", _LONGEST_TROUBLE, placeholder=" ...") for each in self._crons.troubles
+        ]
+        return [*([f"DATABASE UNREACHABLE: {trouble}"] if trouble else []), *others, *stuck]
 
     def _running(self) -> str:
         running = self._crons.running
         return f"running {_listed(running)}" if running else "idle"
 
     def _next(self) -> str:
-        now = datetime.now(UTC)
+        now = self._crons.now
         following = {job: schedule.next_after(now) for job, schedule in self._crons.schedules.items()}
         slots = sorted((slot, job) for job, slot in following.items() if slot)
         if not slots:
             return "no job is scheduled"
         slot, job = slots[0]
         return f"next {job} at {slot:%Y-%m-%d %H:%M:%S} UTC ({len(slots)} scheduled)"
+
+
+def _shortened(trouble: str) -> str:
+    return textwrap.shorten(trouble, _LONGEST_TROUBLE, placeholder=" ...")
 
 
 def _listed(jobs: list[str]) -> str:

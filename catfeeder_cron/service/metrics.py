@@ -5,7 +5,7 @@ prometheus_client costs 85 ms and some megabytes, so this module is imported onl
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import get_args
 
 import prometheus_client
@@ -90,7 +90,7 @@ class Metrics(RunListener):
         return Counter(_PREFIX + name, help, labels, registry=self._registry)
 
     def _gauges(self) -> Iterator[GaugeMetricFamily]:
-        now = datetime.now(UTC)
+        now = self._crons.now
         snapshot, schedules = self._snapshot.now(), self._crons.schedules
         running, stuck = self._crons.running, self._crons.stuck
         successes = {job: account.last_success for job, account in snapshot.accounts.items()}

@@ -24,7 +24,6 @@ from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.jobs import load_settings
 from tests.integration.daemons import (
     SECOND,
-    STARTED_LONG_AGO,
     Office,
     Work,
     has_account,
@@ -41,7 +40,6 @@ Events = Callable[[], list[str]]
 
 @pytest.fixture
 def office(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Iterator[Office]:
-    admin.execute(STARTED_LONG_AGO)
     office = Office(database_url, tmp_path)
     yield office
     office.close()
@@ -283,7 +281,7 @@ def test_a_stuck_job_is_reported_and_the_others_go_on_in_its_place(
         held = other.runs
         (run,) = [run for run in crons._open().supervisor.runs.under_way if run.job_id == "stuck"]
         run.control._started -= 60
-        crons._open().supervisor._wake.set()
+        crons._open().supervisor._wake_watch.set()
         wait_for(lambda: other.runs > held + 1)
         assert events().count("job_stuck") == 1
         assert rows(admin, "outcome", "job = 'stuck' AND missed IS NULL") == [(None,)], "it does run, so none other may"

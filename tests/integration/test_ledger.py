@@ -1,16 +1,20 @@
 """The ledger: a slot is claimed by one, what did not run is accounted for, the dead are cleared away."""
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, LiteralString
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
+from catfeeder_cron.database.lineage import IS_CURRENT, Lineage
 from catfeeder_cron.ledger import (
     DIED,
     NO_DAEMON,
@@ -21,10 +25,12 @@ from catfeeder_cron.ledger import (
     Missed,
     Process,
     Retries,
+    RunRecord,
     SlotClaim,
 )
 from catfeeder_cron.schedule import Slots
-from tests.integration.daemons import HOUR, STARTED_LONG_AGO, report, rows, wait_for
+from catfeeder_cron.times import timestamp
+from tests.integration.daemons import HOUR, heard_of_for_long, report, rows, wait_for
 from tests.support.waiting import eventually
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
@@ -34,8 +40,7 @@ NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
 @pytest.fixture
 def open_ledger(open_database: Callable[..., Database], admin: psycopg.Connection) -> Callable[..., Ledger]:
     """Opens the ledger for one more process; `daemon` is its identity."""
-    admin.execute(STARTED_LONG_AGO)
-    schema.ensure(open_database())
+    heard_of_for_long(open_database())
 
     def open_one(daemon: UUID | None = None) -> Ledger:
         return Ledger(open_database(pool_max_size=2), Process("daemon", daemon or uuid4()))
@@ -206,11 +211,9 @@ def test_a_manual_run_is_refused_while_the_job_runs_and_keeps_its_slot_from_runn
     assert rows(admin, "trigger, reason") == [("schedule", STILL_RUNNING), ("schedule", None), ("manual", None)]
 
 
-def test_a_slot_more_than_an_hour_ahead_of_the_servers_clock_is_nobodys(
-    ledger: Ledger, admin: psycopg.Connection
-) -> None:
+def test_a_slot_that_lies_ahead_by_the_servers_clock_is_nobodys(ledger: Ledger, admin: psycopg.Connection) -> None:
     now = datetime.now(UTC)
-    soon, late = now + 59 * timedelta(minutes=1), now + 61 * timedelta(minutes=1)
+    soon, late = now, now + timedelta(minutes=1)
 
     assert ledger.claim("job", "every 1h", NOON, late, [], "schedule") == SlotClaim(NOON, None, too_early=True)
     assert ledger.claim("job", "every 1h", NOON, soon, [], "schedule").run_id
@@ -291,21 +294,201 @@ def test_a_process_whose_jobs_hold_every_connection_says_that_it_lives_all_the_s
     assert len(admin.execute("SELECT * FROM catfeeder_cron.daemons").fetchall()) == 1
 
 
-def test_after_a_restart_of_the_server_everybody_has_30_seconds_to_come_back(
-    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+@pytest.mark.parametrize(
+    "silence", ["written_at = now() - interval '14 s'", "written_at = now() + interval '1 h'", "counter = 0"]
+)
+def test_after_a_silence_however_it_came_about_everybody_has_30_seconds_to_come_back(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, silence: LiteralString
 ) -> None:
+    """The server was away or cut off; its clock was put back; it has lost its last seconds."""
     daemon = UUID(int=1)
     other = open_ledger(daemon)
+    ledger.beat()
     other.beat()
     claim(other, 0, 1)
     set_heartbeat(admin, daemon, 3600)
+    admin.execute(sql.SQL("UPDATE catfeeder_cron.lineage SET {}").format(sql.SQL(silence)))
+    ledger.beat()
     for seconds, outcome in ((25, None), (35, "aborted")):
-        admin.execute(
-            "CREATE OR REPLACE FUNCTION fake.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE sql AS "
-            f"$$ SELECT now() - interval '{seconds} s' $$"
-        )
+        admin.execute("UPDATE catfeeder_cron.lineage SET heard_since = now() - %s * interval '1 s'", [seconds])
         ledger.beat()
         assert rows(admin, "outcome") == [(outcome,)]
+
+
+def test_a_heartbeat_in_the_future_is_none(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    """The server's clock was an hour ahead when the process died, and has been set right since."""
+    other = open_ledger(UUID(int=1))
+    other.beat()
+    claim(other, 0, 1)
+    set_heartbeat(admin, UUID(int=1), -3600)
+    ledger.beat()
+    assert rows(admin, "outcome") == [("aborted",)]
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage().split()[0] for record in caplog.records]
+
+
+def lineage(ledger: Ledger) -> Lineage:
+    found = ledger.beat().lineage
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        ("UPDATE catfeeder_cron.lineage SET counter = 1", "the database knows of 1 heartbeats, and there were 3"),
+        ("UPDATE catfeeder_cron.daemons SET beats = 1", "the database has lost 2 heartbeats of pid"),
+        ("DELETE FROM catfeeder_cron.daemons", "the database has lost 3 heartbeats of pid"),
+        ("UPDATE catfeeder_cron.lineage SET server = '7/00000001/16384'", "was 7/00000001/16384 before"),
+    ],
+)
+def test_a_database_that_went_back_is_noticed_by_one_and_told_to_all(
+    ledger: Ledger,
+    open_ledger: Callable[..., Ledger],
+    admin: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+    loss: LiteralString,
+    reason: str,
+) -> None:
+    other = open_ledger()
+    before = [lineage(ledger) for _ in range(3)][-1]
+    admin.execute(loss)
+    after = lineage(ledger)
+    assert after.id != before.id
+    assert after.counter > before.counter
+    assert reason in (after.reason or "")
+    assert lineage(ledger).id == lineage(other).id == after.id, "once"
+    assert events(caplog) == ["history_went_back"]
+
+
+def test_what_can_not_be_undone_is_handed_out_on_no_other_history(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], database: Database, admin: psycopg.Connection
+) -> None:
+    other = open_ledger()
+    known = lineage(ledger)
+
+    def is_current() -> bool:
+        with database.transaction() as connection:
+            return bool(connection.execute("SELECT " + IS_CURRENT, known.parameters()).fetchone()[0])  # type: ignore[index]
+
+    assert is_current()
+    other.beat()
+    assert is_current(), "others' heartbeats change nothing"
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 0")
+    assert not is_current(), "before any heartbeat has noticed"
+    other.beat()
+    assert not is_current(), "nor afterwards, before this process has heard of it"
+
+
+def test_what_a_host_remembers_tells_a_new_process_that_the_server_is_an_old_copy(
+    open_database: Callable[..., Database],
+    ledger: Ledger,
+    admin: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    def start() -> Ledger:
+        started = Ledger(open_database(), Process("daemon"), tmp_path)
+        started.prepare()
+        return started
+
+    first = start()
+    assert not lineage(first).stale
+    first.leave()
+    (remembered,) = tmp_path.iterdir()
+    assert remembered.stat().st_mode & 0o777 == 0o600
+    memory = json.loads(remembered.read_text())
+
+    # The counter alone: a restored backup.
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 0")
+    restored = lineage(start())
+    assert str(restored.id) != memory["id"]
+    assert not restored.stale
+
+    # A lower timeline: a former primary. The memory stays, so that the next process knows, too.
+    remembered.write_text(json.dumps(memory | {"timeline": "0000000A"}))
+    for _ in range(2):
+        assert "the server is on timeline 1, and this host has worked with its timeline 10" in lineage(start()).stale
+    remembered.write_text("[]")
+    assert not lineage(start()).stale
+    assert events(caplog) == ["history_went_back", "database_is_an_old_copy", "database_is_an_old_copy"]
+
+
+def test_a_statement_of_a_dead_process_that_the_server_still_works_on_is_a_run_under_way(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, connect: Callable[..., Any]
+) -> None:
+    other = open_ledger(UUID(int=1))
+    other.beat()
+    run_id = claim(other, 0, 1).run_id
+    assert run_id
+    at_work = connect()
+    at_work.execute(sql.SQL("SET application_name = {}").format(other.application_name(run_id)))
+    set_heartbeat(admin, UUID(int=1), 60)
+
+    (backend,) = ledger.beat().working
+    assert backend == at_work.info.backend_pid
+    assert rows(admin, "outcome") == [(None,)]
+    ledger.end_backend(backend)
+    eventually(lambda: ledger.beat().closed)
+    assert rows(admin, "outcome") == [("aborted",)]
+
+
+def test_a_number_that_was_given_out_again_closes_nobody_elses_run(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    ledger = open_ledger(UUID(int=2))
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+    admin.execute("UPDATE catfeeder_cron.job_runs SET daemon = %s", [UUID(int=1)])
+    closed = ledger.close(run_id, report())
+    assert closed.vanished
+    assert not closed.by_another
+    assert rows(admin, "outcome") == [(None,)]
+    admin.execute("UPDATE catfeeder_cron.job_runs SET job = 'another', daemon = %s", [UUID(int=2)])
+    assert ledger.close(run_id, report()).vanished
+    assert rows(admin, "outcome") == [(None,)]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_record_was_lost_is_recorded_anew_and_that_its_slot_ran_twice_can_be_told(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, again: bool
+) -> None:
+    run_id = claim(ledger, 0, 1).run_id
+    assert run_id
+    ledger.close(run_id, report("failed", "no food"))
+    record = RunRecord(run_id, report("failed", "no food"), NOON + HOUR, "schedule")
+    assert not ledger.restore(record), "it is there"
+    admin.execute("DELETE FROM catfeeder_cron.job_runs")
+    set_account(admin, NOON)
+    if again:
+        other = claim(open_ledger(), 0, 1).run_id
+        assert other
+
+    assert ledger.restore(record)
+
+    lost = f"no food; recorded again, because the database had lost it (slot {timestamp(NOON + HOUR)})"
+    expected = [(NOON + HOUR, None, None), (None, "failed", lost)] if again else [(NOON + HOUR, "failed", lost)]
+    assert rows(admin, "slot, outcome, reason") == expected
+
+
+def test_no_heartbeat_waits_for_a_row_that_somebody_has_locked(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, connect: Callable[..., Any]
+) -> None:
+    """It would hold up those of all other processes."""
+    other = open_ledger(UUID(int=1))
+    other.beat()
+    claim(other, 0, 1)
+    set_heartbeat(admin, UUID(int=1), 90_000)
+    somebody = connect(autocommit=False)
+    somebody.execute("SELECT FROM catfeeder_cron.job_runs FOR UPDATE")
+    somebody.execute("SELECT FROM catfeeder_cron.daemons FOR UPDATE")
+    assert ledger.beat().closed == []
+    somebody.rollback()
+    assert len(ledger.beat().closed) == 1
 
 
 def test_a_daemon_that_was_silent_for_a_day_is_forgotten(

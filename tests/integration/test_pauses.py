@@ -9,7 +9,7 @@ import pytest
 
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.ledger import Ledger, Process, pauses
-from tests.integration.daemons import SECOND, STARTED_LONG_AGO, Office, Work, rows, wait_for
+from tests.integration.daemons import SECOND, Office, Work, rows, wait_for
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -26,7 +26,6 @@ def ledgers(database: Database) -> list[Ledger]:
 
 @pytest.fixture
 def office(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Iterator[Office]:
-    admin.execute(STARTED_LONG_AGO)
     office = Office(database_url, tmp_path)
     yield office
     office.close()

@@ -13,7 +13,7 @@ from catfeeder_cron.config import Settings
 from catfeeder_cron.errors import DatabaseError
 from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.oauth.client import OAuthClient
-from tests.integration.daemons import STARTED_LONG_AGO, heart, rows, tasks_of, wait_for
+from tests.integration.daemons import heart, rows, tasks_of, wait_for
 
 Configure = Callable[[str], Settings]
 
@@ -23,7 +23,6 @@ ALWAYS_ON = "check-actions"
 
 @pytest.fixture
 def configure(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Configure:
-    admin.execute(STARTED_LONG_AGO)
 
     def read(jobs: str) -> Settings:
         path = tmp_path / "config.toml"

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import psycopg
 import pytest
@@ -13,11 +14,12 @@ from catfeeder_cron.database import Database
 from catfeeder_cron.database.embedded import EmbeddedServer
 from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
 from catfeeder_cron.job import JobContext
-from catfeeder_cron.ledger import Ledger, Process
+from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, Ledger, Process
+from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS
 from catfeeder_cron.scheduler.downtime import Downtime
-from catfeeder_cron.scheduler.listeners import Listeners, Run, RunListener
-from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, TAKEN_FOR_DEAD, Supervisor
-from tests.integration.daemons import STARTED_LONG_AGO, context, report, rows, wait_for
+from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run, RunListener
+from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, CUT_OFF, RECORD_LOST, RUNS_HERE, TAKEN_FOR_DEAD, Supervisor
+from tests.integration.daemons import SECOND, context, heard_of_for_long, report, rows, wait_for
 from tests.support.waiting import SOON
 
 
@@ -32,10 +34,10 @@ class Office(RunListener):
         self.stuck_runs = 0
         self.supervisor = Supervisor(self.ledger, self.downtime, timedelta(days=30), Listeners(self))
 
-    def begin(self, job: str = "job", given: JobContext | None = None) -> Run:
-        run = self.supervisor.begin(
-            job, JobSettings(), given or context(self.database), lambda: self.ledger.claim_manual(job, shared=False)
-        )
+    def begin(self, job: str = "job", given: JobContext | None = None, origin: Origin | None = None) -> Run:
+        origin = origin or Origin()
+        claim = partial(self.ledger.claim_manual, job, shared=origin.shared)
+        run = self.supervisor.begin(job, JobSettings(), given or context(self.database), claim, origin)
         assert run
         return run
 
@@ -48,7 +50,7 @@ class Office(RunListener):
 
 @pytest.fixture
 def open_office(open_database: Callable[..., Database], admin: psycopg.Connection) -> Iterator[Callable[[], Office]]:
-    admin.execute(STARTED_LONG_AGO)
+    heard_of_for_long(open_database())
     opened: list[Office] = []
 
     def open_one() -> Office:
@@ -219,6 +221,110 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
     assert told == [0, 1, 1, 1, 2, 3]
     assert office.stuck_runs == 1, "one more worker, not one for each report"
     assert run.control.stop
+
+
+def test_a_run_of_a_process_that_is_cut_off_is_asked_to_end_before_others_may_begin_the_job(
+    office: Office, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = office.begin()
+    shared = office.begin("shared", origin=Origin(shared=True))
+    office.supervisor._last_beat -= FENCE_SECONDS - 10
+    assert 0 < office.supervisor._fence() <= 5
+    assert not run.control.stop
+    office.supervisor._last_beat -= 11
+
+    office.supervisor._fence()
+
+    reason = run.control.stop.reason
+    assert isinstance(reason, JobAborted)
+    assert reason.grace_seconds == FENCE_GRACE_SECONDS
+    assert str(reason) == CUT_OFF
+    assert FENCE_SECONDS + FENCE_GRACE_SECONDS < DEAD_AFTER_SECONDS
+    assert not shared.control.stop, "its rows are shared out by leases"
+    assert events(caplog) == ["run_cut_off"]
+
+
+def test_the_fence_needs_no_heartbeat_to_return(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statement that hangs holds up the thread of the heartbeat, and nothing else."""
+    office.supervisor.start()
+    wait_for(lambda: office.beats)
+    hangs = threading.Event()
+    monkeypatch.setattr(office.ledger, "beat", lambda: hangs.wait(SOON))
+    run = office.begin()
+    office.supervisor._wake_heart.set()
+    office.supervisor._last_beat -= FENCE_SECONDS
+    office.supervisor._wake_watch.set()
+    assert run.control.stop.wait(SOON)
+    assert run.control.stop.reason
+    assert str(run.control.stop.reason) == CUT_OFF
+    hangs.set()
+    monkeypatch.undo()
+
+
+def lose_records(admin: psycopg.Connection) -> None:
+    """Have the server go back to a time before all runs, and before most heartbeats."""
+    admin.execute("DELETE FROM catfeeder_cron.job_runs")
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 0")
+
+
+def test_a_run_whose_record_was_lost_ends_and_is_recorded_anew(
+    office: Office, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = office.begin()
+    office.supervisor.beat()
+    lose_records(admin)
+    office.supervisor.beat()
+    with pytest.raises(JobAborted, match=RECORD_LOST):
+        run.control.checkpoint()
+    office.supervisor.end(run, report("aborted", RECORD_LOST))
+    ((outcome, reason),) = rows(admin, "outcome, reason")
+    assert outcome == "aborted"
+    assert reason == f"{RECORD_LOST}; recorded again, because the database had lost it"
+    assert events(caplog) == ["history_went_back", "run_recorded_again"]
+
+
+def test_runs_that_this_process_remembers_are_recorded_anew(
+    office: Office, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    slot = datetime.now(UTC).replace(microsecond=0)
+    office.supervisor.end(office.begin(origin=Origin(slot, "schedule")), report("failed", "no food"))
+    office.supervisor.end(office.begin("between slots", origin=Origin(None, "schedule")), report(job="between slots"))
+    lose_records(admin)
+    office.supervisor.beat()
+    ((job, found, trigger, outcome),) = rows(admin, "job, slot, trigger, outcome")
+    assert (job, found, trigger, outcome) == ("job", slot, "schedule", "failed")
+    assert events(caplog) == ["history_went_back", "run_recorded_again"]
+
+
+def test_a_run_that_the_server_has_as_open_again_is_closed_as_it_ended(
+    office: Office, admin: psycopg.Connection
+) -> None:
+    run = office.begin()
+    office.supervisor.end(run, report("failed", "no food"))
+    admin.execute("UPDATE catfeeder_cron.job_runs SET outcome = NULL, reason = NULL, finished_at = NULL")
+    for _ in range(2):
+        office.supervisor.beat()
+    assert rows(admin, "outcome, reason") == [("failed", "no food")]
+
+
+def test_a_ledger_that_has_lost_a_run_gives_its_process_no_second_one(
+    office: Office, admin: psycopg.Connection
+) -> None:
+    office.begin()
+    admin.execute("DELETE FROM catfeeder_cron.job_runs")
+    claim = partial(office.ledger.claim_manual, "job", shared=False)
+    assert office.supervisor.begin("job", JobSettings(), context(office.database), claim) is None
+    assert rows(admin, "outcome, reason") == [("aborted", RUNS_HERE)]
+
+
+def test_the_time_is_the_servers(office: Office, admin: psycopg.Connection) -> None:
+    office.supervisor.beat()
+    before = admin.execute("SELECT clock_timestamp()").fetchone()
+    now = office.supervisor.clock.now()
+    after = admin.execute("SELECT clock_timestamp()").fetchone()
+    assert before
+    assert after
+    assert before[0] - SECOND < now < after[0] + SECOND
 
 
 def test_old_runs_are_forgotten_soon_after_the_start(office: Office, admin: psycopg.Connection) -> None:

@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from catfeeder_cron.times import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds, sender_now
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -32,3 +32,9 @@ NOW = datetime(2026, 3, 1, tzinfo=UTC)
 )
 def test_it_is_read_as_seconds_or_as_a_date(value: str | None, seconds: float | None) -> None:
     assert retry_after_seconds(value, NOW, most=3600) == seconds
+
+
+def test_a_date_counts_from_the_senders_clock_however_wrong_ours_is() -> None:
+    now = sender_now("Wed, 21 Oct 2015 07:28:00 GMT", NOW)
+    assert retry_after_seconds("Wed, 21 Oct 2015 07:28:30 GMT", now, most=3600) == 30
+    assert sender_now(None, NOW) == sender_now("soon", NOW) == NOW

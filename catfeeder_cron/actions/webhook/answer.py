@@ -6,7 +6,7 @@ import httpx
 
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import one_line
-from catfeeder_cron.times import retry_after_seconds
+from catfeeder_cron.times import retry_after_seconds, sender_now
 
 _MOST_READ = 4096
 _MOST_TOLD = 200
@@ -26,7 +26,8 @@ async def receive(client: httpx.AsyncClient, request: httpx.Request) -> str:
     finally:
         await response.aclose()
     if response.status_code in _TRY_AGAIN or response.status_code >= 500:
-        asked = retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC), _LONGEST_WAIT_SECONDS)
+        now = sender_now(response.headers.get("date"), datetime.now(UTC))
+        asked = retry_after_seconds(response.headers.get("retry-after"), now, _LONGEST_WAIT_SECONDS)
         raise PostponedAction(described, asked or 0)
     if response.is_redirect:
         described += " (redirects are not followed)"

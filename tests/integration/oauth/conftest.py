@@ -146,7 +146,7 @@ class World:
         return row[0] if row else None
 
     def journals(self) -> list[Path]:
-        return [path for path in self.state_directory.rglob("*") if path.is_file()]
+        return [path for path in (self.state_directory / "oauth").rglob("*") if path.is_file()]
 
     def leases(self) -> int:
         row = self.connection.execute("SELECT count(owner) FROM catfeeder_cron.oauth_tokens").fetchone()
