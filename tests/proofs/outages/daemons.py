@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from tests.proofs.outages import recorded
 from tests.support.program import Program, Running, command
@@ -20,6 +22,9 @@ max_workers = 8
 
 [logging]
 format = "json"
+
+[metrics]
+listen = "127.0.0.1:0"
 
 [jobs.clean-tokens]
 enabled = false
@@ -63,12 +68,14 @@ class Daemon:
         """Ask it to stop and return its exit status."""
         return self.lives[-1].stop().status
 
-    def status(self) -> dict[str, Any]:
-        """Return what `status --json` says on this daemon's machine."""
-        words = [*self.prefix, *command(), "status", "--json"]
-        document = self.program.run_command(*words, variables=self.variables).document
-        assert isinstance(document, dict)
-        return document
+    def ready(self) -> str:
+        """Return what its /ready says: the troubles that it knows of, a line each."""
+        port = self.lives[-1].wait_for("metrics_served")["port"]
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/ready", timeout=30) as answer:
+                return str(answer.read().decode())
+        except HTTPError as error:
+            return error.read().decode()
 
     def events(self, name: str, **fields: Any) -> list[dict[str, Any]]:
         return [event for life in self.lives for event in life.events(name, **fields)]

@@ -98,12 +98,12 @@ def test_a_stale_primary_that_takes_writes_again_gets_no_renewals(
 
 
 def require_said_loudly(daemon: Daemon) -> None:
-    """It says once that history went back, and `status` has it as a trouble."""
-    eventually(lambda: daemon.events("history_went_back"), f"{daemon.name} says that history went back", 30)
-    (said,) = daemon.events("history_went_back")
+    """It says once that its server is stale, and goes on to tell it as a trouble."""
+    name = "database_is_an_old_copy"
+    eventually(lambda: daemon.events(name), f"{daemon.name} says that its server is an old copy", 30)
+    (said,) = daemon.events(name)
     assert said["level"] == "error", said
-    troubles = [trouble["kind"] for trouble in daemon.status()["troubles"]]
-    assert "history_went_back" in troubles, troubles
+    assert said["reason"] in daemon.ready(), daemon.ready()
 
 
 def require_harm_is_left_undone(daemon: Daemon, stale: Cluster, oauth: Links) -> None:
