@@ -115,7 +115,7 @@ class Audit:
             ).fetchone()
         assert account is not None
         self.accounted_until: datetime = account[0]
-        self.runs: dict[int, datetime] = {}
+        self.runs: dict[int, datetime | None] = {}
         self.outcomes: Counter[str] = Counter()
         self.triggers: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -124,7 +124,7 @@ class Audit:
         for run_id, slot, last_slot, missed, trigger, outcome, reason in rows:
             if missed is None:
                 self.runs[run_id] = slot
-                self.slots[slot] += 1
+                self.slots.update([slot] if slot else [])
                 self.outcomes[outcome] += 1
                 self.triggers[trigger] += 1
                 continue

@@ -61,7 +61,7 @@ def test_a_standby_that_lacks_the_last_seconds_costs_no_token_and_no_slot(
         lambda: audits.require_calm(daemons, 5),
         lambda: audits.require_said_once(daemons, "database_unreachable", least=0),
         lambda: audits.require_said_once(daemons, "history_went_back"),
-        lambda: audits.require_orderly_end(daemons, standby, "tick", "polite"),
+        lambda: audits.require_orderly_end(daemons, standby, "tick", "polite", kept=False),
     )
 
 

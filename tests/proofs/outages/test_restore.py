@@ -85,5 +85,5 @@ def test_a_restored_backup_costs_no_token_and_no_slot(
         lambda: audits.require_said_once(daemons, "history_went_back"),
         *([lambda: before.require_agreement(primary)] if running else []),
         lambda: audits.require_never_twice_at_once(daemons),
-        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "minutely"),
+        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "minutely", kept=False),
     )
