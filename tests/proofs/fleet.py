@@ -114,6 +114,7 @@ class Audit:
                 "SELECT accounted_until FROM catfeeder_cron.schedule WHERE job = %s", [job]
             ).fetchone()
         assert account is not None
+        self._rows = rows
         self.accounted_until: datetime = account[0]
         self.runs: dict[int, datetime | None] = {}
         self.outcomes: Counter[str] = Counter()
@@ -140,8 +141,20 @@ class Audit:
         first, interval = min(self.slots), self.interval
         expected = {first + n * interval for n in range(round((self.accounted_until - first) / interval) + 1)}
         without = expected - set(self.slots)
-        assert not without, f"{len(without)} slots without a row, from {min(without)} to {max(without)}"
+        assert not without, f"{len(without)} slots without a row, up to {max(without)}; {self._around(min(without))}"
         return expected
+
+    def _around(self, slot: datetime) -> str:
+        """Say what the ledger has before and after a slot."""
+        before = [row for row in self._rows if row[1] and row[1] < slot][-2:]
+        after = [row for row in self._rows if row[1] and row[1] > slot][:3]
+        return f"at {slot:%H:%M:%S.%f} between " + " and ".join(
+            "; ".join(
+                f"{run_id} {first:%H:%M:%S} {missed or ''} {' '.join(map(str, rest))}"
+                for run_id, first, _, missed, *rest in rows
+            )
+            for rows in (before, after)
+        )
 
     def require_every_slot_once(self) -> None:
         expected, last = self.require_no_slot_without_row(), max(self.slots)

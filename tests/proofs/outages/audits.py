@@ -21,7 +21,7 @@ INTERVALS = {
     "polite": timedelta(seconds=5),
     "deaf": timedelta(seconds=5),
     "statement": timedelta(seconds=5),
-    "minutely": timedelta(minutes=1),
+    "seldom": timedelta(seconds=20),
 }
 
 Check = Callable[[], object]
@@ -31,6 +31,8 @@ _RUNS = """
     WHERE missed IS NULL AND slot IS NOT NULL AND NOT shared"""
 _STRETCHES = """
     SELECT job, slot, last_slot, reason FROM catfeeder_cron.job_runs WHERE missed IS NOT NULL AND NOT shared"""
+# A run that is recorded again has the start that its process noted.
+_SAME_START = timedelta(seconds=0.5)
 _BEATS = "SELECT pid FROM catfeeder_cron.daemons WHERE heartbeat_at > %s AND heartbeat_at <= clock_timestamp()"
 _OPEN = "SELECT job, daemon, started_at FROM catfeeder_cron.job_runs WHERE outcome IS NULL"
 
@@ -181,9 +183,9 @@ class Memory:
 
     def _again(self, runs: list[tuple[Any, ...]]) -> list[str]:
         return [
-            f"{job} {slot:%H:%M:%S}{' by itself' if daemon == self._ran[job, slot][0] else ''}"
-            for job, slot, daemon, started_at, _, _ in runs
-            if (job, slot) in self._ran and started_at != self._ran[job, slot][1]
+            f"{job} {slot:%H:%M:%S}: {self._ran[job, slot][1]:%M:%S.%f}, {started_at:%M:%S.%f} ({outcome} {reason})"
+            for job, slot, _, started_at, outcome, reason in runs
+            if (job, slot) in self._ran and abs(started_at - self._ran[job, slot][1]) > _SAME_START
         ]
 
     def _otherwise(self, runs: list[tuple[Any, ...]], stretches: list[tuple[Any, ...]]) -> list[str]:

@@ -25,9 +25,9 @@ call = "recorded:polite"
 kwargs = {{ job = "polite", seconds = 15 }}
 interval = 5
 
-[jobs.minutely]
+[jobs.seldom]
 sql = "SELECT 1"
-cron = "* * * * *"
+interval = 20
 """
 _AHEAD = """
     SELECT job, extract(epoch FROM accounted_until - clock_timestamp())::float8 FROM catfeeder_cron.schedule
@@ -99,7 +99,7 @@ def test_a_daemon_with_a_wrong_clock_takes_no_slot_and_leaves_none_out(
         lambda: audits.require_no_run_closed_as_dead(daemons),
         lambda: audits.require_never_twice_at_once(daemons),
         lambda: audits.require_all_at_work(daemons, primary),
-        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "minutely"),
+        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "seldom"),
     )
 
 
@@ -147,7 +147,7 @@ def test_a_database_with_a_wrong_clock_kills_no_run_and_keeps_no_dead_daemon_ali
         lambda: audits.require_never_twice_at_once(daemons),
         daemons.stop,
         lambda: audits.require_no_run_left_open(database),
-        *(partial(audits.require_no_slot_without_row, database, job) for job in ("tick", "polite", "minutely")),
+        *(partial(audits.require_no_slot_without_row, database, job) for job in ("tick", "polite", "seldom")),
     )
 
 

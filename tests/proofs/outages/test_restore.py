@@ -12,7 +12,7 @@ from tests.proofs.outages.postgresql import DATABASE, Cluster
 from tests.proofs.outages.test_failover import RECORDED
 
 pytestmark = pytest.mark.outage
-MINUTELY = '[jobs.minutely]\nsql = "SELECT 1"\ncron = "* * * * *"\n'
+SELDOM = '[jobs.seldom]\nsql = "SELECT 1"\ninterval = 20\n'
 
 
 def dump(cluster: Cluster) -> Path:
@@ -58,7 +58,7 @@ def test_a_restored_backup_costs_no_token_and_no_slot(
     links: int,
 ) -> None:
     for _ in range(number):
-        daemons.add(primary.url(), RENEWAL + MINUTELY + RECORDED)
+        daemons.add(primary.url(), RENEWAL + SELDOM + RECORDED)
     daemons.prepare()
     oauth = make_links(links)
     oauth.insert(primary)
@@ -85,5 +85,5 @@ def test_a_restored_backup_costs_no_token_and_no_slot(
         lambda: audits.require_said_once(daemons, "history_went_back"),
         *([lambda: before.require_agreement(primary)] if running else []),
         lambda: audits.require_never_twice_at_once(daemons),
-        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "minutely", kept=False),
+        lambda: audits.require_orderly_end(daemons, primary, "tick", "polite", "seldom", kept=False),
     )
