@@ -36,6 +36,8 @@ enabled = false
 sql = "SELECT 1"
 interval = 1
 """
+# What is said of every run that fails or takes long: of a job of two seconds, often.
+OF_EACH_RUN = ("job_finished", "job_slow")
 NO_RENEWAL = "[jobs.renew-oauth]\nenabled = false\n"
 TICK = "tick"
 
@@ -81,10 +83,12 @@ class Daemon:
         return [event for life in self.lives for event in life.events(name, **fields)]
 
     def alarms(self, since: int = 0) -> Counter[str]:
-        """Count, by event, what it has said at warning or above, but for the first `since` lines."""
+        """Count, by event, what it has said at warning or above, but of single runs and in the first `since` lines."""
         lines = self.log.splitlines()[since:]
         return Counter(
-            entry["event"][:90] for entry in _entries(lines) if entry["level"] in ("warning", "error", "critical")
+            entry["event"][:90]
+            for entry in _entries(lines)
+            if entry["level"] in ("warning", "error", "critical") and entry["event"] not in OF_EACH_RUN
         )
 
     @property

@@ -69,6 +69,7 @@ def test_a_restored_backup_costs_no_token_and_no_slot(
     oauth.require_stored(primary)
     oauth.renew_all(primary)  # two renewals back
     oauth.require_stored(primary)
+    audits.require_all_at_work(daemons, primary)  # what is lost is more than the time between two heartbeats
     if not running:
         daemons.stop()
     before = audits.Memory(primary)
