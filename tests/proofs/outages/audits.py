@@ -34,7 +34,7 @@ _STRETCHES = """
 # A run that is recorded again has the start that its process noted.
 _SAME_START = timedelta(seconds=0.5)
 _BEATS = "SELECT pid FROM catfeeder_cron.daemons WHERE heartbeat_at > %s AND heartbeat_at <= clock_timestamp()"
-_OPEN = "SELECT job, daemon, started_at FROM catfeeder_cron.job_runs WHERE outcome IS NULL"
+_OPEN = "SELECT job, pid, started_at FROM catfeeder_cron.job_runs WHERE outcome IS NULL"
 
 
 def require_all(*checks: Check) -> None:
@@ -112,7 +112,8 @@ def require_all_at_work(daemons: Iterable[Daemon], cluster: Cluster, seconds: fl
         try:
             eventually(lambda: not away() and ticks(), seconds=seconds)
         except AssertionError:
-            raise AssertionError(f"not at work {seconds:g} s later: {away()}; slots run: {ticks()}") from None
+            where = f"in {cluster.folder.name} {seconds:g} s later"
+            raise AssertionError(f"not at work {where}: {away()}; slots run there: {ticks()}") from None
 
 
 def require_said_once(daemons: Iterable[Daemon], event: str, since: datetime | None = None, least: int = 1) -> None:
@@ -148,12 +149,19 @@ def require_orderly_end(daemons: Daemons, cluster: Cluster, *jobs: str, kept: bo
 
     In a database that has not `kept` all that it was told, a run that is recorded again may lie in a stretch of slots.
     """
+    living = {daemon.pid for daemon in daemons}
     require_slots = require_every_slot_once if kept else require_no_slot_without_row
     require_all(
+        lambda: eventually(lambda: not _open_runs_of_others(cluster, living), "runs of the dead are closed", 60),
         daemons.stop,
         lambda: require_no_run_left_open(cluster),
         *(partial(require_slots, cluster, job) for job in jobs or (TICK,)),
     )
+
+
+def _open_runs_of_others(cluster: Cluster, living: set[int]) -> list[tuple[Any, ...]]:
+    with cluster.admin() as connection:
+        return [run for run in connection.execute(_OPEN).fetchall() if run[1] not in living]
 
 
 def require_no_run_left_open(cluster: Cluster) -> None:
