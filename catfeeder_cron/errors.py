@@ -28,6 +28,9 @@ secret.
 
 from collections.abc import Sequence
 
+GRACE_SECONDS = 10.0
+"""How long what runs in a process of its own may take to end after a request to stop whose reason does not say more."""
+
 
 class CatfeederCronError(Exception):
     """The base of all errors that the program reports in one line, without a traceback."""
@@ -122,7 +125,14 @@ class RenewalError(CatfeederCronError):
 
 
 class JobInterrupted(CatfeederCronError):
-    """A job's run ends early. The message is the reason in the history."""
+    """A job's run ends early. The message is the reason in the history.
+
+    What the run has started in other processes is killed `grace_seconds` after it was asked to stop.
+    """
+
+    def __init__(self, reason: str = "", grace_seconds: float = GRACE_SECONDS) -> None:
+        self.grace_seconds = grace_seconds
+        super().__init__(reason)
 
 
 class JobSkipped(JobInterrupted):
@@ -130,11 +140,7 @@ class JobSkipped(JobInterrupted):
 
 
 class JobAborted(JobInterrupted):
-    """The process stops, and the run with it. An operator's callable is killed `grace_seconds` later."""
-
-    def __init__(self, reason: str, grace_seconds: float = 10) -> None:
-        self.grace_seconds = grace_seconds
-        super().__init__(reason)
+    """The process stops, or may have been taken for dead, and the run ends with it."""
 
 
 class JobTimedOut(JobInterrupted):

@@ -49,6 +49,9 @@ class Job(Generic[S]):
     wake: "Wake | None" = None
     recover: Callable[["JobContext"], None] | None = None
     """Finishes work that a dead process or an outage left half done; called when a daemon reaches the database."""
+    tend: Callable[["JobContext"], None] | None = None
+    """Looks after files that must not grow old. A daemon calls it every few minutes, whether the job is enabled or not,
+    and more often for some minutes after a failover or a restored backup."""
     check: Callable[[Database, Settings, bool], Iterator[Finding]] | None = None
     """Yields further findings for `check`; its last argument says whether the job's tables are as it needs them.
 
@@ -100,6 +103,8 @@ class JobContext(RunControl):
     @contextmanager
     def _within_timeout(self, local: dict[str, Any]) -> Iterator[Connection]:
         self.checkpoint()
+        if self.application_name is not None:
+            local = {"application_name": self.application_name, **local}
         try:
             with self.database.transaction(timeout=self.time_left(), **local) as connection:
                 yield connection

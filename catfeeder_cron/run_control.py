@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from catfeeder_cron.errors import JobInterrupted, JobTimedOut
+from catfeeder_cron.errors import GRACE_SECONDS, JobInterrupted, JobTimedOut
+from catfeeder_cron.times import elapsed_seconds
 
 
 class StopRequest:
     """A request to a run to end early. Any thread may set it; the run looks at it between its batches.
 
-    A second request does not change the reason.
+    A second request does not change the reason, but it may shorten the grace.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,8 @@ class StopRequest:
         # callbacks may take locks of their own.
         self._lock = threading.RLock()
         self._reason: JobInterrupted | None = None
+        self._grace_seconds = GRACE_SECONDS
+        self._grace_ends = float("inf")
         self._callbacks: list[Callable[[], None]] = []
 
     def __bool__(self) -> bool:
@@ -34,12 +37,27 @@ class StopRequest:
         """Return the reason why the run should end; None as long as it may go on."""
         return self._reason
 
+    @property
+    def grace_seconds(self) -> float:
+        """Return how long what the run has started may take to end, from the request on that leaves it the least."""
+        return self._grace_seconds
+
+    @property
+    def grace_left_seconds(self) -> float:
+        """Return how much of that time is left; infinite before any request."""
+        return max(0.0, self._grace_ends - elapsed_seconds())
+
     def set(self, reason: JobInterrupted) -> None:
-        """Request the stop, and call the callbacks in this thread. A second request does nothing."""
+        """Request the stop, and call the callbacks in this thread.
+
+        A second request only calls them again if its grace ends earlier; else it does nothing.
+        """
         with self._lock:
-            if self._event.is_set():
+            grace_ends = elapsed_seconds() + reason.grace_seconds
+            if grace_ends >= self._grace_ends:
                 return
-            self._reason = reason
+            self._grace_seconds, self._grace_ends = reason.grace_seconds, grace_ends
+            self._reason = self._reason or reason
             self._event.set()
             callbacks = list(self._callbacks)
         for call in callbacks:
@@ -48,7 +66,7 @@ class StopRequest:
     @contextmanager
     def calling(self, callback: Callable[[], None]) -> Iterator[None]:
         """Inside the `with` block, call `callback` when the request comes, in the thread that sets it, or now if it has
-        come already. `callback` must not block.
+        come already; again for a request with a shorter grace. `callback` must not block.
         """
         with self._lock:
             self._callbacks.append(callback)
@@ -71,6 +89,47 @@ class StopRequest:
             raise self._reason
 
 
+class Deadline:
+    """When all that a run has started in other processes is to be dead, whatever becomes of this process until then.
+
+    Any thread may set it. The guard of each process knows it (see children/guard.py) and needs nobody to enforce it.
+    """
+
+    def __init__(self) -> None:
+        # Held by the thread that sets the time, and by one that adds or removes a callback, while they call callbacks,
+        # too: of two times that are set at once the callbacks get the one that stays last.
+        self._lock = threading.RLock()
+        self._at = float("inf")
+        self._callbacks: list[Callable[[float], None]] = []
+
+    @property
+    def at(self) -> float:
+        """Return the time, by times.elapsed_seconds; infinite before any was set."""
+        return self._at
+
+    def set(self, at: float) -> None:
+        """Set the time, by times.elapsed_seconds, and call the callbacks with it in this thread."""
+        with self._lock:
+            self._at = at
+            for call in self._callbacks:
+                call(at)
+
+    @contextmanager
+    def calling(self, callback: Callable[[float], None]) -> Iterator[None]:
+        """Inside the `with` block, call `callback` with the time, now and whenever another is set.
+
+        `callback` must not block.
+        """
+        with self._lock:
+            self._callbacks.append(callback)
+            callback(self._at)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.remove(callback)
+
+
 @dataclass(kw_only=True)
 class RunControl:
     """The timeout, the stop request and the counts of one run.
@@ -81,6 +140,8 @@ class RunControl:
 
     timeout: timedelta
     stop: StopRequest = field(default_factory=StopRequest)
+    deadline: Deadline = field(default_factory=Deadline)
+    """For what the run has started in other processes; whoever knows that the run goes on puts it off."""
     confirm: Callable[[], None] = lambda: None
     """Checks that the run still belongs to this process, and sets `stop` when it doesn't."""
     counts: Counter[str] = field(default_factory=Counter)

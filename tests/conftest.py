@@ -1,10 +1,12 @@
-"""A real PostgreSQL for the tests: one server and one database for the session, emptied after each test."""
+"""A real PostgreSQL for the tests: one server for the session, and databases that are emptied after each test."""
 
+import gc
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import LiteralString
@@ -31,28 +33,13 @@ if "TMPDIR" not in os.environ and MEMORY.is_dir():
 from catfeeder_cron.database import embedded
 from catfeeder_cron.database.embedded import EmbeddedServer
 from tests.support import servers
+from tests.support.databases import TestDatabase, contents_for
 from tests.support.loaded import LoadedProgram
 from tests.support.program import Program
 
 # A busy machine is no fault of the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
-
-# A new database for each test would cost 70 to 200 ms, this a tenth. DROP waits for the sessions that are closing.
-_EMPTY = """
-    SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid();
-    DO $$
-    DECLARE schema text;
-    BEGIN
-        FOR schema IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
-            EXECUTE format('DROP SCHEMA %I CASCADE', schema);
-        END LOOP;
-        EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
-    END $$;
-    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
-    GRANT USAGE ON SCHEMA public TO PUBLIC"""
-
 
 _QUICK = ("tests/unit", "tests/integration/test_")
 
@@ -62,6 +49,17 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     servers.another()  # which says why it can't serve, before any test fails for that reason
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage in all that is loaded and collected: each time that takes longer than many a test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -133,30 +131,50 @@ def own_server(embedded_alone: None) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="session")
-def _url(request: pytest.FixtureRequest) -> Iterator[str]:
+def _open_database(request: pytest.FixtureRequest) -> Iterator[Callable[[str], TestDatabase]]:
+    """Gives the session's database with these contents."""
     server = servers.another() or request.getfixturevalue("server").conninfo
-    name = f"catfeeder_cron_test_{secrets.token_hex(4)}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
-    yield make_conninfo(server, dbname=name)
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    opened: list[TestDatabase] = []
+
+    @cache
+    def open_one(contents: str) -> TestDatabase:
+        opened.append(TestDatabase(server, contents))
+        return opened[-1]
+
+    yield open_one
+    for database in opened:
+        database.drop()
 
 
 @pytest.fixture
-def database_url(_url: str) -> Iterator[str]:
-    """The address of a database without tables; afterwards all its sessions are ended and all its schemas dropped."""
-    yield _url
-    # A daemon that the test leaves to its fixtures to end may come back, and lock in another order.
-    for last in (False, False, True):
-        try:
-            with psycopg.connect(_url, autocommit=True) as connection:
-                connection.execute(_EMPTY)
-        except psycopg.errors.DeadlockDetected:
-            if last:
-                raise
-        else:
-            break
+def database_url(request: pytest.FixtureRequest, _open_database: Callable[[str], TestDatabase]) -> Iterator[str]:
+    """The address of a database, without tables unless the test asks for some. Its sessions end with the test."""
+    database = _open_database(contents_for(request.fixturenames))
+    database.prepare()
+    yield database.url
+    database.clear()
+
+
+@pytest.fixture
+def with_schema() -> None:
+    """Have the test's database hold what `init-db` creates."""
+
+
+@pytest.fixture
+def with_schema_heard_of_for_long(with_schema: None, database_url: str) -> None:
+    """Have it hold that, and know of no silence: soon after one, nobody is taken for dead."""
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        admin.execute("UPDATE catfeeder_cron.lineage SET written_at = now(), heard_since = now() - interval '1 h'")
+
+
+@pytest.fixture
+def with_tables() -> None:
+    """Have the test's database hold what `init-db --with-app-tables` creates."""
+
+
+@pytest.fixture
+def with_indexes() -> None:
+    """Have the test's database hold what `init-db --with-app-tables --with-indexes` creates."""
 
 
 @pytest.fixture

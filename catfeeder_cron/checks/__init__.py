@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from catfeeder_cron.checks.naive_columns import check_zone
 from catfeeder_cron.checks.statements import check_statements
 from catfeeder_cron.checks.tables import check_job
 from catfeeder_cron.children.pool import Children
@@ -49,6 +50,7 @@ def _in_database(settings: Settings, database: Database) -> Iterator[Finding]:
     with database.transaction() as connection:
         server = list(_server(connection))
     yield from server
+    yield from check_zone(database)
     yield from _schema(database)
     jobs = built_in()
     for job_id, job_settings in settings.jobs.items():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from catfeeder_cron.checks.naive_columns import check_naive_columns
 from catfeeder_cron.config import Settings
 from catfeeder_cron.database import Database, catalog
 from catfeeder_cron.database.requirements import TableUse, require_table
@@ -12,7 +13,7 @@ from catfeeder_cron.report import Finding
 
 
 def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator[Finding]:
-    """Yield findings about the tables, columns, types, privileges and indexes that a job declares.
+    """Yield findings about the tables, columns, types, zones, privileges and indexes that a job declares.
 
     Raises DatabaseUnavailable.
     """
@@ -22,6 +23,7 @@ def check_job(database: Database, settings: Settings, job: Job[Any]) -> Iterator
         if not missing:
             if job.tables:
                 yield Finding("ok", job.id, "tables, columns and privileges are there")
+            yield from check_naive_columns(database, settings, job)
             yield from _indexes(database, settings, job)
     except DatabaseUnavailable:
         raise

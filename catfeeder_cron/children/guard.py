@@ -20,6 +20,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # The guard compares a deadline with the clock this often: no timer runs while a machine is suspended.
 _LOOK_SECONDS = 1.0
+_NEVER = float("inf")
 # The guard waits this long for a process that can't be killed: another user's, or one that hangs in the kernel.
 _KILL_SECONDS = 5.0
 # When memory runs out the kernel is to kill the callable, not the daemon.
@@ -30,7 +31,7 @@ def main(parent: int, control: int, work: Callable[[], NoReturn]) -> NoReturn:
     """Fork, call `work` in the new process, and watch over it.
 
     `parent` is the daemon's process id. Each line that comes from the descriptor `control` gives the time at which the
-    guard kills everything, in seconds on the clock that goes on while the machine is suspended (0: never); or it is
+    guard kills everything, in seconds on the clock that goes on while the machine is suspended (inf: never); or it is
     "kill". The end of the pipe alone would not do: a process that the daemon's program forks holds it open, too.
     """
     _die_with(parent, signal.SIGTERM)
@@ -57,7 +58,7 @@ class _Guard:
         self._worker = worker
         self._control = control
         self._alarm = alarm
-        self._deadline: float | None = None
+        self._deadline = _NEVER
         self._read = b""
         self._poll = select.poll()  # `select` takes no descriptor from 1024 on
         for descriptor in (control, alarm):
@@ -74,16 +75,14 @@ class _Guard:
             if status is not None:
                 _kill_descendants()
                 _end_like(status)
-            left = self._left()
-            wait = None if left is None else min(max(left, 0.0), _LOOK_SECONDS)
-            ready = {descriptor for descriptor, _ in self._poll.poll(None if wait is None else 1000 * wait)}
+            wait = None if self._deadline == _NEVER else 1000 * min(max(self._left(), 0.0), _LOOK_SECONDS)
+            ready = {descriptor for descriptor, _ in self._poll.poll(wait)}
             if self._alarm in ready and signal.SIGTERM in os.read(self._alarm, 64):
                 break
             if self._control in ready and not self._take_orders():
                 break
             # After the orders: one that came in time has moved the deadline, however late this process is.
-            left = self._left()
-            if left is not None and left <= 0:
+            if self._left() <= 0:
                 _kill_descendants()
                 _die_by(signal.SIGALRM)
         _kill_descendants()
@@ -96,11 +95,11 @@ class _Guard:
         if not read or b"kill" in lines:
             return False
         for line in lines:
-            self._deadline = float(line) or None
+            self._deadline = float(line)
         return True
 
-    def _left(self) -> float | None:
-        return None if self._deadline is None else self._deadline - _elapsed_seconds()
+    def _left(self) -> float:
+        return self._deadline - _elapsed_seconds()
 
 
 def _elapsed_seconds() -> float:

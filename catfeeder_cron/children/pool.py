@@ -12,15 +12,13 @@ from datetime import timedelta
 from typing import Any, Self
 
 from catfeeder_cron.children.messages import Request, Returned
-from catfeeder_cron.children.process import ChildProcess, NotBegun
-from catfeeder_cron.errors import CatfeederCronError
+from catfeeder_cron.children.process import ChildProcess, DiedAtDeadline, NotBegun
+from catfeeder_cron.errors import GRACE_SECONDS, CatfeederCronError
 from catfeeder_cron.times import elapsed_seconds
-
-STOP_GRACE = timedelta(seconds=10)
-"""How long a callable may take to end after it was asked to stop."""
 
 _IDLE = timedelta(seconds=60)
 _MOST_IDLE = 16
+_NEVER = float("inf")
 
 
 class Call:
@@ -30,27 +28,31 @@ class Call:
     lock is needed. `future` is safe in any thread, and `was_killed` may be read anywhere once `future` is done.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, request: Request) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, request: Request, deadline: float) -> None:
         self._loop = loop
         self._child: ChildProcess | None = None
         self._stop_requested = False
-        self._deadline = 0.0
+        self._killing: asyncio.TimerHandle | None = None
+        self._deadline = deadline
         self.request = request
         self.future: Future[Returned] = Future()
         """Gets the result or error of ChildProcess.result; after `ask_to_stop` or `kill` it surely gets one."""
         self.future.set_running_or_notify_cancel()  # only a kill ends it early
         self.was_killed = False
 
-    def ask_to_stop(self) -> None:
-        """Ask the callable to stop, and kill it when it has not ended after STOP_GRACE."""
-        self._soon(self._ask_to_stop)
+    def ask_to_stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Ask the callable to stop, and kill it when it has not ended after so many seconds.
 
-    def set_deadline(self, seconds: float) -> None:
-        """Have the guard kill it in so many seconds from now, even if this process is frozen or gone by then.
-
-        0 takes that back.
+        A second call can only make that earlier.
         """
-        self._soon(self._set_deadline, elapsed_seconds() + seconds if seconds else 0.0)
+        self._soon(self._ask_to_stop, grace_seconds)
+
+    def set_deadline(self, at: float) -> None:
+        """Have the guard kill it at this time of times.elapsed_seconds, even if this process is frozen or gone by then.
+
+        A call that has not begun by then is not made. Infinity takes the deadline back.
+        """
+        self._soon(self._set_deadline, at)
 
     def kill(self) -> None:
         """Kill the callable and everything that it has started."""
@@ -59,11 +61,17 @@ class Call:
     # The methods below are called in the loop's thread alone.
 
     def enter(self, child: ChildProcess) -> None:
-        """Send the call to this process, with the stop, the deadline or the kill that was requested before."""
+        """Send the call to this process, with the stop, the deadline or the kill that was requested before.
+
+        Raises DiedAtDeadline when the deadline has passed.
+        """
         self._child = child
-        child.send(self.request)
-        if self._deadline:
+        if self._deadline < _NEVER:
+            # First, so that the callable is never at work without it, even if this process is frozen in between.
             child.set_deadline(self._deadline)
+            if elapsed_seconds() >= self._deadline:
+                raise DiedAtDeadline("its lease ran out before it began")
+        child.send(self.request)
         if self._stop_requested:
             child.ask_to_stop()
         if self.was_killed:
@@ -71,18 +79,23 @@ class Call:
 
     def leave(self) -> None:
         """Forget the process, and take the deadline back: the process may serve another call next."""
-        if self._child and self._deadline:
-            self._child.set_deadline(0)
+        if self._child and self._deadline < _NEVER:
+            self._child.set_deadline(_NEVER)
         self._child = None
 
     def _soon(self, function: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed, so every process has ended
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _ask_to_stop(self) -> None:
-        if not self._stop_requested and not self.future.done():
+    def _ask_to_stop(self, grace_seconds: float) -> None:
+        if self.future.done():
+            return
+        if self._killing is None or self._loop.time() + grace_seconds < self._killing.when():
+            if self._killing is not None:
+                self._killing.cancel()
+            self._killing = self._loop.call_later(grace_seconds, self._kill)
+        if not self._stop_requested:
             self._stop_requested = True
-            self._loop.call_later(STOP_GRACE.total_seconds(), self._kill)
             if self._child:
                 self._child.ask_to_stop()
 
@@ -126,14 +139,15 @@ class Children:
         *arguments: Any,
         on_line: Callable[[str], None],
         keywords: dict[str, Any] | None = None,
+        deadline: float = _NEVER,
     ) -> Call:
         """Call "package.module:function" in a process that only serves calls of this `key`.
 
         The arguments must be picklable. `on_line` gets each line that the callable prints, and the logger of the same
-        name in this process gets each record that it logs; both see the log context of the moment of this call. Raises
-        CatfeederCronError once closed.
+        name in this process gets each record that it logs; both see the log context of the moment of this call.
+        `deadline` is that of Call.set_deadline. Raises CatfeederCronError once closed.
         """
-        return self._begin(key, reference, (arguments, keywords or {}), on_line)
+        return self._begin(key, reference, (arguments, keywords or {}), on_line, deadline)
 
     def find(self, key: str, reference: str, *, on_line: Callable[[str], None]) -> Call:
         """Import "package.module:function" in such a process, without calling it. Raises as `call` does."""
@@ -159,6 +173,7 @@ class Children:
         reference: str,
         arguments: tuple[tuple[Any, ...], dict[str, Any]] | None,
         on_line: Callable[[str], None],
+        deadline: float = _NEVER,
     ) -> Call:
         context = copy_context()  # entered by the loop's thread alone, so never twice at once
         request = Request(
@@ -174,7 +189,7 @@ class Children:
                 self._processes = _Processes(self._idle)
                 # Not at exit: runs are asked to end then (see lifecycle), and the processes end with this one.
                 weakref.finalize(self, self._processes.end_soon).atexit = False
-            return self._processes.begin(key, request)
+            return self._processes.begin(key, request, deadline)
 
 
 def _log(record: logging.LogRecord) -> None:
@@ -200,9 +215,9 @@ class _Processes:
         self._thread = threading.Thread(target=self._work, name="children", daemon=True)
         self._thread.start()
 
-    def begin(self, key: str, request: Request) -> Call:
+    def begin(self, key: str, request: Request, deadline: float) -> Call:
         """Begin a call, and return at once."""
-        call = Call(self._loop, request)
+        call = Call(self._loop, request, deadline)
         # In an empty context: this thread's log context is for the call alone, not for the process that it starts.
         self._loop.call_soon_threadsafe(self._begin, key, call, context=Context())
         return call

@@ -85,7 +85,7 @@ class ChildProcess:
         """Return the result of the call, or raise the error that it ended with.
 
         Raises CallableRaised for an exception of the callable's own, ChildDied when the process ended before the
-        verdict, and NotBegun when it ended before it had begun with the call.
+        verdict, NotBegun when it ended before it had begun with the call, and DiedAtDeadline when the guard killed it.
         """
         assert self._request is not None
         answer = Answer(self._request)
@@ -97,11 +97,11 @@ class ChildProcess:
             await asyncio.wait([self._ended], timeout=_END_SECONDS)
             self.kill()
             ending = await self._ending()
-            if not answer.begun:
+            if not answer.begun and not self._died_at_deadline:
                 raise NotBegun(f"its process {ending} before it began")
         await self._output.wait_for_mark()
         if answer.verdict is None:
-            raise ChildDied(f"its process {ending}")
+            raise (DiedAtDeadline if self._died_at_deadline else ChildDied)(f"its process {ending}")
         return answer.result()
 
     def ask_to_stop(self) -> None:
@@ -111,9 +111,9 @@ class ChildProcess:
     def set_deadline(self, at: float) -> None:
         """Have the guard kill the call at this time of times.elapsed_seconds, even if this process is gone by then.
 
-        0 takes that back.
+        Infinity takes that back.
         """
-        self._had_deadline = self._had_deadline or bool(at)
+        self._had_deadline = True
         self._order(f"{at}")
 
     def kill(self) -> None:
@@ -149,11 +149,15 @@ class ChildProcess:
                 os.kill(self._process.pid, signal.SIGKILL)
             await asyncio.wait([self._ended], timeout=_KILL_SECONDS)
         status = self._process.returncode
-        if status == -signal.SIGALRM and self._had_deadline:
+        if self._died_at_deadline:
             return "was still at work when its lease ran out, and was killed"
         if status == -signal.SIGKILL and not self._was_killed_here:
             return "was killed by SIGKILL, as the system does when memory runs out"
         return _described(status)
+
+    @property
+    def _died_at_deadline(self) -> bool:
+        return self._had_deadline and self._process.returncode == -signal.SIGALRM
 
     def _close_control(self) -> None:
         """Tell the guard to kill the others and then itself: in words, and by the end of its pipe."""
@@ -185,6 +189,10 @@ class ChildProcess:
 
 class NotBegun(ChildDied):
     """The process ended before it began with the call, so the call may be made again."""
+
+
+class DiedAtDeadline(ChildDied):
+    """The deadline of the call passed, so the guard killed the process, or the call was not begun."""
 
 
 def _python() -> str:

@@ -1,7 +1,8 @@
 """Find the database's address: in the environment, else in the credential, else in url_file or url."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -26,8 +27,11 @@ def resolve(
     A url_file that is overridden is not opened, because the service may not be allowed to read it.
     """
     url_file = None if database.url_file is None else file.parent / database.url_file
+    read_again: Callable[[], str] | None = None
     try:
-        conninfo = _from_variable(environ) or _from_credential(environ)
+        conninfo = _from_variable(environ)
+        if not conninfo and (conninfo := _from_credential(environ)):
+            read_again = partial(_from_credential, environ)
     except ConfigurationError as error:
         faults.extend(error)
         return database
@@ -35,15 +39,15 @@ def resolve(
     if not conninfo and url_file is not None and not (may_be_absent and not os.access(url_file, os.R_OK)):
         try:
             conninfo = _from_file(url_file)
+            read_again = partial(_from_file, url_file)
         except ConfigurationError as error:
             for line in error.faults:
                 faults.add(("database", "url_file"), line)
     conninfo = conninfo or database.conninfo.get_secret_value()
     if conninfo.startswith("embedded:"):
         conninfo = f"embedded:{file.parent / conninfo.removeprefix('embedded:').strip()}"
-    return database.model_copy(
-        update={"conninfo": SecretStr(conninfo), "url_file": None if url_file is None else str(url_file)}
-    )
+    found = {"conninfo": SecretStr(conninfo), "url_file": None if url_file is None else str(url_file)}
+    return database.model_copy(update=found).reading_again(read_again)
 
 
 def _from_variable(environ: Mapping[str, str]) -> str:

@@ -1,11 +1,12 @@
 """The tables of config.toml with their keys, types and defaults. The example config.toml explains them."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationInfo, field_validator
 
 from catfeeder_cron.config.durations import Duration, StatementTimeout, within
 from catfeeder_cron.config.job_settings import JobSettings
@@ -20,7 +21,7 @@ from catfeeder_cron.config.values import (
     URLPrefixes,
     Zone,
 )
-from catfeeder_cron.errors import UnknownJob
+from catfeeder_cron.errors import ConfigurationError, UnknownJob
 from catfeeder_cron.schedule import Schedule
 
 _ONE_SECOND = timedelta(seconds=1)
@@ -48,7 +49,23 @@ class DatabaseSettings(Table):
     pool_max_size: int = Field(default=8, ge=1)
     connect_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=10)
     statement_timeout: StatementTimeout = timedelta(seconds=30)
+    naive_timestamps: Zone = ZoneInfo("UTC")
     tables: DatabaseTables = DatabaseTables()
+    _read_again: Callable[[], str] | None = PrivateAttr(default=None)
+
+    def reading_again(self, read: Callable[[], str] | None) -> "DatabaseSettings":
+        """Return a copy whose `conninfo_now` reads the file that the address came from."""
+        copy = self.model_copy()
+        copy._read_again = read  # noqa: SLF001 - of this class
+        return copy
+
+    def conninfo_now(self) -> str:
+        """Return the address as the file has it now that it came from; as it was where that file can't be used."""
+        before = self.conninfo.get_secret_value()
+        try:
+            return (self._read_again and self._read_again()) or before
+        except ConfigurationError:
+            return before
 
     @property
     def url_file_was_absent(self) -> bool:
@@ -88,6 +105,7 @@ class OAuthSettings(Table):
     concurrency: int = Field(default=32, ge=1)
     request_timeout: Annotated[Duration, within(_ONE_SECOND)] = timedelta(seconds=20)
     lease: Duration = Field(default=timedelta(seconds=120), validate_default=True)
+    keep_answers: Duration = timedelta(hours=1)
     providers: dict[str, ProviderSettings] = Field(default_factory=dict)
 
     @field_validator("lease")

@@ -54,7 +54,8 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(sys.argv[1:] or ["--help"], prog_name="catfeeder-cron", standalone_mode=False) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where a process is started without
+            sys.stdout.flush()
     except UnknownJob as error:
         status = _complain(error, WRONG_USAGE)
     except CatfeederCronError as error:
@@ -134,6 +135,7 @@ def start(context: typer.Context) -> None:
     from catfeeder_cron import logs
     from catfeeder_cron.service import daemon
 
+    logs.use_nonblocking_stderr()
     settings = _load(context)
     logs.configure(settings.logging.level, settings.logging.format)
     daemon.run(settings, lambda: _read(settings.path))

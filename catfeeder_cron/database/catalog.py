@@ -56,7 +56,8 @@ class ForeignKey:
     """Pairs of (its column, the referenced column)."""
 
 
-INSTANTS = ("timestamp with time zone", "timestamp without time zone")
+INSTANT = "timestamp with time zone"
+INSTANTS = (INSTANT, "timestamp without time zone")
 TIMES = (*INSTANTS, "date")
 
 _KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index"}

@@ -8,8 +8,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from catfeeder_cron.errors import ConfigurationError
 
-# libpq gives up a connection that was cut off silently after a minute; the kernel would wait a quarter of an hour.
-_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+# A connection that was cut off silently is given up after 10 to 15 seconds; the kernel would wait a quarter of an hour.
+_KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 10_000}
 
 
 def with_defaults(conninfo: str, application_name: str, connect_timeout: timedelta) -> str:
@@ -36,3 +36,22 @@ def with_defaults(conninfo: str, application_name: str, connect_timeout: timedel
         "connect_timeout": max(2, round(connect_timeout.total_seconds())),
     }
     return make_conninfo(conninfo, **{key: value for key, value in defaults.items() if key not in given})
+
+
+def connect_seconds(conninfo: str) -> float:
+    """Return the connect_timeout of an address that `with_defaults` has completed; no limit is a day."""
+    seconds = float(conninfo_to_dict(conninfo).get("connect_timeout") or 0)
+    return seconds if seconds > 0 else 86_400.0
+
+
+def password_replaced(conninfo: str, by: str) -> str:
+    """Return an address with the password of another, which must be the same otherwise; else the address as it is.
+
+    A process stays with the database that it was started for, whatever a file says later.
+    """
+    try:
+        given, new = conninfo_to_dict(conninfo), conninfo_to_dict(by)
+    except psycopg.ProgrammingError:
+        return conninfo
+    passwords = given.pop("password", None), new.pop("password", None)
+    return by if given == new and passwords[0] != passwords[1] else conninfo

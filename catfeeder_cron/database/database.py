@@ -10,15 +10,18 @@ from datetime import timedelta
 from typing import Any, LiteralString, Self
 
 import psycopg
+from psycopg import errors as pg
 
 from catfeeder_cron.config.settings import DatabaseSettings
 from catfeeder_cron.database import statements
+from catfeeder_cron.database.bounded import BoundedConnection, NoAnswer
 from catfeeder_cron.database.errors import RollBack, translated
+from catfeeder_cron.database.lifeline import Lifeline
 from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.database.outages import Outages
 from catfeeder_cron.database.pool import Pool
 from catfeeder_cron.database.statements import Connection
-from catfeeder_cron.errors import DatabaseError
+from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable
 
 
 class Database:
@@ -35,6 +38,7 @@ class Database:
         self.lineage: Lineage | None = None
         """Which history of the database this process's last heartbeat met; None before the first."""
         self._pool = Pool(settings, application_name, self._outages)
+        self._lifelines: set[Lifeline] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -57,6 +61,11 @@ class Database:
         """Return how long a statement may take in a transaction that sets no timeout of its own."""
         return self._settings.statement_timeout
 
+    @property
+    def naive_timestamps(self) -> str:
+        """Return the zone in which the web server writes its columns without one."""
+        return self._settings.naive_timestamps.key
+
     @contextmanager
     def transaction(self, *, timeout: timedelta | None = None, **local: str | int) -> Iterator[Connection]:
         """Yield a connection inside a READ COMMITTED transaction; commit on success, roll back on an exception.
@@ -65,9 +74,10 @@ class Database:
         `statement_timeout`). `local` are further settings for SET LOCAL. Raises a DatabaseError for whatever
         psycopg raises, and swallows RollBack.
         """
-        limit = statements.milliseconds(self.statement_timeout if timeout is None else timeout)
-        local = {"statement_timeout": limit, "timezone": "UTC", "jit": "off", **local}
-        with self._outages.noticed(), translated(), self._begun(statements.begin(local)) as connection:
+        limit = self.statement_timeout if timeout is None else timeout
+        settings = {"statement_timeout": statements.milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
+        with self._outages.noticed(), translated(), self._begun(statements.begin(settings)) as connection:
+            connection.answer_within = self._pool.longest_answer_seconds(limit)
             try:
                 yield connection
             except BaseException as error:
@@ -76,6 +86,8 @@ class Database:
                     connection.execute("ROLLBACK")
                 if isinstance(error, RollBack):
                     return
+                if isinstance(error, pg.ReadOnlySqlTransaction) and "transaction_read_only" not in local:
+                    self._require_writes(connection)
                 raise
             if connection.execute("COMMIT").statusmessage == "ROLLBACK":
                 raise DatabaseError("nothing was committed: a statement of the transaction had failed unnoticed")
@@ -94,10 +106,23 @@ class Database:
             return cursor.rowcount
 
     @contextmanager
-    def session(self) -> Iterator[Connection]:
-        """Yield a new connection outside the pool and outside any transaction (CREATE INDEX CONCURRENTLY)."""
-        with self._pool.session() as connection:
+    def session(self, *, unbounded: bool = False) -> Iterator[Connection]:
+        """Yield a new connection outside the pool and outside any transaction.
+
+        A statement may take as long as in a transaction; with `unbounded` as long as it needs (CREATE INDEX
+        CONCURRENTLY). The connection breaks when its server turns out to take no writes any more.
+        """
+        with self._pool.session(unbounded=unbounded) as connection:
             yield connection
+
+    def lifeline(self, deadline_seconds: float) -> Lifeline:
+        """Return a connection of its own for statements that end within so many seconds, whatever happens.
+
+        `close` closes it.
+        """
+        lifeline = Lifeline(self._pool, self._outages, deadline_seconds, self._lifelines.discard)
+        self._lifelines.add(lifeline)
+        return lifeline
 
     def notifications(self, connection: Connection) -> list[str]:
         """Return the payloads of the notifications that have arrived at a session. Raises DatabaseUnavailable."""
@@ -111,35 +136,74 @@ class Database:
     def close(self) -> None:
         """Close every connection; leave the embedded server, if this object started one. Idempotent."""
         self._outages.close()  # first: a connection that breaks because the pool closes is no outage
+        for lifeline in list(self._lifelines):
+            lifeline.close()
         self._pool.close()
 
     @contextmanager
     def _alone(
         self, statement: LiteralString, parameters: Mapping[str, Any]
     ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        with self._outages.noticed(), translated(), self._pool.connection() as connection:
-            try:
-                cursor = connection.execute(statement, parameters)
-            except psycopg.OperationalError:
-                if connection.closed:
-                    self._pool.drop_dead_connections()  # the others are likely to be dead as well
-                raise
-            self._outages.answered()
-            yield cursor
+        with self._outages.noticed(), translated():
+            for last in (False, True):
+                with self._pool.connection(test_idle=True) as connection:
+                    connection.answer_within = self._pool.longest_answer_seconds(None)
+                    try:
+                        cursor = connection.execute(statement, parameters)
+                    except pg.IdleSessionTimeout:
+                        if last:
+                            raise
+                        continue  # the server had ended the session before the statement came
+                    except pg.ReadOnlySqlTransaction:
+                        self._require_writes(connection, once_more=not last)
+                        if connection.closed:
+                            continue
+                        raise
+                    except psycopg.OperationalError:
+                        if connection.closed:
+                            self._pool.replace_all(connection, sessions=False)  # the others are likely to be dead, too
+                        raise
+                    if connection.said_read_only:
+                        # Its answer stands: it may have been carried out just before.
+                        self._pool.replace_all(connection, sessions=True)
+                    else:
+                        self._outages.answered()
+                    yield cursor
+                    return
 
     @contextmanager
-    def _begun(self, begin: bytes) -> Iterator[Connection]:
+    def _begun(self, begin: bytes) -> Iterator[BoundedConnection]:
         # BEGIN changes nothing, so it is also the test of a connection that a server restart may have killed in the
         # pool: a dead one is dropped and the next is tried, at most once through the whole pool.
         for attempt in range(self._settings.pool_max_size, -1, -1):
             with self._pool.connection() as connection:
                 try:
                     connection.execute(begin)
+                except NoAnswer:
+                    raise
                 except psycopg.OperationalError:
                     if attempt and connection.closed:
                         self._outages.suspect()
                         continue
                     raise
+                if connection.said_read_only:
+                    connection.execute("ROLLBACK")
+                    self._require_writes(connection, once_more=attempt > 0)
+                    if connection.closed:
+                        continue
+                    connection.execute(begin)
                 self._outages.answered()
                 yield connection
                 return
+
+    def _require_writes(self, connection: BoundedConnection, *, once_more: bool = False) -> None:
+        """Ask the server of a connection whether it takes writes; if it doesn't, have all connections made anew.
+
+        Raises DatabaseUnavailable then; with `once_more` it closes the connection instead.
+        """
+        if reason := connection.why_no_writes():
+            self._outages.suspect()
+            self._pool.replace_all(connection, sessions=True)
+            connection.close()
+            if not once_more:
+                raise DatabaseUnavailable(reason) from None

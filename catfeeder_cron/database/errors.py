@@ -7,6 +7,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg_pool import PoolClosed
 
+from catfeeder_cron.database.bounded import NoAnswer, TakesNoWrites
 from catfeeder_cron.errors import (
     ConstraintViolation,
     DatabaseError,
@@ -50,9 +51,7 @@ def translate(error: Exception) -> DatabaseError:
     if isinstance(error, PoolClosed):
         return DatabaseUnavailable(CLOSED)
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-            return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
-        return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
+        return _without_sqlstate(error)
     message = _one_line(f"{error.diag.message_primary} (SQLSTATE {error.sqlstate})")
     match error:
         case pg.QueryCanceled():
@@ -70,6 +69,14 @@ def translate(error: Exception) -> DatabaseError:
             return DatabaseUnavailable(message)
         case _:
             return DatabaseError(message)
+
+
+def _without_sqlstate(error: Exception) -> DatabaseError:
+    if isinstance(error, NoAnswer | TakesNoWrites):
+        return DatabaseUnavailable(str(error))
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))
+    return DatabaseError(_one_line(f"the statement could not be sent, or its answer not be read: {error}"))
 
 
 def _one_line(text: str) -> str:

@@ -101,6 +101,7 @@ def _feeder() -> Iterator[str]:
 
 def run() -> None:
     """Run until Ctrl-C or SIGTERM, then stop the server and delete its data."""
+    logs.use_nonblocking_stderr()
     logs.configure("info", "console")
     signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))  # the terminal was closed
     with ExitStack() as opened:

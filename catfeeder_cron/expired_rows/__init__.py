@@ -16,6 +16,7 @@ from pydantic import Field
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import catalog, single
+from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.errors import LockTimeout
 from catfeeder_cron.expired_rows import by_blocks, by_index
 from catfeeder_cron.expired_rows.leaf import LeafDeletion
@@ -63,11 +64,13 @@ def delete_expired(context: JobContext, name: str, expiry: str, settings: Expire
 
 def _inspect(context: JobContext, name: str, expiry: str, settings: ExpiredRowsSettings) -> list[LeafDeletion]:
     with context.transaction() as connection:
-        oid, _ = catalog.find_table(connection, context.tables.schema_, name, expiry)
+        oid, column_type = catalog.find_table(connection, context.tables.schema_, name, expiry)
         leaves = catalog.leaves(connection, oid, expiry)
         foreign_keys = [catalog.foreign_keys(connection, leaf) for leaf in leaves]
-        (cutoff,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
+        (instant,) = single(connection, "SELECT (now() - %s)::text", [settings.keep_expired_for])
+        times = TimeColumn.of(connection, column_type, context.database.naive_timestamps)
+        cutoff = times.first_not_over(connection, instant)
     return [
-        LeafDeletion(context, leaf, expiry, cutoff, keeping, settings.batch_size, settings.max_rows)
+        LeafDeletion(context, leaf, expiry, times.type, cutoff, keeping, settings.batch_size, settings.max_rows)
         for leaf, keeping in zip(leaves, foreign_keys, strict=True)
     ]

@@ -18,10 +18,10 @@ _MOST_BLOCKS = 512
 # through it for every range.
 _DELETE = """
     DELETE FROM ONLY {leaf} AS leaf
-    WHERE ctid >= %(first)s::tid AND ctid < %(last)s::tid AND ({expiry} < %(cutoff)s::timestamptz) IS TRUE
+    WHERE ctid >= %(first)s::tid AND ctid < %(last)s::tid AND ({expiry} < %(cutoff)s::{time}) IS TRUE
           {unreferenced}"""
 
-_RANGE = "ctid > %(place)s::tid AND ctid <= %(last)s::tid AND ({expiry} < %(cutoff)s::timestamptz) IS TRUE"
+_RANGE = "ctid > %(place)s::tid AND ctid <= %(last)s::tid AND ({expiry} < %(cutoff)s::{time}) IS TRUE"
 
 
 class _TooManyRows(Exception):

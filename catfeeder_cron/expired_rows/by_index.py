@@ -15,9 +15,9 @@ _MOST_ROWS = 2000
 _COUNT_SOME = "SELECT count(*) FROM (SELECT FROM ONLY {leaf} AS leaf WHERE {scope} LIMIT %(limit)s) AS first_ones"
 
 # Rows that were left, because they are locked or kept, lie before the position and are not read again.
-_AFTER = """{expiry} < %(cutoff)s::timestamptz AND {expiry} >= %(expiry)s::timestamptz
-    AND ({expiry} > %(expiry)s::timestamptz OR ctid > %(place)s::tid)"""
-_UP_TO = """{expiry} <= %(expiry)s::timestamptz AND ({expiry} < %(expiry)s::timestamptz OR ctid <= %(place)s::tid)"""
+_AFTER = """{expiry} < %(cutoff)s::{time} AND {expiry} >= %(expiry)s::{time}
+    AND ({expiry} > %(expiry)s::{time} OR ctid > %(place)s::tid)"""
+_UP_TO = """{expiry} <= %(expiry)s::{time} AND ({expiry} < %(expiry)s::{time} OR ctid <= %(place)s::tid)"""
 _ORDER = "leaf.{expiry}, leaf.ctid"
 
 # `picked` locks the next rows in the index's order, `deleted` deletes those of them that are still expired. The result
@@ -28,8 +28,8 @@ _DELETE = """
         ORDER BY expiry, place LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
     deleted AS (
         DELETE FROM ONLY {leaf} AS leaf
-        WHERE ctid = ANY (ARRAY(SELECT place FROM picked)) AND {expiry} < %(cutoff)s::timestamptz RETURNING 1)
-    SELECT count(*), (SELECT count(*) FROM deleted), max(expiry)::timestamptz::text,
+        WHERE ctid = ANY (ARRAY(SELECT place FROM picked)) AND {expiry} < %(cutoff)s::{time} RETURNING 1)
+    SELECT count(*), (SELECT count(*) FROM deleted), max(expiry)::{time}::text,
            (max(place) FILTER (WHERE expiry = (SELECT max(expiry) FROM picked)))::text
     FROM picked"""
 

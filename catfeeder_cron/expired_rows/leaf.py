@@ -17,7 +17,7 @@ log = get_logger("catfeeder_cron.expired_rows")
 LOCK_TIMEOUT = "50ms"
 MOST_NAMED = 5
 
-EXPIRED = "{expiry} < %(cutoff)s::timestamptz"
+EXPIRED = "{expiry} < %(cutoff)s::{time}"
 
 _COUNT = "SELECT count(*) FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}"
 
@@ -43,7 +43,10 @@ class LeafDeletion:
     context: JobContext
     leaf: Leaf
     expiry: str
+    time: sql.SQL
+    """The type of the cutoff, and of a row's expiry as text."""
     cutoff: str
+    """A row has expired if its expiry is less."""
     foreign_keys: list[ForeignKey]
     batch_size: int
     max_rows: int | None
@@ -68,7 +71,11 @@ class LeafDeletion:
 
     def statement(self, text: LiteralString, scope: LiteralString = EXPIRED, **parts: sql.Composable) -> sql.Composed:
         """Return the statement with this leaf's names; its {unreferenced} excludes rows that a foreign key keeps."""
-        names = {"leaf": identifier(self.leaf.schema, self.leaf.name), "expiry": identifier(self.expiry)}
+        names: dict[str, sql.Composable] = {
+            "leaf": identifier(self.leaf.schema, self.leaf.name),
+            "expiry": identifier(self.expiry),
+            "time": self.time,
+        }
         unreferenced = sql.SQL("").join(
             sql.SQL(" AND NOT EXISTS ({})").format(self._referring(foreign_key)) for foreign_key in self.foreign_keys
         )

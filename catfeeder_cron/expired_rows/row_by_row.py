@@ -17,10 +17,10 @@ _LOCK_TIMEOUT = "1ms"
 _LOCK_TABLE = "LOCK TABLE ONLY {leaf} IN ROW EXCLUSIVE MODE"
 # The order names the table's columns as leaf.X: bare names would mean the texts that are selected.
 _LOCK = """
-    SELECT ctid::text, {expiry}::timestamptz::text FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
+    SELECT ctid::text, {expiry}::{time}::text FROM ONLY {leaf} AS leaf WHERE {scope} {unreferenced}
     ORDER BY {order} LIMIT %(limit)s FOR UPDATE SKIP LOCKED"""
 _DELETE = """
-    DELETE FROM ONLY {leaf} AS leaf WHERE ctid = ANY (%(places)s::tid[]) AND {expiry} < %(cutoff)s::timestamptz"""
+    DELETE FROM ONLY {leaf} AS leaf WHERE ctid = ANY (%(places)s::tid[]) AND {expiry} < %(cutoff)s::{time}"""
 _NAME = "SELECT to_jsonb(leaf) ->> 'id' FROM ONLY {leaf} AS leaf WHERE ctid = %(place)s::tid"
 
 

@@ -8,9 +8,11 @@ from pydantic import Field, field_validator
 
 from catfeeder_cron.actions import built_in
 from catfeeder_cron.actions.due.leases import count_due, due_in_seconds
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.config import Duration, JobSettings, within
-from catfeeder_cron.database.catalog import WantedIndex, has_table
+from catfeeder_cron.database.catalog import WantedIndex
 from catfeeder_cron.database.requirements import TableUse
+from catfeeder_cron.errors import JobSkipped
 from catfeeder_cron.imports import load
 from catfeeder_cron.job import Job, JobContext, Wake
 
@@ -48,21 +50,34 @@ def run(context: JobContext, settings: CheckActions) -> None:
     load("catfeeder_cron.actions.due.run")
     from catfeeder_cron.actions.due.run import DueActionsRun, Limits
 
-    if context.dry_run:
-        with context.transaction() as connection:
-            context.counts["would_run"] = count_due(connection, context.tables)
-        return
+    with context.transaction() as connection:
+        tables = ActionTables.find(connection, context.tables, context.database.naive_timestamps)
+        if tables is None:  # dropped since the run's tables were checked
+            raise JobSkipped(f'there is no table "{context.tables.actions}" any more')
+        if context.dry_run:
+            context.counts["would_run"] = count_due(connection, tables)
+            return
     context.counts.update(due=0, done=0, retried=0, given_up=0)
     limits = Limits(settings.concurrency, settings.lease, settings.action_timeout, settings.retry_after)
-    DueActionsRun(context, context.resources.actions, built_in(), limits).work()
+    DueActionsRun(context, tables, context.resources.actions, built_in(), limits).work()
+
+
+def recover(context: JobContext) -> None:
+    """Store the outcomes that this process remembers and the database has lost, or has not got in an outage."""
+    load("catfeeder_cron.actions.due.run")
+    from catfeeder_cron.actions.due.run import recover
+
+    with context.transaction() as connection:
+        tables = ActionTables.find(connection, context.tables, context.database.naive_timestamps)
+    if tables is not None:
+        recover(context, tables, CheckActions().lease)
 
 
 def due_in(context: JobContext) -> float | None:
     """Return in how many seconds the next action is due or a lease ends; None if there is neither."""
     with context.transaction() as connection:
-        if not has_table(connection, context.tables.schema_, context.tables.actions):
-            return None
-        return due_in_seconds(connection, context.tables)
+        tables = ActionTables.find(connection, context.tables, context.database.naive_timestamps)
+        return due_in_seconds(connection, tables) if tables else None
 
 
 JOB = Job(
@@ -94,5 +109,6 @@ JOB = Job(
         WantedIndex("actions", "due_at", state="pending"),
         WantedIndex("actions", "lease_until", state="running"),
     ),
+    recover=recover,
     wake=Wake("catfeeder_cron_actions", due_in),
 )

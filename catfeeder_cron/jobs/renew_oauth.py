@@ -37,6 +37,14 @@ def recover(context: JobContext) -> None:
     recovery.forget_deleted(context)
 
 
+def tend(context: JobContext) -> None:
+    """Delete old answers, and put answers back as long as other hosts wait for that after a failover."""
+    load("catfeeder_cron.renewal.recovery")
+    from catfeeder_cron.renewal import recovery
+
+    recovery.tend(context)
+
+
 def check(database: Database, settings: Settings, tables_are_right: bool) -> Iterator[Finding]:
     """Yield the findings about providers and the directory for their answers. Raises DatabaseUnavailable."""
     load("catfeeder_cron.renewal.checks")
@@ -69,5 +77,6 @@ JOB = Job(
     ),
     wanted_indexes=(WantedIndex("active_oauths", "token_expiration"),),
     recover=recover,
+    tend=tend,
     check=check,
 )

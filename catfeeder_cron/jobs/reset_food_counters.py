@@ -9,7 +9,9 @@ from pydantic import Field
 
 from catfeeder_cron.config import Duration, JobSettings
 from catfeeder_cron.database import single
+from catfeeder_cron.database.catalog import find_table
 from catfeeder_cron.database.requirements import TableUse
+from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.job import Job, JobContext
 
 
@@ -24,17 +26,19 @@ class ResetFoodCounters(JobSettings):
 
 
 # A period is a number of seconds, so daylight saving time does not change it. One cutoff holds for the whole run, so a
-# row with a short period is not reset twice. MATERIALIZED: the rows are chosen and locked once, with every plan.
-_DUE = """food_reset <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
+# row with a short period is not reset twice. In a column without a zone, the later reading of a time counts: by the
+# earlier one, a row whose next reset is in the second pass of a repeated hour would be due again in the first.
+_DUE = """{reset_at} <= %(cutoff)s::timestamptz AND food_reset > '-infinity' AND {period} > interval '0'"""
 _PERIOD = "(coalesce(time_reset_hours, 0) * interval '1 hour' + coalesce(time_reset_minutes, 0) * interval '1 minute')"
+_NEXT_RESET: LiteralString = """
+    reset_at + period * (floor(extract(epoch FROM now() - reset_at) / extract(epoch FROM period)) + 1)"""
 
+# MATERIALIZED: the rows are chosen and locked once, with every plan.
 _RESET = """
     WITH due AS MATERIALIZED (
-        SELECT id, {period} AS period FROM {pet} WHERE {due} ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
-    UPDATE {pet} AS pet
-    SET food_eaten = 0, food_reset = pet.food_reset + due.period * (
-            floor(extract(epoch FROM now() - pet.food_reset) / extract(epoch FROM due.period)) + 1)
-    FROM due WHERE pet.id = due.id"""
+        SELECT id, {reset_at} AS reset_at, {period} AS period
+        FROM {pet} WHERE {due} ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+    UPDATE {pet} AS pet SET food_eaten = 0, food_reset = {next_reset} FROM due WHERE pet.id = due.id"""
 
 _COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
 
@@ -42,23 +46,31 @@ _COUNT = "SELECT count(*) FROM {pet} WHERE {due}"
 def run(context: JobContext, settings: ResetFoodCounters) -> None:
     """Reset the due rows in batches. Locked rows wait for the next run; rows with a period of 0 are never due."""
     with context.transaction() as connection:
+        _, column_type = find_table(connection, context.tables.schema_, context.tables.pet, "food_reset")
+        times = TimeColumn.of(connection, column_type, context.database.naive_timestamps)
         (cutoff,) = single(connection, "SELECT now()::text")
         if context.dry_run:
-            (context.counts["would_reset"],) = single(connection, _statement(_COUNT, context), {"cutoff": cutoff})
+            (context.counts["would_reset"],) = single(
+                connection, _statement(_COUNT, context, times), {"cutoff": cutoff}
+            )
             return
+    statement = _statement(_RESET, context, times)
     context.counts["reset"] = 0
     reset = settings.batch_size
     while reset == settings.batch_size:
         with context.transaction() as connection:
-            parameters = {"cutoff": cutoff, "limit": settings.batch_size}
-            reset = connection.execute(_statement(_RESET, context), parameters).rowcount
+            reset = connection.execute(statement, {"cutoff": cutoff, "limit": settings.batch_size}).rowcount
         context.counts["reset"] += reset
 
 
-def _statement(text: LiteralString, context: JobContext) -> sql.Composed:
-    period = sql.SQL(_PERIOD)
-    pet = sql.Identifier(context.tables.schema_, context.tables.pet)
-    return sql.SQL(text).format(pet=pet, period=period, due=sql.SQL(_DUE).format(period=period))
+def _statement(text: LiteralString, context: JobContext, times: TimeColumn) -> sql.Composed:
+    names: dict[str, sql.Composable] = {
+        "pet": sql.Identifier(context.tables.schema_, context.tables.pet),
+        "reset_at": times.latest("food_reset"),
+        "period": sql.SQL(_PERIOD),
+        "next_reset": times.stored(_NEXT_RESET),
+    }
+    return sql.SQL(text).format(due=sql.SQL(_DUE).format(**names), **names)
 
 
 JOB = Job(

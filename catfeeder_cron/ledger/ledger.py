@@ -11,7 +11,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from catfeeder_cron.database import AllInUse, Database, schema
+from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.ledger import statements
 from catfeeder_cron.ledger.constants import (
@@ -28,6 +28,8 @@ from catfeeder_cron.report import JobReport
 from catfeeder_cron.times import timestamp
 
 _EARLY = timedelta(seconds=EARLY_SECONDS)
+# Ten seconds after the heartbeat before: so an outage is told within fifteen.
+_BEAT_WITHIN_SECONDS = 4.5
 
 
 class Ledger:
@@ -37,6 +39,7 @@ class Ledger:
         self._database = database
         self._process = process
         self._lineage = LineageWatch(state_directory)
+        self._lifeline = database.lifeline(_BEAT_WITHIN_SECONDS)
 
     def prepare(self) -> None:
         """Create or upgrade the ledger's tables where that is needed. Raises DatabaseError."""
@@ -155,7 +158,11 @@ class Ledger:
         return self._database.execute(statements.RESTORE, parameters) > 0
 
     def beat(self) -> Heartbeat:
-        """Tell the other processes that this one lives, and close the open runs of dead ones."""
+        """Tell the other processes that this one lives, and close the open runs of dead ones.
+
+        It has a connection of its own: long statements of jobs may hold all others. Raises DatabaseUnavailable within
+        4.5 seconds, whatever the network or the server does; the heartbeat may have arrived then.
+        """
         parameters: dict[str, Any] = {
             "died": DIED,
             "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
@@ -164,12 +171,7 @@ class Ledger:
             "early": _EARLY,
         }
         parameters |= self._process.parameters() | self._lineage.parameters()
-        try:
-            (row,) = self._database.query(statements.BEAT, parameters)
-        except AllInUse:
-            # Long statements of the jobs hold all connections. The other processes must not take this one for dead.
-            with self._database.session() as connection:
-                (row,) = connection.execute(statements.BEAT, parameters).fetchall()
+        (row,) = self._lifeline.query(statements.BEAT, parameters)
         open_runs, closed, retries, working, server_now, *lineage = row
         self._database.lineage = self._lineage.heard(Lineage(*lineage))
         return Heartbeat(
@@ -189,6 +191,10 @@ class Ledger:
         """Remove this process from the list of the living ones."""
         self._database.execute(statements.LEAVE, self._process.parameters())
         self._lineage.close()
+
+    def disconnect(self) -> None:
+        """Close the connection for heartbeats; a later one raises DatabaseUnavailable. Idempotent."""
+        self._lifeline.close()
 
     def _outcome(self, run_id: int, report: JobReport) -> dict[str, Any]:
         return self._process.parameters() | {

@@ -8,6 +8,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -48,6 +49,7 @@ class LineageWatch:
         self._beats = 0
         self._counter = 0
         self._id: UUID | None = None
+        self._since: datetime | None = None
         self._stale = ""
         self._heard_at = self._written_at = _NEVER
         # Held while an answer is taken in and written down, by the thread that beats or that ends the process.
@@ -64,10 +66,15 @@ class LineageWatch:
                 self._counter = max(self._counter, int(self._remembered.counter))
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters of a heartbeat: the numbers of heartbeats that this process knows of."""
+        """Return the parameters of a heartbeat: what this process knows of the lineage, and of heartbeats."""
         with self._lock:
             forgotten = elapsed_seconds() - self._heard_at > _ROW_LASTS_SECONDS
-            return {"counter": self._counter, "beats": 0 if forgotten else self._beats}
+            return {
+                "counter": self._counter,
+                "beats": 0 if forgotten else self._beats,
+                "lineage": self._id,
+                "since": self._since,
+            }
 
     def heard(self, lineage: Lineage) -> Lineage:
         """Take in the answer to a heartbeat; return it with the reason if the server is an old copy.
@@ -78,7 +85,7 @@ class LineageWatch:
             self._beats += 1
             self._counter = lineage.counter
             self._heard_at = elapsed_seconds()
-            before, self._id = self._id or self._remembered_id(), lineage.id
+            before, self._id, self._since = self._id or self._remembered_id(), lineage.id, lineage.since
             lineage = replace(lineage, stale=self._why_stale(lineage))
             was_stale, self._stale = self._stale, lineage.stale
             is_new = before is not None and before != lineage.id

@@ -157,15 +157,17 @@ RESTORE = """
 
 # It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.
 # History went back, or may have, where the server is another one, on another timeline or with another copy of this
-# table, or where it knows of fewer heartbeats than this process has heard of, or has sent itself (its row in `daemons`
-# is `own`). However a silence came about (an outage, a restart, a failover, a clock that was set), nobody counts as
-# dead before all had time to be heard of again. A heartbeat in the future is none: the clock was set back since. A dead
-# process's statement that the server still works on is a run under way; its backend is known by its application_name.
+# table; or where it knows of fewer heartbeats than this process has heard of, or has sent itself (its row in `daemons`
+# is `own`), unless another process has noticed that before: then the lineage has a newer id than this one knows.
+# However a silence came about (an outage, a restart, a failover, a clock that was set), nobody counts as dead before
+# all had time to be heard of again. A heartbeat in the future is none: the clock was set back since. A dead process's
+# statement that the server still works on is a run under way; its backend is known by its application_name.
 BEAT = """
     WITH here AS MATERIALIZED (SELECT catfeeder_cron.server() AS server),
     known AS MATERIALIZED (
         SELECT l.server, l.counter, here.server AS server_now, coalesce(own.beats, 0) AS own_beats,
-               l.server <> here.server OR l.counter < %(counter)s OR coalesce(own.beats, 0) < %(beats)s AS went_back
+               l.server <> here.server OR (l.counter < %(counter)s OR coalesce(own.beats, 0) < %(beats)s)
+                   AND (%(lineage)s::uuid IS NULL OR l.id = %(lineage)s OR l.since <= %(since)s) AS went_back
         FROM catfeeder_cron.lineage l CROSS JOIN here LEFT JOIN catfeeder_cron.daemons own ON own.daemon = %(daemon)s
         FOR UPDATE OF l),
     lineage AS (

@@ -2,9 +2,11 @@
 
 structured  loggers, and one handler for all entries
 journald    the handler for systemd's journal
+nonblocking writes lines where nobody may be reading
 redaction   takes secrets out of entries, and makes foreign text fit to be logged
 """
 
+from catfeeder_cron.logs.nonblocking import use_nonblocking_stderr
 from catfeeder_cron.logs.redaction import one_line, printable_line
 from catfeeder_cron.logs.structured import TRACEBACK, configure, context, get_logger, prepare, show_debug_records
 
@@ -17,4 +19,5 @@ __all__ = [
     "prepare",
     "printable_line",
     "show_debug_records",
+    "use_nonblocking_stderr",
 ]

@@ -2,7 +2,7 @@
 
 The protocol is that of https://systemd.io/JOURNAL_NATIVE_PROTOCOL: one datagram to the journal's socket for each entry,
 or, for an entry that is too large, a datagram that holds only the descriptor of a sealed file. If the journal does not
-accept the entry, it goes to standard error, where systemd reads a priority before each line.
+accept the entry, it goes to standard error, where systemd reads a priority before each line, or is dropped and counted.
 """
 
 import errno
@@ -12,13 +12,14 @@ import logging
 import os
 import re
 import socket
-import stat
 import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextvars import Context
 from typing import TextIO
+
+from catfeeder_cron.logs.nonblocking import lines_dropped, writer_of
 
 SOCKET = "/run/systemd/journal/socket"
 
@@ -27,8 +28,8 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 _DEBUG = 7
 
 # The first entry for a stopped journal waits for it; after that an entry tries it again this often, without waiting.
-_SEND_TIMEOUT_SECONDS = 1.0
-_TRY_AGAIN_SECONDS = 5.0
+_SEND_TIMEOUT_SECONDS = 0.1
+_TRY_AGAIN_SECONDS = 1.0
 _TOO_LARGE = (errno.EMSGSIZE, errno.ENOBUFS)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -55,7 +56,7 @@ def is_journal(stream: TextIO) -> bool:
 class JournalHandler(logging.Handler):
     """Sends records to the journal, with the fields that `fields_of` returns: plain values by name.
 
-    A log call takes at most one second, in any state of the journal. `stream` gets the entries that it does not accept.
+    A log call waits at most a fifth of a second, in any state of the journal. What it does not accept goes to `stream`.
     logging holds the handler's lock around `emit`, so no two threads use the socket at the same time.
     """
 
@@ -64,29 +65,50 @@ class JournalHandler(logging.Handler):
     ) -> None:
         super().__init__()
         self._fields_of = fields_of
-        self._stream = stream
+        self._writer = writer_of(stream)
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._try_again_at: float | None = None
-        self._torn = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record; raise nothing into the code that logs."""
         try:
             fields = self._fields_of(record)
             message, priority = _message(fields), _priority(record.levelno)
-            if not self._deliver(b"".join(_encoded(record, fields, message, priority))):
-                self._fall_back(message, priority)
+            entry = b"".join(_encoded(record, fields, message, priority))
+            self._writer.notice = self._notice
+            self._writer.tell(self._tell_dropped)
+            if not self._deliver(entry):
+                self._writer.put(_prefixed(message, priority))
         except Exception:  # noqa: BLE001 - a failure to log must not stop the code that logs
             self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what the stream would not take before, if it does now."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+        self._writer.close()
         super().close()
 
+    def _tell_dropped(self, count: int) -> bool:
+        if self._pauses():
+            return False
+        record = lines_dropped(count)
+        fields = Context().run(self._fields_of, record)
+        return self._deliver(b"".join(_encoded(record, fields, _message(fields), _priority(record.levelno))))
+
+    def _notice(self, count: int) -> str:
+        record = lines_dropped(count)
+        return _prefixed(_message(self._fields_of(record)), _priority(record.levelno))
+
+    def _pauses(self) -> bool:
+        return self._try_again_at is not None and time.monotonic() < self._try_again_at
+
     def _deliver(self, data: bytes) -> bool:
-        if self._try_again_at and time.monotonic() < self._try_again_at:
+        if self._pauses():
             return False
         self._socket.settimeout(0 if self._try_again_at else _SEND_TIMEOUT_SECONDS)
         try:
@@ -111,25 +133,9 @@ class JournalHandler(logging.Handler):
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [file.fileno()]))
                 self._socket.sendmsg([], [rights], 0, self._address)
 
-    def _fall_back(self, message: str, priority: int) -> None:
-        text = "".join(f"<{priority}>{line}\n" for line in message.splitlines() or [""])
-        descriptor = _socket_of(self._stream)
-        if descriptor is None:
-            self._stream.write(text)
-            self._stream.flush()
-            return
-        # This socket leads to the journal, too, so the call must not wait for it either.
-        data = ("\n" * self._torn + text).encode("utf-8", "backslashreplace")
-        with socket.socket(fileno=os.dup(descriptor)) as stream, suppress(BlockingIOError):
-            self._torn = stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) < len(data)
 
-
-def _socket_of(stream: TextIO) -> int | None:
-    try:
-        descriptor = stream.fileno()
-    except (OSError, ValueError):
-        return None
-    return descriptor if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
+def _prefixed(message: str, priority: int) -> str:
+    return "".join(f"<{priority}>{line}\n" for line in message.splitlines() or [""])
 
 
 def _priority(level: int) -> int:

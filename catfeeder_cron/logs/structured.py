@@ -2,8 +2,8 @@
 
 An event goes through standard logging, with its fields attached to the record. If the command line called `configure`,
 one handler on the root logger turns every record, also APScheduler's and psycopg's, into one kind of entry, on standard
-error or in systemd's journal. Otherwise, in a program that embeds our classes, that program's own handlers get a
-readable text. Nothing is ever written to standard output.
+error or in systemd's journal; where nobody reads, entries are dropped, and nothing waits. Otherwise, in a program that
+embeds our classes, that program's own handlers get a readable text. Nothing is ever written to standard output.
 
 structlog is imported on first use, because the import takes longer than all of `--help`.
 """
@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from catfeeder_cron.imports import load
+from catfeeder_cron.logs.nonblocking import NonBlockingWriter, lines_dropped, writer_of
 from catfeeder_cron.logs.redaction import redact
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ def configure(level: str, format: Format = "auto", stream: TextIO | None = None)
 
     `level` is a standard level's name in any case. "auto" means "journald" if systemd has connected the stream to its
     journal, "console" on a terminal, and "json" otherwise. A further call replaces level and format. If the stream is
-    closed or breaks, entries are lost and nothing is raised.
+    closed or breaks, entries are lost and nothing is raised. Where nobody reads, an entry waits at most a tenth of a
+    second; what can't be written is dropped, and `log_lines_dropped` tells later how many lines that were.
     """
-    stream = stream or sys.stderr
+    stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process
     handler = _handler(format, stream)
     handler.set_name(_HANDLER)
     handler.addFilter(_load_structlog)
@@ -161,9 +163,38 @@ def _handler(format: Format, stream: TextIO) -> logging.Handler:
 
     if format == "journald" or (format == "auto" and is_journal(stream)):
         return JournalHandler(_fields, stream)
-    handler = logging.StreamHandler(stream)
+    handler = _LineHandler(writer_of(stream))
     handler.setFormatter(_LazyFormatter(lambda: _formatter(format, terminal=_is_terminal(stream))))
     return handler
+
+
+class _LineHandler(logging.Handler):
+    """Writes entries as lines of text."""
+
+    def __init__(self, writer: NonBlockingWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; raise nothing into the code that logs."""
+        try:
+            line = self.format(record)
+            self._writer.notice = self._notice  # not before: this has imported what it needs
+            self._writer.put(f"{line}\n")
+        except Exception:  # noqa: BLE001 - a failure to log must not stop the code that logs
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what could not be written before, if that is possible now."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close what was opened for the writer."""
+        self._writer.close()
+        super().close()
+
+    def _notice(self, count: int) -> str:
+        return f"{self.format(lines_dropped(count))}\n"
 
 
 class _LazyFormatter(logging.Formatter):

@@ -7,11 +7,14 @@ links            finds the rows of "ActiveOauths" that are due, and those of the
 claims           step 1: claims a row under a lease, reads its refresh token under lock, and marks it as sent
 provider_worker  step 2: sends the requests of one provider, a few at a time
 circuit_breaker  decides when a run stops sending to a provider, and for how long
+entries          an answer as a line in a file, and its age
 journal          step 3: writes an answer to the local disk as soon as it arrives
+kept_answers     finds stored answers again, for rows that hold a spent refresh token again
+hosts            after a failover, waits until every host has put back its answers
 batch_writer     stores the workers' results in batches while they come in
 failures         records in the row that a request brought no token
 storing          step 4: writes an answer into its row if the row still holds the token that was sent
-recovery         stores the answers in the journals of dead processes, and frees their leases
+recovery         stores the answers in the journals of dead processes, frees their leases, and puts answers back
 providers        reads how each provider is asked; keeps pauses that every daemon sees and that outlive a restart
 run              one run of the job: the workers of all providers together
 summary          the run's counts and log entries

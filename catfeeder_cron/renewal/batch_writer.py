@@ -1,10 +1,10 @@
 """Store the results of a run's workers in batches as they come in, and decide whether a new request may be sent."""
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +12,24 @@ from typing import ParamSpec, TypeVar
 from uuid import UUID
 
 from catfeeder_cron.config import OAuthSettings
+from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.renewal.claims import TokenClaim, release
+from catfeeder_cron.renewal.entries import Entry
 from catfeeder_cron.renewal.failures import Failure, settle
-from catfeeder_cron.renewal.journal import Entry, Journal
+from catfeeder_cron.renewal.journal import Journal
+from catfeeder_cron.renewal.kept_answers import KeptAnswers
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.renewal.storing import StoredAnswers, store
 
 log = get_logger("catfeeder_cron.oauth")
+
+WENT_BACK = (
+    "the database has lost its last seconds, or a backup was restored, while tokens were renewed: the next run first "
+    "puts back what it has lost"
+)
 
 _BATCH = 500
 _STATEMENTS_AT_ONCE = 4
@@ -40,6 +48,8 @@ class Settlement:
     """The worker's counts, to which the result is added once it is stored."""
     entry: Entry | None = None
     failure: Failure | None = None
+    again: bool = False
+    """The entry is a kept answer, and nothing was sent."""
 
 
 class BatchWriter:
@@ -55,9 +65,15 @@ class BatchWriter:
         links: Links,
         owner: UUID,
         journal: Journal,
+        kept: KeptAnswers,
         stored: Callable[[int], None],
+        lineage: Lineage | None = None,
     ) -> None:
         self.settings = settings
+        self.kept = kept
+        """The answers that this host has kept; used in the event loop only."""
+        self.put_back = 0
+        """Kept answers that were stored again."""
         self.context = context
         self.slots = asyncio.Semaphore(settings.concurrency)
         """Limits the requests under way at the same time."""
@@ -72,6 +88,8 @@ class BatchWriter:
         self._links = links
         self._owner = owner
         self._journal = journal
+        self._lineage = lineage
+        self._under_way = 0
         self._stored = stored
         # Not asyncio's default threads: they look up host names, and a silent name server must not delay statements.
         # Only functions given to `in_thread` run in them; all fields are used by the event loop's thread, except for
@@ -81,7 +99,14 @@ class BatchWriter:
 
     def is_ending(self) -> bool:
         """Return whether no new request may be sent, for example because its answer could come after the job's time."""
+        if self.went_back():
+            self.end_run(WENT_BACK)
         return self.context.stopping or self.broken is not None or self.context.overdue() > -self.longest_request
+
+    def went_back(self) -> bool:
+        """Return whether a heartbeat has noticed that the database's history went back during this run."""
+        latest = self.context.database.lineage
+        return bool(self._lineage and latest and latest.id != self._lineage.id)
 
     async def in_thread(self, function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
         """Call a function that waits for the database in a thread of this writer's, with the caller's log context."""
@@ -92,12 +117,27 @@ class BatchWriter:
         """Wait for a moment before the next attempt to reach the database."""
         await asyncio.sleep(_TRY_AGAIN_SECONDS)
 
+    @contextmanager
+    def room_for_answer(self) -> Iterator[bool]:
+        """Reserve space in the journal for the answer to a request; yield False, and end the run, if there is none."""
+        self._under_way += 1
+        try:
+            try:
+                self._journal.reserve(self._under_way)
+                has_room = True
+            except OSError as error:
+                self.end_run(f"no token is sent, because there is no room for the answers: {error.strerror}")
+                has_room = False
+            yield has_room
+        finally:
+            self._under_way -= 1
+
     def write_down(self, entry: Entry) -> None:
         """Append an answer to the journal. If that fails, the answer is still stored, but the run sends nothing new."""
         try:
             self._journal.append(entry)
         except OSError as error:
-            self._break(f"answers can't be written to the journal: {error.strerror}")
+            self.end_run(f"answers can't be written to the journal: {error.strerror}")
 
     async def put(self, settlement: Settlement) -> None:
         """Queue a settlement for storing. Waits while the queue is full, for example while the database is away."""
@@ -129,7 +169,7 @@ class BatchWriter:
             except Exception as error:  # noqa: BLE001 (raised below; until then this loop must empty the queue)
                 failure, locked = error, []
                 self._journal.keep = True
-                self._break(f"{type(error).__name__} while answers were stored")
+                self.end_run(f"{type(error).__name__} while answers were stored")
             for _ in batch:
                 self._queue.task_done()
         self._threads.shutdown(wait=False)
@@ -156,7 +196,7 @@ class BatchWriter:
             except (DatabaseUnavailable, LockTimeout, StatementTimeout) as error:
                 log.debug("oauth_answers_not_stored_yet", answers=len(batch), reason=str(error))
             except DatabaseError as error:
-                self._break(str(error))
+                self.end_run(str(error))
             if self._gives_up():
                 batch = self._leave_to_journal(batch)
             if batch:
@@ -171,7 +211,7 @@ class BatchWriter:
         self._journal.keep = self._journal.keep or bool(batch)
         nowhere_else = []
         for each in batch:
-            if each.entry and not self._journal.holds(each.entry):
+            if each.entry and not (each.again or self._journal.holds(each.entry)):
                 nowhere_else.append(each)
                 continue
             self.unstored += each.entry is not None
@@ -181,22 +221,26 @@ class BatchWriter:
 
     def _gives_up(self) -> bool:
         """Return whether answers that could not be stored at once stay in the journal."""
+        if self.went_back():
+            self.end_run(WENT_BACK)
         return self.context.stopping or self.broken is not None
 
     def _store_batch(self, batch: list[Settlement]) -> StoredAnswers:
         # Runs in one of the writer's threads. `_store` awaits it, so no two batches are stored at the same time; the
         # event loop may append to the journal meanwhile, and `sync` is safe beside that.
-        entries = [each.entry for each in batch if each.entry]
+        entries = [each.entry for each in batch if each.entry and not each.again]
         if entries:
             try:
                 self._journal.sync()
             except OSError as error:
-                self._break(f"the journal can't be written to the disk: {error.strerror}")
+                self.end_run(f"the journal can't be written to the disk: {error.strerror}")
         database = self.context.database
         settle(database, self._links, self._owner, [each.failure for each in batch if each.failure])
         release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.failure)])
         # The answers come last because their count is the number of rows changed: a repeated call would change none.
-        return store(database, self._links, entries, time.time())
+        outcome = store(database, self._links, [each.entry for each in batch if each.entry and each.again], again=True)
+        outcome.add(store(database, self._links, entries))
+        return outcome
 
     def _account(self, batch: list[Settlement], outcome: StoredAnswers) -> list[Settlement]:
         """Count the results of a batch; return the answers whose rows are locked by other sessions."""
@@ -208,8 +252,9 @@ class BatchWriter:
                 self._journal.keep = True
                 log.error("oauth_answer_refused", oauth_id=each.claim.id, reason=refused[each.claim.id])
             elif each.entry and each.claim.id not in locked:
-                self._journal.remove(each.entry)
-                if each.claim.id in stored:
+                self._journal.settle(each.entry)
+                self.put_back += each.again and each.claim.id in stored
+                if each.claim.id in stored and not each.again:
                     each.counts["renewed" if each.entry.token else "failed"] += 1
             elif each.failure and not each.failure.dead:
                 each.counts["failed" if each.failure.failed else "postponed"] += 1
@@ -217,7 +262,8 @@ class BatchWriter:
         self._stored(len(batch) - len(left))
         return left
 
-    def _break(self, reason: str) -> None:
+    def end_run(self, reason: str) -> None:
+        """Send nothing new in this run, and say why."""
         if self.broken is None:
             self.broken = reason
             log.error("oauth_run_aborted", reason=reason)

@@ -57,8 +57,9 @@ def _place_for_answers(job_id: str) -> Finding:
 def _providers(job_id: str, database: Database, settings: Settings) -> Iterator[Finding]:
     """Yield a finding for each provider: whether it can be asked, and often enough. Sends nothing, shows no secret."""
     job = settings.require_job(job_id)
-    links, apart = Links(settings.database.tables), _time_between_runs(settings, job_id)
+    apart = _time_between_runs(settings, job_id)
     try:
+        links = Links.find(database, settings.database.tables)
         with database.transaction() as connection:
             names = [name for (name,) in connection.execute(links.statement(_NAMES))]
             known = providers.load(connection, links, settings.oauth, names)

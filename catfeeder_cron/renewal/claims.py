@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from psycopg import sql
 
-from catfeeder_cron.database import Database
+from catfeeder_cron.database import Database, single
+from catfeeder_cron.database.lineage import IS_CURRENT, Lineage
 from catfeeder_cron.job import JobContext
-from catfeeder_cron.renewal.links import EXPIRES, FREE, Links, Window
+from catfeeder_cron.renewal.links import FREE, Links, Window
 from catfeeder_cron.times import elapsed_seconds
 
 # `due` locks the rows, `claimed` writes their leases. Two guards keep a row from being claimed twice: the lock on it,
@@ -16,13 +18,14 @@ from catfeeder_cron.times import elapsed_seconds
 # another process's claim. Each call goes on after the last row of the call before, so a pass meets a row that can't be
 # claimed only once; rows that have failed come after all others. So neither starve the rest, even where a run ends at
 # the first twenty tokens that are called dead. The order is the index's, also for rows without an expiry. The position
-# is passed as text, because a timestamp may be infinite.
+# is passed as text, because a timestamp may be infinite. A server that lost its last seconds hands out nothing: its
+# rows may hold refresh tokens that are spent.
 _CLAIM = """
     WITH due AS MATERIALIZED (
         SELECT a.id, a.token_expiration, {hash} AS hash
         FROM {active} a JOIN {services} s ON s.id = a.service_id
         LEFT JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
-        WHERE s.name = %(provider)s AND {renewable} AND {place} AND {free}
+        WHERE s.name = %(provider)s AND {renewable} AND {place} AND {free} AND {current}
           AND (coalesce(t.failures, 0) > 0) = %(failed)s
           AND NOT EXISTS (SELECT FROM catfeeder_cron.oauth_providers p WHERE p.provider = %(provider)s
                           AND p.fingerprint = %(fingerprint)s AND p.paused_until > now())
@@ -44,7 +47,7 @@ _READ = """
     SELECT a.id, a.refresh_link, t.sent FROM {active} a JOIN catfeeder_cron.oauth_tokens t ON t.oauth_id = a.id
     WHERE a.id = ANY (%(ids)s) AND t.owner = %(owner)s AND t.sent = {hash}"""
 
-_BY_EXPIRY = "{expires} AND (a.token_expiration, a.id) > (%(expiry)s::timestamptz, %(id)s)"
+_BY_EXPIRY = "{expires} AND (a.token_expiration, a.id) > (%(expiry)s::{time}, %(id)s)"
 _UNKNOWN_EXPIRY = "a.token_expiration IS NULL AND a.id > %(id)s"
 
 _RELEASE = """
@@ -86,6 +89,8 @@ class Claimer:
     lease: timedelta
     provider: str
     fingerprint: bytes
+    lineage: Lineage | None = None
+    """The history of the database that this run works on; None if that is not known."""
     _failed: bool = False
     _expiry: str | None = "-infinity"
     _id: int = _BEFORE_ALL_IDS
@@ -119,6 +124,7 @@ class Claimer:
             "failed": self._failed,
             "expiry": self._expiry,
             "id": self._id,
+            **_parameters(self.lineage, context.database),
         }
         begun = elapsed_seconds()
         with context.transaction() as connection:
@@ -139,9 +145,29 @@ class Claimer:
         known = self._expiry is not None
         return self.links.statement(
             _CLAIM,
-            place=sql.SQL(_BY_EXPIRY).format(expires=sql.SQL(EXPIRES)) if known else sql.SQL(_UNKNOWN_EXPIRY),
+            place=sql.SQL(_BY_EXPIRY).format(expires=self.links.expires(), time=self.links.expiry.type)
+            if known
+            else sql.SQL(_UNKNOWN_EXPIRY),
+            current=sql.SQL(IS_CURRENT if self.lineage else "true"),
             free_now=sql.SQL(FREE).format(hash=sql.SQL("excluded.sent")),
         )
+
+
+def is_current(context: JobContext, lineage: Lineage | None) -> bool:
+    """Tell whether the database still has the history that a run works on, and has lost nothing since."""
+    if lineage is None:
+        return True
+    with context.database.transaction() as connection:
+        (current,) = single(connection, f"SELECT {IS_CURRENT}", _parameters(lineage, context.database))
+    return bool(current)
+
+
+def _parameters(lineage: Lineage | None, database: Database) -> dict[str, Any]:
+    """Return the parameters of IS_CURRENT, as of the last heartbeat that met the same history."""
+    latest = database.lineage
+    if lineage and latest and latest.id == lineage.id:
+        lineage = latest
+    return lineage.parameters() if lineage else {}
 
 
 def release(database: Database, owner: UUID, ids: list[int]) -> None:

@@ -19,7 +19,7 @@ _FORECAST = """
         SELECT * FROM unnest(%(names)s::text[], %(seconds)s::float8[], %(extends)s::boolean[])
             AS l(provider, seconds, extends)),
     links AS (
-        SELECT a.id, a.user_id, s.name AS provider, a.token_expiration::timestamptz AS expires_at,
+        SELECT a.id, a.user_id, s.name AS provider, {ends} AS expires_at,
                coalesce(a.refresh_link, '') = '' AS nothing_to_renew_with,
                t.dead IS NOT DISTINCT FROM {hash} AS is_dead, t.dead_since,
                CASE WHEN t.held = {hash} THEN t.refresh_expires_at END AS said,
@@ -71,7 +71,7 @@ def logins_needed(
     database: Database, tables: DatabaseTables, settings: OAuthSettings, ahead: timedelta
 ) -> list[LoginNeeded]:
     """Return the links whose user has to log in now or within `ahead`, the most urgent first."""
-    links = Links(tables)
+    links = Links.find(database, tables)
     with database.transaction() as connection:
         names = [name for (name,) in connection.execute(links.statement(_NAMES))]
         lifetimes = {name: lifetime for name in names if (lifetime := _refresh_lifetime(name, settings))}

@@ -1,13 +1,15 @@
 """Find the rows of "ActiveOauths" that are due, and those of them that may be sent now."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, LiteralString
+from datetime import datetime, timedelta
+from typing import Any, LiteralString, Self
 
 from psycopg import sql
 
 from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Connection, single
+from catfeeder_cron.database import Connection, Database, single
+from catfeeder_cron.database.catalog import find_table
+from catfeeder_cron.database.time_columns import TimeColumn
 from catfeeder_cron.job import JobContext
 
 # How long other processes leave a row alone whose request may have been acted on without a known answer. In this time
@@ -20,10 +22,11 @@ HASH: LiteralString = "sha256(convert_to(a.refresh_link, 'UTF8'))"
 RENEWABLE: LiteralString = "a.refresh_link <> '' AND coalesce(a.token_lifespan, 1) <> 0"
 
 # The margin is at most a quarter of the token's lifespan. least() keeps the product within an interval's range. The
-# first condition follows from the second; it is there because an index can serve it.
+# first condition follows from the second; it is there because an index can serve it. In a column without a zone, the
+# earlier reading of a time counts, so that no token is renewed too late.
 EXPIRES: LiteralString = """
-    a.token_expiration < %(next_run)s::timestamptz + %(margin)s
-    AND a.token_expiration < %(next_run)s::timestamptz + CASE WHEN a.token_lifespan > 0
+    a.token_expiration < {horizon}
+    AND {ends} < %(next_run)s::timestamptz + CASE WHEN a.token_lifespan > 0
         THEN least(%(margin)s, least(a.token_lifespan, 315360000) * interval '0.25 s') ELSE %(margin)s END"""
 
 # A token with a very short lifespan is due again as soon as it has been renewed: once in a round is enough.
@@ -40,8 +43,7 @@ FREE: LiteralString = """
 
 # When the provider handed out the token, no matter which program stored it. The bounds keep the product within an
 # interval's range.
-ISSUED: LiteralString = """
-    (a.token_expiration - greatest(0, least(a.token_lifespan, 3153600000)) * interval '1 s')::timestamptz"""
+ISSUED: LiteralString = "({ends} - greatest(0, least(a.token_lifespan, 3153600000)) * interval '1 s')"
 
 # Links with a dead refresh token are not due: only their user can help.
 _COUNT = """
@@ -96,21 +98,38 @@ class Links:
     """The table of links and the tables beside it, by their configured names."""
 
     tables: DatabaseTables
+    expiry: TimeColumn
+    """How `token_expiration` holds times."""
+
+    @classmethod
+    def find(cls, database: Database, tables: DatabaseTables) -> Self:
+        """Return the links, with the type of their expiry. Raises SchemaProblem where there is no such table."""
+        with database.transaction() as connection:
+            _, column_type = find_table(connection, tables.schema_, tables.active_oauths, "token_expiration")
+            return cls(tables, TimeColumn.of(connection, column_type, database.naive_timestamps))
 
     def statement(self, text: LiteralString, **parts: sql.Composable) -> sql.Composed:
         """Return the statement with the names of the tables and the conditions of this module filled in."""
+        ends = self.expiry.earliest("a.token_expiration")
         names = {
             "active": self._table(self.tables.active_oauths),
             "services": self._table(self.tables.services),
             "providers": self._table(self.tables.user_oauth_connection),
             "hash": sql.SQL(HASH),
             "renewable": sql.SQL(RENEWABLE),
-            "expires": sql.SQL(EXPIRES),
+            "ends": ends,
+            "time": self.expiry.type,
+            "expires": self.expires(),
             "free": sql.SQL(FREE).format(hash=sql.SQL(HASH)),
             "renewed": sql.SQL(RENEWED).format(hash=sql.SQL(HASH)),
-            "issued": sql.SQL(ISSUED),
+            "issued": sql.SQL(ISSUED).format(ends=ends),
         }
         return sql.SQL(text).format(**names, **parts)
+
+    def expires(self) -> sql.Composed:
+        """Return the condition that a link's token ends in a run's window."""
+        horizon = self.expiry.none_earlier_from("%(next_run)s::timestamptz + %(margin)s")
+        return sql.SQL(EXPIRES).format(horizon=horizon, ends=self.expiry.earliest("a.token_expiration"))
 
     def count(self, connection: Connection, window: "Window") -> list[Due]:
         """Count the due rows of each provider that were not renewed in this round."""
@@ -146,11 +165,11 @@ class Window:
 def window(context: JobContext, margin: timedelta, jitter: timedelta) -> Window:
     """Return the window of a run that renews every token that would end before the next run has begun.
 
-    The later one of this machine's and the database's clocks counts: by the database's clock this run's slot may still
-    lie ahead, and must not be taken for the next one.
+    The database's clock counts, whatever this machine's clock shows. A run may begin a moment before its slot by that
+    clock; the slot must then not be taken for the next one.
     """
     with context.transaction() as connection:
-        began, now = single(connection, "SELECT now(), greatest(now(), %s)", [datetime.now(UTC)])
-    next_slot = context.schedule.next_after(now) if context.schedule else None
-    round_began = min(context.slot, began) if context.slot else began
-    return Window(next_slot + jitter if next_slot else now, margin, round_began)
+        (now,) = single(connection, "SELECT now()")
+    slot = context.slot or now
+    next_slot = context.schedule.next_after(max(slot, now)) if context.schedule else None
+    return Window(next_slot + jitter if next_slot else now, margin, round_began=min(slot, now))

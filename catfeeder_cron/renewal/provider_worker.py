@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,8 @@ from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.batch_writer import BatchWriter, Settlement
 from catfeeder_cron.renewal.circuit_breaker import CircuitBreaker
 from catfeeder_cron.renewal.claims import Claimer, TokenClaim
+from catfeeder_cron.renewal.entries import Entry, RequestTime
 from catfeeder_cron.renewal.failures import Failure
-from catfeeder_cron.renewal.journal import Entry
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session
@@ -34,8 +33,7 @@ _ASK_AGAIN_SECONDS = (1.0, 2.0)
 class Asked:
     """The last answer to a claim's requests. `in_doubt`: the provider may have acted, with an unknown result."""
 
-    at: float
-    """When the request was sent, on the wall clock."""
+    at: RequestTime
     answer: Answer
     in_doubt: bool
 
@@ -101,8 +99,13 @@ class ProviderWorker:
                 return
             if not claims:
                 self.claimer.begin_again()  # a rest began meanwhile, and a resting provider's rows can't be claimed
+            self.writer.kept.refresh()
             for claim in claims:
-                await queue.put(claim)
+                # A row that went back holds a refresh token that was sent before, to which this host has the answer.
+                if kept := self.writer.kept.find(claim.sent, self.provider.name):
+                    await self.writer.put(Settlement(claim, self.counts, entry=kept.of_row(claim.id), again=True))
+                else:
+                    await queue.put(claim)
 
     async def _work(self, queue: "asyncio.Queue[TokenClaim | None]") -> None:
         while (claim := await queue.get()) is not None:
@@ -152,8 +155,12 @@ class ProviderWorker:
         async with self.writer.slots:
             if not self._may_send(claim):
                 return None
-            asked_at = time.time()
-            answer = await self.session.refresh(self.provider, claim.refresh_token, client_auth)
+            with self.writer.room_for_answer() as has_room:
+                if not has_room:
+                    return None
+                asked_at = RequestTime.now()
+                answer = await self.session.refresh(self.provider, claim.refresh_token, client_auth)
+            # Nothing is awaited before the answer is in the journal, so its room is not given to another request.
             return Asked(asked_at, answer, in_doubt=isinstance(answer, Ambiguous))
 
     async def _take(self, claim: TokenClaim, asked: "Asked") -> None:
@@ -183,9 +190,21 @@ class ProviderWorker:
             comes_last=isinstance(answer, Refused),
         )
 
-    def _entry(self, claim: TokenClaim, asked_at: float, answer: Renewed | Partial) -> Entry:
+    def _entry(self, claim: TokenClaim, asked: RequestTime, answer: Renewed | Partial) -> Entry:
         if isinstance(answer, Partial):
-            return Entry(claim.id, claim.sent.hex(), asked_at, None, answer.refresh_token, None, False, None)
+            return Entry(
+                id=claim.id,
+                sent=claim.sent.hex(),
+                asked_at=asked.at,
+                token=None,
+                refresh_token=answer.refresh_token,
+                lifespan=None,
+                lifespan_is_said=False,
+                refresh_lifespan=None,
+                asked_elapsed=asked.elapsed,
+                boot=asked.boot,
+                provider=self.provider.name,
+            )
         if answer.lifespan is None and not self._lifespan_missed:
             self._lifespan_missed = True
             log.info("oauth_expiry_missing", provider=self.provider.name)
@@ -193,12 +212,15 @@ class ProviderWorker:
         return Entry(
             id=claim.id,
             sent=claim.sent.hex(),
-            asked_at=asked_at,
+            asked_at=asked.at,
             token=answer.token,
             refresh_token=answer.refresh_token,
             lifespan=usual if answer.lifespan is None else answer.lifespan,
             lifespan_is_said=answer.lifespan is not None,
             refresh_lifespan=answer.refresh_lifespan,
+            asked_elapsed=asked.elapsed,
+            boot=asked.boot,
+            provider=self.provider.name,
         )
 
     def _may_use_other_method(self, answer: Answer) -> bool:

@@ -2,24 +2,28 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from catfeeder_cron.coroutines import run_coroutine
+from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, JobTimedOut, RenewalError
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.oauth.client import OAuthClient
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.batch_writer import BatchWriter
+from catfeeder_cron.renewal.batch_writer import WENT_BACK, BatchWriter
 from catfeeder_cron.renewal.circuit_breaker import CircuitBreaker
-from catfeeder_cron.renewal.claims import Claimer
+from catfeeder_cron.renewal.claims import Claimer, is_current
 from catfeeder_cron.renewal.failures import called_dead, confirm_dead, dismiss_dead
+from catfeeder_cron.renewal.hosts import Host, has_looked, require_host, this_host, why_wait
 from catfeeder_cron.renewal.journal import Journal, new_journal, require_writable
+from catfeeder_cron.renewal.kept_answers import KeptAnswers, delete_old
 from catfeeder_cron.renewal.links import Due, Links, Window, window
 from catfeeder_cron.renewal.provider_worker import ProviderWorker
-from catfeeder_cron.renewal.recovery import journal_folder, recover
+from catfeeder_cron.renewal.recovery import journal_folder, recover, tell_put_back
 from catfeeder_cron.renewal.summary import (
     COUNTS,
     Known,
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 
 log = get_logger("catfeeder_cron.oauth")
 
+_LOOK_AGAIN_SECONDS = 2.0
+
 # Another session that locked a row for a moment has released it by then.
 _SECOND_LOOK_SECONDS = 0.5
 
@@ -45,26 +51,67 @@ def renew_due(context: JobContext, jitter: timedelta) -> None:
     Raises RenewalError when nothing could be renewed and the reason is on our side, and JobInterrupted when the run
     ended early. The requests under way are then awaited, and their answers stored.
     """
-    client, links = context.resources.oauth, Links(context.tables)
+    client, links = context.resources.oauth, Links.find(context.database, context.tables)
     if not context.dry_run:
         context.counts.update(dict.fromkeys(COUNTS, 0))
-        recover(context)
+        recover(context, look=not has_looked(context))
     due_window = window(context, client.settings.renew_before, jitter)
-    with context.transaction() as connection:
-        due = links.count(connection, due_window)
-        known = providers.load(connection, links, client.settings, [each.provider for each in due if each.provider])
+    due, known = _look_up(context, links, due_window)
     if context.dry_run:
-        count_what_would_be_done(context, due, hindrances(due, known))
+        wait = why_wait(context, this_host(context.resources.state_directory))
+        count_what_would_be_done(context, due, hindrances(due, known), wait.reason if wait else None)
         require_writable(context.resources.state_directory)
         return
-    RenewalRun(context, client, links, due_window, due, known).go()
+    host = lineage = None
+    if any(each.free for each in due):
+        host = require_host(context.resources.state_directory)
+        lineage, waited = _wait_for_other_hosts(context, host)
+        if waited:  # answers were put back meanwhile
+            due, known = _look_up(context, links, due_window)
+    RenewalRun(context, client, links, due_window, due, known, host, lineage).go()
+
+
+def _look_up(context: JobContext, links: Links, due_window: Window) -> tuple[list[Due], Known]:
+    """Return what is due, and the providers of that."""
+    with context.transaction() as connection:
+        due = links.count(connection, due_window)
+        names = [each.provider for each in due if each.provider]
+        return due, providers.load(connection, links, context.resources.oauth.settings, names)
+
+
+def _wait_for_other_hosts(context: JobContext, host: Host) -> tuple[Lineage | None, bool]:
+    """Wait until every host has put back the answers that the database has lost, and go on doing so for this one.
+
+    Returns the history that the run may work on, and whether it waited. Raises JobInterrupted and DatabaseError.
+    """
+    told = set[tuple[str, ...]]()
+    while True:
+        lineage = context.database.lineage  # first: what is found out next is at least as new
+        wait = why_wait(context, host)
+        if wait is None:
+            return lineage, bool(told)
+        if wait.hosts not in told:  # who they are is known only when a heartbeat has noticed
+            told.add(wait.hosts)
+            seconds, hosts = round(wait.most_seconds), ", ".join(wait.hosts)
+            log.warning("oauth_waits_for_other_hosts", hosts=hosts, at_most_seconds=seconds, reason=wait.reason)
+        context.stop.wait(_LOOK_AGAIN_SECONDS)
+        context.checkpoint()
+        recover(context)
 
 
 class RenewalRun:
     """Runs one worker for each provider that has due rows, and reports the counts at the end."""
 
     def __init__(
-        self, context: JobContext, client: OAuthClient, links: Links, window: Window, due: Sequence[Due], known: Known
+        self,
+        context: JobContext,
+        client: OAuthClient,
+        links: Links,
+        window: Window,
+        due: Sequence[Due],
+        known: Known,
+        host: Host | None,
+        lineage: Lineage | None,
     ) -> None:
         self._context = context
         self._client = client
@@ -72,6 +119,8 @@ class RenewalRun:
         self._window = window
         self._due = due
         self._known = known
+        self._host = host
+        self._lineage = lineage
         self._hindered = hindrances(due, known)
         self._owner: UUID = uuid4()
         self._writer: BatchWriter | None = None
@@ -85,15 +134,35 @@ class RenewalRun:
         """Renew, fill in the counts, and raise the error of the run, if it has one."""
         waiting = [each for each in self._due if each.provider and each.free and name_of(each) not in self._hindered]
         try:
-            if waiting:
-                with new_journal(journal_folder(self._context), self._owner) as journal:
-                    run_coroutine(self._renew(waiting, journal))
+            if waiting and self._host:
+                folder = journal_folder(self._context)
+                kept = KeptAnswers(folder)
+                kept.refresh()
+                with new_journal(folder, self._owner) as journal:
+                    self._host.renews(self._context.database, self._lineage)
+                    run_coroutine(self._renew(waiting, journal, kept))
         finally:
+            self._let_answers_go()
             settle_up(self._context, self._due, self._hindered, self._workers, self._left or {})
         self._raise_what_went_wrong()
 
-    async def _renew(self, waiting: list[Due], journal: Journal) -> None:
-        writer = BatchWriter(self._context, self._client.settings, self._links, self._owner, journal, self._progress)
+    def _let_answers_go(self) -> None:
+        """Delete answers that are too old; put back those of this run that the database has lost meanwhile."""
+        if self._writer is None or self._host is None:
+            return
+        tell_put_back(self._writer.put_back)
+        keep = self._client.settings.keep_answers
+        delete_old(self._context.resources.state_directory, keep.total_seconds())
+        with suppress(DatabaseError):  # the next run does it
+            self._host.renews(self._context.database, self._lineage)
+            if self._writer.went_back():
+                recover(self._context)
+
+    async def _renew(self, waiting: list[Due], journal: Journal, kept: KeptAnswers) -> None:
+        settings = self._client.settings
+        writer = BatchWriter(
+            self._context, settings, self._links, self._owner, journal, kept, self._progress, self._lineage
+        )
         self._writer = writer
         self._progress(0)
         async with self._client.session(writer.longest_request) as session:
@@ -137,9 +206,12 @@ class RenewalRun:
         """
         try:
             with self._context.database.transaction() as connection:
-                return {name_of(each): each.free for each in self._links.count(connection, self._window)}
+                left = {name_of(each): each.free for each in self._links.count(connection, self._window)}
+            if self._writer and not is_current(self._context, self._lineage):
+                self._writer.end_run(WENT_BACK)
         except DatabaseError:
             return None
+        return left
 
     def _has_left(self, worker: ProviderWorker) -> bool:
         """Return whether the worker could go on. Where the last count failed, assume that it could."""
@@ -149,7 +221,7 @@ class RenewalRun:
         assert due.provider is not None
         provider, state = self._known[due.provider]
         lease, fingerprint = self._client.settings.lease, provider.fingerprint
-        claimer = Claimer(self._links, self._window, self._owner, lease, provider.name, fingerprint)
+        claimer = Claimer(self._links, self._window, self._owner, lease, provider.name, fingerprint, self._lineage)
         return ProviderWorker(writer, session, provider, CircuitBreaker(writer, provider, state), claimer)
 
     def _progress(self, settled: int) -> None:

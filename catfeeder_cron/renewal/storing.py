@@ -9,8 +9,8 @@ from psycopg import sql
 from catfeeder_cron.database import Connection, Database
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.oauth.quoting import quote
+from catfeeder_cron.renewal.entries import Entry
 from catfeeder_cron.renewal.failures import BACK_OFF
-from catfeeder_cron.renewal.journal import Entry
 from catfeeder_cron.renewal.links import Links
 
 # How long a batch waits for a row that another session has locked, and then for each further one. Short, because a stop
@@ -23,6 +23,8 @@ _ENTRIES: LiteralString = """
            %(lifespans)s::bigint[], %(said)s::boolean[], %(refresh_lifespans)s::bigint[], %(ages)s::float8[])
         AS n(id, sent, token, refresh_token, lifespan, said, refresh_lifespan, age)"""
 
+_NEW_END: LiteralString = "now() + (n.lifespan - n.age) * interval '1 s'"
+
 # The answer goes only into a row that still holds the token that was sent. So a newer login is never overwritten, and a
 # late answer is still stored. The time since the request is subtracted from the token's lifespan. `before` reads the
 # old issue time, because RETURNING shows the row after the update only.
@@ -34,7 +36,7 @@ _STORE = """
             token = coalesce(n.token, a.token),
             refresh_link = coalesce(n.refresh_token, a.refresh_link),
             token_expiration = CASE WHEN n.token IS NULL THEN a.token_expiration
-                                    ELSE now() + (n.lifespan - n.age) * interval '1 s' END,
+                                    ELSE {new_end} END,
             token_lifespan = CASE WHEN n.said THEN n.lifespan ELSE a.token_lifespan END
         FROM {entries}
         WHERE a.id = n.id AND {hash} = n.sent
@@ -42,10 +44,13 @@ _STORE = """
     SELECT stored.id, before.issued_at::text FROM stored JOIN before USING (id)"""
 
 # For an answer that was not stored, because the row is gone or holds a newer login, only the lease ends. An answer
-# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn.
+# without a token (a partial one) counts as a failure. `sent_at` stays: it shows when the row had its turn. An answer
+# that is stored `again` costs no turn, since nothing was sent. The server that lost the first store may have lost the
+# claim before it, too: `held` then tells that the state is that of the token that was sent.
 _AFTER_STORE = """
     UPDATE catfeeder_cron.oauth_tokens t SET
         owner = NULL, lease_until = NULL, sent = NULL,
+        sent_at = CASE WHEN NOT (%(again)s AND is_stored) THEN t.sent_at END,
         failures = CASE WHEN is_stored AND n.token IS NULL THEN t.failures + 1 ELSE 0 END,
         not_before = CASE WHEN is_stored AND n.token IS NULL THEN now() + {back_off} END,
         refused = NULL, refused_by = NULL, dead = NULL, dead_since = NULL,
@@ -59,7 +64,7 @@ _AFTER_STORE = """
             WHEN n.refresh_token IS NULL AND t.held = n.sent THEN t.refresh_expires_at END
     FROM {entries} LEFT JOIN unnest(%(stored)s::bigint[], %(issued)s::timestamptz[]) AS s(id, issued_at) USING (id),
         LATERAL (SELECT s.id IS NOT NULL AS is_stored) known
-    WHERE t.oauth_id = n.id AND t.sent = n.sent"""
+    WHERE t.oauth_id = n.id AND (t.sent = n.sent OR (%(again)s AND is_stored AND t.held = n.sent))"""
 
 # The table refuses this row's answer: another request would only lose the token that is in the journal.
 _HOLD_BACK = """
@@ -93,9 +98,14 @@ class StoredAnswers:
 
 
 def store(
-    database: Database, links: Links, entries: Sequence[Entry], now: float, lock_timeout: str = _LOCK_TIMEOUT
+    database: Database,
+    links: Links,
+    entries: Sequence[Entry],
+    lock_timeout: str = _LOCK_TIMEOUT,
+    *,
+    again: bool = False,
 ) -> StoredAnswers:
-    """Store answers; `now` is the wall clock's time. Raises DatabaseUnavailable; the call may then be repeated.
+    """Store answers, or store them `again` in rows that went back. Raises DatabaseUnavailable; it may be repeated then.
 
     An answer that is refused, or whose row is locked, does not keep the others from being stored.
     """
@@ -103,7 +113,7 @@ def store(
         return StoredAnswers()
     try:
         with database.transaction(lock_timeout=lock_timeout) as connection:
-            return _store(connection, links, entries, now)
+            return _store(connection, links, entries, again=again)
     except DatabaseUnavailable:
         raise
     except (LockTimeout, StatementTimeout):
@@ -114,7 +124,8 @@ def store(
             return StoredAnswers(refused=[(entries[0], _hold_back(database, entries[0], error))])
     outcome = StoredAnswers()
     for entry in entries:
-        outcome.add(store(database, links, [entry], now, _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout))
+        timeout = _NEXT_LOCK_TIMEOUT if outcome.locked else lock_timeout
+        outcome.add(store(database, links, [entry], timeout, again=again))
     return outcome
 
 
@@ -131,7 +142,7 @@ def keep_in_doubt(database: Database, entries: Sequence[Entry]) -> None:
         database.execute(_KEEP_IN_DOUBT, parameters)
 
 
-def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: float) -> StoredAnswers:
+def _store(connection: Connection, links: Links, entries: Sequence[Entry], *, again: bool) -> StoredAnswers:
     parameters: dict[str, Any] = {
         "ids": [entry.id for entry in entries],
         "sent": [bytes.fromhex(entry.sent) for entry in entries],
@@ -140,10 +151,12 @@ def _store(connection: Connection, links: Links, entries: Sequence[Entry], now: 
         "lifespans": [entry.lifespan for entry in entries],
         "said": [entry.lifespan_is_said for entry in entries],
         "refresh_lifespans": [entry.refresh_lifespan for entry in entries],
-        "ages": [max(0.0, now - entry.asked_at) for entry in entries],
+        "ages": [entry.age_seconds() for entry in entries],
+        "again": again,
     }
     parts = sql.SQL(_ENTRIES)
-    stored: dict[int, str | None] = dict(connection.execute(links.statement(_STORE, entries=parts), parameters))
+    statement = links.statement(_STORE, entries=parts, new_end=links.expiry.stored(_NEW_END))
+    stored: dict[int, str | None] = dict(connection.execute(statement, parameters))
     parameters |= {"stored": list(stored), "issued": list(stored.values())}
     after = links.statement(_AFTER_STORE, entries=parts, back_off=sql.SQL(BACK_OFF))
     connection.execute(after, parameters)

@@ -50,15 +50,17 @@ def _hindrance(due: Due, known: Known) -> Hindrance | None:
     return None
 
 
-def count_what_would_be_done(context: JobContext, due: Sequence[Due], hindered: Mapping[str, Hindrance]) -> None:
-    """Set the counts of a dry run."""
+def count_what_would_be_done(
+    context: JobContext, due: Sequence[Due], hindered: Mapping[str, Hindrance], wait: str | None
+) -> None:
+    """Set the counts of a dry run. A run would `wait` for this reason before it sends anything."""
     context.counts["would_renew"] = 0
     for each in due:
         name = name_of(each)
         free = 0 if name in hindered else each.free
         context.counts["would_renew"] += free
         context.by_provider[name] = Counter(would_renew=free, postponed=each.rows - free)
-        reason = hindered[name].reason if name in hindered else each.why_not_free()
+        reason = hindered[name].reason if name in hindered else wait or each.why_not_free()
         if reason:
             context.provider_reasons[name] = reason
 

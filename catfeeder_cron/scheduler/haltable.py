@@ -1,10 +1,12 @@
 """APScheduler's schedulers, with a loop that only `halt` ends, and that `halt` can end at any moment."""
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from datetime import datetime
 from typing import Any
 
+from apscheduler.events import EVENT_JOB_REMOVED, EVENT_JOB_SUBMITTED, SchedulerEvent
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.job import Job
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -15,6 +17,34 @@ from catfeeder_cron.logs import get_logger
 log = get_logger("catfeeder_cron.background_tasks")
 
 _AFTER_FAILURE_SECONDS = 10.0
+
+
+class SkipsToldOnce(logging.LoggerAdapter[logging.Logger]):
+    """APScheduler's log, where a task that is skipped because it still runs is told once until it is run again.
+
+    APScheduler tells it at each due time: every second in an outage, while a run waits. It calls this under a lock.
+    """
+
+    def __init__(self, is_told_elsewhere: Callable[[Job], bool]) -> None:
+        super().__init__(logging.getLogger("apscheduler.scheduler"))
+        self._is_told_elsewhere = is_told_elsewhere
+        self._told: set[str] = set()
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave the message as it is."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """Log it, unless that would tell a skipped run again."""
+        if str(msg).startswith('Execution of job "%s" skipped: maximum number of running instances'):
+            if args[0].id in self._told or self._is_told_elsewhere(args[0]):
+                return
+            self._told.add(args[0].id)
+        super().log(level, msg, *args, **kwargs)
+
+    def forget(self, job_id: str) -> None:
+        """Tell the next skipped run of a task, which was run or is none any more."""
+        self._told.discard(job_id)
 
 
 class TaskThreads(ThreadPoolExecutor):  # type: ignore[misc]  # APScheduler has no types
@@ -41,7 +71,8 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
         self._turn = threading.RLock()
         self.on_turn: Callable[[], None] | None = None
         self._longest_sleep = longest_sleep
-        super().__init__(**options)
+        self._log = SkipsToldOnce(lambda job: getattr(_owner(job), "accounts_for_skipped_runs", False))
+        super().__init__(logger=self._log, **options)
 
     def _process_jobs(self) -> float:
         """Submit the due tasks, and return how many seconds the loop may sleep.
@@ -57,6 +88,11 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
             until_next_run = _AFTER_FAILURE_SECONDS
         self._call_on_turn()
         return self._longest_sleep if until_next_run is None else min(until_next_run, self._longest_sleep)
+
+    def _dispatch_event(self, event: SchedulerEvent) -> None:
+        if event.code in {EVENT_JOB_SUBMITTED, EVENT_JOB_REMOVED}:
+            self._log.forget(event.job_id)
+        super()._dispatch_event(event)
 
     def _call_on_turn(self) -> None:
         if self.on_turn:
@@ -97,6 +133,11 @@ class Scheduler(BlockingScheduler):  # type: ignore[misc]  # APScheduler has no 
         self._executors_lock = self._create_lock()
         self._jobstores_lock = self._create_lock()
         self._listeners_lock = self._create_lock()
+
+
+def _owner(job: Job) -> object:
+    """Return the object whose method a task calls."""
+    return getattr(job.func, "__self__", None)
 
 
 class ThreadScheduler(Scheduler, BackgroundScheduler):  # type: ignore[misc]

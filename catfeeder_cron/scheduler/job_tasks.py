@@ -9,11 +9,14 @@ from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
 from catfeeder_cron.scheduler.listeners import Run, RunListener
 from catfeeder_cron.scheduler.triggers import ScheduleTrigger
 
-Purpose = Literal["catching up", "coming again", "woken", "recovering", "retrying"]
+Purpose = Literal["catching up", "coming again", "woken", "recovering", "retrying", "tending"]
 
 
 class JobTasks(RunListener):
     """Adds and removes the tasks of jobs, and nothing after `close`. All methods may be called from any thread."""
+
+    accounts_for_skipped_runs = True
+    """The ledger has a row for each slot that passed, with its reason, so APScheduler need not tell it."""
 
     def __init__(self, tasks: BackgroundTasks) -> None:
         self._tasks = tasks

@@ -32,6 +32,8 @@ class Run:
     settings: JobSettings
     control: RunControl
     origin: Origin = field(default_factory=Origin)
+    is_cut_off: bool = False
+    """Whether it was asked to end because no heartbeat arrived any more."""
     stuck_reported_at: timedelta | None = None
     """How far it was beyond its timeout when it was last reported as stuck."""
 

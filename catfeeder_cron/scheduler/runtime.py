@@ -29,6 +29,7 @@ from catfeeder_cron.scheduler.listeners import Listeners, RunListener
 from catfeeder_cron.scheduler.pings import Pings
 from catfeeder_cron.scheduler.server_clock import ServerClock
 from catfeeder_cron.scheduler.supervisor import Supervisor
+from catfeeder_cron.scheduler.tending import JobTending
 from catfeeder_cron.scheduler.wakers import JobWakers
 
 _TRY_AGAIN_SECONDS = 0.5
@@ -72,8 +73,10 @@ class Runtime:
         self._job_tasks = JobTasks(tasks)
         self.job_scheduler = JobScheduler(self._job_tasks, self.executor, self.ledger, downtime, self.clock)
         self._wakers = JobWakers(self._job_tasks, self.executor, self.database, self.ledger)
+        self._tending = JobTending(self._job_tasks, self.executor, self.database)
         self._pings = Pings()
-        for listener in (self.clock, self._job_tasks, self.job_scheduler, self._wakers, self._pings):
+        parts = (self.clock, self._job_tasks, self.job_scheduler, self._tending, self._wakers, self._pings)
+        for listener in parts:
             self.listeners.add(listener)
 
     @property
@@ -88,6 +91,7 @@ class Runtime:
         self.ledger.become_daemon()
         scheduled = self.job_scheduler.schedule_all()
         self._wakers.start(self.job_scheduler.schedules)
+        self._tending.start()
         self.supervisor.start()
         started = not self._owns_tasks or self.tasks.safe_start() == self.tasks.success
         return scheduled and started

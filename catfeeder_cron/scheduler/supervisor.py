@@ -165,7 +165,9 @@ class Supervisor:
             self._last_beat = begun
             went_back = self._is_new_lineage(heartbeat)
         for run in before:
-            if run.run_id not in heartbeat.open_runs:
+            if run.run_id in heartbeat.open_runs:
+                self._put_off_deadline(run)
+            else:
                 run.control.stop.set(JobAborted(RECORD_LOST if went_back else TAKEN_FOR_DEAD))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
@@ -197,6 +199,7 @@ class Supervisor:
                 # Otherwise only this process's row in the list of the living is left, which expires by itself.
                 if unrecorded := self.runs.unrecorded:
                     log.warning("runs_not_recorded", runs=len(unrecorded), reason=str(error))
+        self._ledger.disconnect()
 
     def _beat_regularly(self) -> None:
         """Send heartbeats, in the thread of the heartbeat; more often while none arrives."""
@@ -220,15 +223,23 @@ class Supervisor:
             self._wake_watch.clear()
 
     def _fence(self) -> float:
-        """Ask every run to end that others may begin soon; return after how many seconds to look again."""
-        exclusive = [run for run in self.runs.under_way if not run.origin.shared and not run.control.stop]
+        """Ask every run to end that others may begin soon; return after how many seconds to look again.
+
+        What a run has started in other processes dies by the run's deadline, even if this process is frozen.
+        """
+        exclusive = [run for run in self.runs.under_way if not run.origin.shared and not run.is_cut_off]
         left = FENCE_SECONDS - (elapsed_seconds() - self._last_beat)
         if left > 0 and exclusive:
             return min(left, _LOOK_AT_FENCE_SECONDS)
         for run in exclusive:
+            run.is_cut_off = True
             log.error("run_cut_off", job=run.job_id, run_id=run.run_id, reason=CUT_OFF)
             run.control.stop.set(JobAborted(CUT_OFF, FENCE_GRACE_SECONDS))
         return float("inf")
+
+    def _put_off_deadline(self, run: Run) -> None:
+        if not run.origin.shared:
+            run.control.deadline.set(self._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS)
 
     def _try_to_beat(self) -> bool:
         """Beat, and delete the old history every hour; log once why that can't be done."""
@@ -266,6 +277,7 @@ class Supervisor:
     def _supervise(self, run: Run) -> None:
         run.control.confirm = self._confirm
         run.control.application_name = self._ledger.application_name(run.run_id)
+        self._put_off_deadline(run)
         run.control.start_clock()
         self.runs.add(run)
         self._wake_watch.set()

@@ -31,6 +31,12 @@ _LISTEN_AGAIN_SECONDS = 300.0
 _CLOSE_SECONDS = 3.0
 # How long a notification may take that the waker sends to itself.
 _ECHO_SECONDS = 5.0
+# Between two sessions, where servers or proxies end them at once.
+_NEXT_SESSION_SECONDS = 1.0
+
+
+class _SessionEnded(Exception):
+    """The session that listened is over; the server may be as well as ever: idle sessions are ended by many."""
 
 
 class Waker:
@@ -108,7 +114,10 @@ class Waker:
         while not self._closing:
             try:
                 polling_because = self._listen()
-                self._watch(None, polling_because)
+                if polling_because:
+                    self._watch(None, polling_because)
+            except _SessionEnded:
+                self._wait(None, _NEXT_SESSION_SECONDS)
             except DatabaseUnavailable:
                 self._wait(None, _RECONNECT_SECONDS)  # the database has logged it
             except CatfeederCronError as error:
@@ -119,14 +128,18 @@ class Waker:
                 self._wait(None, _POLL_SECONDS)
 
     def _listen(self) -> str:
-        """Watch for as long as notifications arrive; return why none arrive."""
+        """Watch for as long as notifications arrive; return why none do. Raises DatabaseUnavailable in an outage."""
         with ExitStack() as opened:
             try:
                 connection = opened.enter_context(self._listening())
-            except DatabaseUnavailable as error:
-                return str(error)
+            except DatabaseUnavailable:
+                self._due_in()  # raises in an outage, which is no reason to do without notifications after it
+                try:
+                    connection = opened.enter_context(self._listening())
+                except DatabaseUnavailable as error:
+                    return str(error)
             if not self._receives(connection):
-                return f"our own did not come back within {_ECHO_SECONDS:g} s"
+                return "" if self._closing else f"our own did not come back within {_ECHO_SECONDS:g} s"
             self._watch(connection)
         return ""
 
@@ -176,7 +189,10 @@ class Waker:
             os.read(self._read_end, 4096)
         if connection is None or connection.fileno() not in ready:
             return False
-        return bool(self._database.notifications(connection))
+        try:
+            return bool(self._database.notifications(connection))
+        except DatabaseUnavailable:
+            raise _SessionEnded from None
 
     def _log_polling(self, polling_because: str) -> None:
         if polling_because and not self._polling:

@@ -53,7 +53,9 @@ class Notifier:
         # The timeout keeps a manager that doesn't read its socket from delaying the schedule.
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(_SEND_TIMEOUT_SECONDS)
-            sender.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)
+            # An unconnected socket always counts as writable: sendto() would spend the timeout's time trying.
+            sender.connect(self._address)
+            sender.send("\n".join(assignments).encode("utf-8", "replace"))
 
 
 def _status(text: str) -> str:

@@ -46,7 +46,7 @@ def test_nothing_that_a_callable_does_reaches_the_daemon(
 ) -> None:
     shutil.copy(CALLABLES, program.folder / "feeders.py")
     jobs = "".join(
-        f'[jobs.{function.replace("_", "-")}]\ncall = "feeders:{function}"\ninterval = 1\ntimeout = {timeout}\n'
+        f'[jobs.{function.replace("_", "-")}]\ncall = "feeders:{function}"\ninterval = 4\ntimeout = {timeout}\n'
         for function, timeout in {**dict.fromkeys(ENDINGS, 60), "never_end": 1}.items()
     )
     rest = "[jobs.clean-tokens]\ninterval = 1\n[scheduler]\nmax_workers = 12\n"

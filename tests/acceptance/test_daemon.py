@@ -1,4 +1,7 @@
-"""`start`: the schedule at work, its signals, the database that comes and goes, and what `list` and `history` tell."""
+"""`start`: the schedule at work, its signals, the database that comes and goes, and what `list` and `history` tell.
+
+Each daemon loads what it needs, as it does in use.
+"""
 
 import json
 import os
@@ -34,18 +37,13 @@ HISTORY_KEYS = {
 }
 
 
-@pytest.fixture
-def loaded() -> None:
-    """Have each daemon load what it needs, as it does in use."""
-
-
 @pytest.mark.usefixtures("app_tables")
 def test_daemons_share_the_slots_and_history_and_list_tell_them(
     program: Program, admin: psycopg.Connection, database_url: str
 ) -> None:
     program.configure(database_url, EVERY_SECOND)
     admin.execute(ADD_CONNECTIONS, {"expired": 250, "live": 50})
-    daemons = [program.start("start"), program.start("start")]
+    daemons = [program.start_installed("start"), program.start_installed("start")]
     for daemon in daemons:
         daemon.wait_for("daemon_started")
     by_schedule = "catfeeder_cron.job_runs WHERE trigger = 'schedule' AND outcome = 'succeeded'"
@@ -103,14 +101,14 @@ def test_what_was_missed_is_accounted_for_and_made_up_for_once(
     program: Program, admin: psycopg.Connection, database_url: str
 ) -> None:
     program.configure(database_url, EVERY_SECOND)
-    daemon = program.daemon()
+    daemon = program.daemon(installed=True)
     eventually(lambda: count(admin, "catfeeder_cron.schedule"), "the accounts")
     daemon.stop()
     admin.execute(
         "UPDATE catfeeder_cron.schedule SET accounted_until = accounted_until - interval '10 minutes' "
         "WHERE job = 'clean-tokens'"
     )
-    daemon = program.daemon()
+    daemon = program.daemon(installed=True)
     caught_up = "catfeeder_cron.job_runs WHERE job = 'clean-tokens' AND trigger = 'catch_up'"
     eventually(lambda: count(admin, caught_up), "the run that was overdue")
     daemon.stop()
@@ -136,7 +134,7 @@ def test_a_stop_lets_the_batch_in_hand_end_and_exits_0(
     program.configure(database_url, EVERY_SECOND.replace("batch_size = 100", "batch_size = 10"))
     admin.execute(SLOW_DOWN_DELETIONS)
     admin.execute(ADD_CONNECTIONS, {"expired": 20_000, "live": 10})  # for minutes
-    daemon = program.daemon()
+    daemon = program.daemon(installed=True)
     eventually(lambda: count(admin, EXPIRED) < 20_000, "a batch")
     assert program.run("run-once", "clean-tokens").status == 75
     running = {job["job"]: job["last_outcome"] for job in program.run("list", "--json").document}
@@ -164,7 +162,7 @@ def test_a_second_signal_ends_it_at_once_and_the_grace_is_bounded(
     admin.execute(ADD_CONNECTIONS, {"expired": 1000, "live": 0})
     for grace, ended_by in ((60, -signal.SIGTERM), (0.2, 0)):
         program.configure(database_url, f"[scheduler]\nshutdown_grace = {grace}\n{EVERY_SECOND}")
-        daemon = program.daemon()
+        daemon = program.daemon(installed=True)
         eventually(lambda: count(admin, ASLEEP), "a batch in hand")
         daemon.signal(signal.SIGTERM)
         daemon.wait_for("daemon_stopping")
@@ -190,7 +188,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
     assert program.run("init-db", "--with-app-tables").status == 0
     own_server.stop()
 
-    daemon = program.daemon()
+    daemon = program.daemon(installed=True)
     daemon.wait_for("database_unreachable")
     own_server.start(durable=False)
     with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
@@ -218,7 +216,7 @@ def test_a_database_that_comes_later_and_goes_away_is_told_once_and_the_daemon_g
 @pytest.mark.usefixtures("embedded_alone")
 def test_a_daemon_and_run_once_share_an_embedded_database_and_the_last_one_stops_it(program: Program) -> None:
     program.configure("embedded:pg", EVERY_SECOND)
-    daemon = program.start("start")
+    daemon = program.start_installed("start")
     first = program.run("init-db", "--with-app-tables")
     assert first.status == 0
     daemon.wait_for("daemon_started")
@@ -239,7 +237,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.usefixtures("embedded_alone")
 def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Program, temporary: Path) -> None:
-    demo = program.start("demo", variables={"TMPDIR": str(temporary)})
+    demo = program.start_installed("demo", variables={"TMPDIR": str(temporary)})
     for text in ("demo_ready", "job=clean-tokens", "job=clean-verification"):
         demo.wait_for_text(text)
     server = int(next(temporary.glob("*/data/postmaster.pid")).read_text().splitlines()[0])
@@ -258,7 +256,7 @@ def test_the_demo_shows_deletions_and_ctrl_c_leaves_nothing_behind(program: Prog
 def test_a_demo_that_is_interrupted_while_it_is_set_up_leaves_nothing_behind(
     program: Program, temporary: Path, number: signal.Signals
 ) -> None:
-    demo = program.start("demo", variables={"TMPDIR": str(temporary)})
+    demo = program.start_installed("demo", variables={"TMPDIR": str(temporary)})
     eventually(lambda: list(temporary.glob("*/data*")), "the database being made")
     os.killpg(demo.pid, number)
     ended = demo.finish()

@@ -130,7 +130,7 @@ def test_a_daemon_imports_in_one_thread_whatever_its_jobs_need(
             "INSERT INTO \"Actions\" (kind, due_at, payload) VALUES ('webhook', now(), %s)",
             [json.dumps({"url": f"{url}hook"})],
         )
-        daemon = program.start("start", variables=observed.variables)
+        daemon = program.start_installed("start", variables=observed.variables)
         port = daemon.wait_for("metrics_served")["port"]
         eventually(lambda: provider.renewals["tom"], "a renewal")
         eventually(lambda: {"/hook", "/ping"} <= {request.path for request in listener.requests}, "webhook and ping")
@@ -151,7 +151,7 @@ def test_a_daemon_without_its_database_has_imported_all_that_it_uses_before_its_
     program: Program, observed: Observed
 ) -> None:
     program.configure("postgresql://127.0.0.1:1/nowhere")
-    daemon = program.start("start", variables=observed.variables)
+    daemon = program.start_installed("start", variables=observed.variables)
     daemon.wait_for("database_unreachable")
     daemon.wait_for("daemon_started")
     assert daemon.stop().status == 0

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import psycopg
 
@@ -129,11 +130,11 @@ def _renewed(url: str, folder: Path, due: int) -> tuple[float, float]:
         connection.execute('TRUNCATE "ActiveOauths" RESTART IDENTITY')
         connection.execute(
             'INSERT INTO "ActiveOauths" (token, token_expiration, token_lifespan, refresh_link, service_id)'
-            " SELECT 'old', now() + n * interval '1 ms', 3600, 'first-' || n, s.id"
+            " SELECT 'old', now() + n * interval '1 ms', 3600, %s || n, s.id"
             " FROM generate_series(1, %s) n"
             ' JOIN (SELECT id, row_number() OVER (ORDER BY id) AS place FROM "Services") s'
             " ON s.place = 1 + n %% %s",
-            [due, _PROVIDERS],
+            [f"{uuid4()}-", due, _PROVIDERS],  # the answers to those of the run before are kept
         )
         connection.execute('VACUUM ANALYZE "ActiveOauths"')
     config = folder / "config.toml"

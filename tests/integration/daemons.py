@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 
 from catfeeder_cron.config import DatabaseTables, JobSettings
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.job import Job, JobContext
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.schedule import IntervalSchedule
@@ -28,13 +28,6 @@ connect_timeout = 2
 max_workers = {max_workers}
 
 """
-
-
-def heard_of_for_long(database: Database) -> None:
-    """Have the ledger, which is new in every test, know of no silence: nobody is taken for dead soon after one."""
-    schema.ensure(database)
-    database.execute("UPDATE catfeeder_cron.lineage SET heard_since = now() - interval '1 h'", {})
-
 
 wait_for = eventually
 

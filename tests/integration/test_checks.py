@@ -10,15 +10,14 @@ import pytest
 
 from catfeeder_cron.checks import check
 from catfeeder_cron.config import DatabaseTables, OAuthSettings, load
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.database.embedded import EmbeddedServer
-from catfeeder_cron.database.schema.application import create_tables
-from catfeeder_cron.database.schema.indexes import create_indexes
-from catfeeder_cron.jobs import built_in, load_settings
+from catfeeder_cron.jobs import load_settings
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.checks import check_links
 from catfeeder_cron.renewal.links import Links
 from catfeeder_cron.report import Finding
+from tests.integration.zones import named
 
 Findings = Callable[..., list[Finding]]
 
@@ -41,15 +40,8 @@ def findings(database_url: str, tmp_path: Path) -> Findings:
 
 
 @pytest.fixture
-def complete(database: Database) -> None:
+def complete(with_indexes: None, database_url: str) -> None:
     """All that `init-db --with-app-tables --with-indexes` creates."""
-    wanted = [index for job in built_in().values() for index in job.wanted_indexes]
-    for step in (
-        schema.upgrade(database),
-        create_tables(database, DatabaseTables()),
-        create_indexes(database, DatabaseTables(), wanted),
-    ):
-        list(step)
 
 
 def worst(findings: list[Finding], subject: str) -> Finding:
@@ -69,6 +61,77 @@ def test_where_all_is_there_every_line_is_ok(findings: Findings, complete: None)
     assert {"configuration", "database", "clock", "schema", "clean-tokens", "clean-verification"} <= {
         finding.subject for finding in found
     }
+
+
+NAIVE = (("Connections", "expiration_date"), ("Pet", "food_reset"), ("ActiveOauths", "token_expiration"))
+
+
+@pytest.fixture
+def naive(admin: psycopg.Connection, complete: None) -> psycopg.Connection:
+    """A database in which some columns have no zone."""
+    for table, column in (*NAIVE, ("Connections", "creation_date"), ("Connections", "edit_date")):
+        admin.execute(f'ALTER TABLE "{table}" ALTER {column} TYPE timestamp'.encode())
+    return admin
+
+
+def test_each_column_without_a_zone_is_named_with_the_zone_that_it_is_taken_in(
+    findings: Findings, naive: psycopg.Connection
+) -> None:
+    unset = [each for each in findings(RESET) if "time zone" in each.message]
+    said = [each for each in findings(f"naive_timestamps = 'Europe/Paris'\n{RESET}") if "time zone" in each.message]
+
+    assert {finding.level for finding in unset} == {"warning"}
+    assert {finding.level for finding in said} == {"ok"}
+    for found, zone in ((unset, "UTC"), (said, "Europe/Paris")):
+        assert len(found) == len(NAIVE)
+        for table, column in NAIVE:
+            assert any(f'"{table}" ({column}) has no time zone' in each.message for each in found)
+        assert all(f"taken in {zone}" in each.message for each in found)
+
+
+@pytest.mark.parametrize(
+    ("configured", "written", "ahead"),
+    [
+        ("UTC", "Asia/Tokyo", "9h"),
+        ("America/New_York", "Asia/Kathmandu", "(645|585)m"),
+        ("Asia/Tokyo", "UTC", None),
+        ("Asia/Tokyo", "Asia/Tokyo", None),
+    ],
+)
+def test_rows_in_the_future_show_that_another_zone_is_written(
+    findings: Findings, naive: psycopg.Connection, configured: str, written: str, ahead: str | None
+) -> None:
+    naive.execute(
+        """INSERT INTO "Connections" (token, creation_date, edit_date)
+           SELECT n, at, at FROM generate_series(1, 3) n, LATERAL (SELECT
+               CASE n WHEN 1 THEN now() AT TIME ZONE %s WHEN 2 THEN 'infinity' END) AS row(at) WHERE n < 3""",
+        [written],
+    )
+    found = findings(f"naive_timestamps = '{configured}'")
+    wrong = [each for each in found if "lie in the future" in each.message]
+
+    assert len(wrong) == (2 if ahead else 0)
+    for each in wrong:
+        assert (each.level, each.subject) == ("warning", "clean-tokens")
+        assert re.search(f"at least {ahead} ahead; correct database.naive_timestamps$", each.message)
+
+
+def test_a_zone_that_only_this_machine_knows_is_an_error_with_its_remedy(
+    database_url: str, naive: psycopg.Connection, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f"[database]\nurl = '{database_url}'")
+    path.chmod(0o600)
+    settings = load_settings(path, environ={})
+    section = settings.database.model_copy(update={"naive_timestamps": named("Cat/Moon")})
+    with Database(section) as database:
+        found = list(check(settings.model_copy(update={"database": section}), database))
+
+    problem = worst(found, "database")
+    assert problem.level == "error"
+    assert problem.message.startswith(
+        'this PostgreSQL does not know the zone "Cat/Moon" of database.naive_timestamps; '
+    )
 
 
 def test_an_empty_database_is_told_job_by_job(findings: Findings) -> None:
@@ -568,7 +631,7 @@ def test_a_paused_provider_is_told_with_its_reason(
     findings: Findings, ten_links: None, admin: psycopg.Connection, database: Database, refused: bool, level: str
 ) -> None:
     with database.transaction() as connection:
-        known = providers.load(connection, Links(DatabaseTables()), OAuthSettings(), ["google"])
+        known = providers.load(connection, Links.find(database, DatabaseTables()), OAuthSettings(), ["google"])
     pause = providers.refused("401: invalid_client") if refused else providers.out_of_order("503")
     providers.pause(database, known["google"][0], pause)
 

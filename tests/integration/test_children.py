@@ -15,6 +15,7 @@ import pytest
 
 from catfeeder_cron.children.pool import Call, Children
 from catfeeder_cron.errors import CatfeederCronError, ChildDied
+from catfeeder_cron.times import elapsed_seconds
 from tests.support.processes import is_alive
 from tests.support.waiting import eventually
 
@@ -156,11 +157,12 @@ def test_the_deadline_holds_though_the_process_that_called_is_frozen(folder: Pat
 import sys, threading
 sys.path.insert(0, {str(folder)!r})
 from catfeeder_cron.children.pool import Children
+from catfeeder_cron.times import elapsed_seconds
 children = Children()
 call = children.call("key", "called:last", {str(begun)!r}, on_line=print)
-call.set_deadline(1000)
+call.set_deadline(elapsed_seconds() + 1000)
 sys.stdin.readline()
-call.set_deadline(0.5)
+call.set_deadline(elapsed_seconds() + 0.5)
 passed_on = threading.Event()
 call._soon(passed_on.set)
 passed_on.wait()
@@ -189,17 +191,44 @@ call.future.result()
         caller.communicate()
 
 
+def test_a_second_request_to_stop_may_leave_less_time_but_not_more(folder: Path) -> None:
+    with Children() as children:
+        patient, _ = lasting(children, folder, "patient")
+        patient.ask_to_stop(1000)
+        killed, pid = lasting(children, folder, "killed")
+        killed.ask_to_stop(1000)
+        killed.ask_to_stop(0.1)
+        killed.ask_to_stop(1000)
+        with pytest.raises(ChildDied):
+            killed.future.result(60)
+        assert killed.was_killed
+        assert is_gone(pid)
+        assert not patient.future.done()
+
+
+def test_a_call_whose_deadline_has_passed_is_not_begun(folder: Path) -> None:
+    """As when this process was frozen between the claim of an action and its call."""
+    file = folder / "goodbye"
+    with Children() as children:
+        late = children.call(
+            "key", "called:say_goodbye", str(file), deadline=elapsed_seconds() - 1, on_line=lambda _line: None
+        )
+        with pytest.raises(ChildDied, match="its lease ran out before it began"):
+            late.future.result(60)
+    assert not file.exists()
+
+
 def test_a_deadline_that_is_taken_back_or_moved_kills_nobody(folder: Path) -> None:
     with Children() as children:
         made, pid = lasting(children, folder)
-        made.set_deadline(3)
-        made.set_deadline(1000)
+        made.set_deadline(elapsed_seconds() + 3)
+        made.set_deadline(elapsed_seconds() + 1000)
         served = pid_of(children, "another")
         other = call(children, "whoami", key="another")
-        other.set_deadline(3)
+        other.set_deadline(elapsed_seconds() + 3)
         assert int(other.future.result(60).text or 0) == served
         expired, expiring = lasting(children, folder, "expiring")
-        expired.set_deadline(4)  # by its end the others' would have come
+        expired.set_deadline(elapsed_seconds() + 4)  # by its end the others' would have come
         with pytest.raises(ChildDied, match="when its lease ran out"):
             expired.future.result(60)
         assert is_gone(expiring)

@@ -39,7 +39,7 @@ Events = Callable[[], list[str]]
 
 
 @pytest.fixture
-def office(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Iterator[Office]:
+def office(with_schema_heard_of_for_long: None, database_url: str, tmp_path: Path) -> Iterator[Office]:
     office = Office(database_url, tmp_path)
     yield office
     office.close()

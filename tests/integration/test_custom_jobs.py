@@ -23,6 +23,7 @@ from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.executor import run_job
+from catfeeder_cron.times import elapsed_seconds
 from tests.support.processes import is_alive
 from tests.support.waiting import eventually
 
@@ -43,7 +44,7 @@ def callables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], l
 
 
 @pytest.fixture
-def crons_for(database_url: str, tmp_path: Path) -> Iterator[Callable[[str], Crons]]:
+def crons_for(with_schema: None, database_url: str, tmp_path: Path) -> Iterator[Callable[[str], Crons]]:
     """Gives the jobs of a configuration whose only custom job, `report`, has these lines."""
     opened: list[Crons] = []
 
@@ -401,6 +402,33 @@ def test_one_that_does_not_end_is_killed_with_all_that_it_started(context: Any, 
 
     assert report.outcome == "timed_out"
     assert report.reason == "longer than its timeout of 600 s; it did not end within 10 s and was killed"
+    (pids,) = callables()
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_reason_to_stop_may_leave_less_time_than_another_that_came_first(context: Any, callables: Any) -> None:
+    given, end = context('call = "feeders:never_end"')
+    eventually(callables)
+    given.stop.set(JobAborted("the process was asked to stop", grace_seconds=1000))
+    given.stop.set(JobAborted("it may be taken for dead", grace_seconds=0.5))
+
+    assert (end().outcome, end().reason) == (
+        "aborted",
+        "the process was asked to stop; it did not end within 0.5 s and was killed",
+    )
+
+
+def test_at_the_deadline_of_its_run_it_is_killed(context: Any, callables: Any) -> None:
+    given, end = context('call = "feeders:never_end"')
+    eventually(callables)
+    given.deadline.set(elapsed_seconds() + 1000)
+    given.stop.set(JobAborted("it may be taken for dead", grace_seconds=1000))
+    given.deadline.set(elapsed_seconds() + 0.2)
+
+    assert (end().outcome, end().reason) == (
+        "aborted",
+        "it may be taken for dead; it did not end before others may run it, and was killed",
+    )
     (pids,) = callables()
     eventually(lambda: not any(map(is_alive, pids)))
 

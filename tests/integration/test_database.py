@@ -457,17 +457,21 @@ def test_a_database_that_does_not_exist_is_named(open_database: OpenDatabase, da
     )
 
 
-def test_a_server_without_a_free_connection_is_unavailable_for_now(
-    open_database: OpenDatabase, role: Callable[..., tuple[str, str]], connect: Callable[..., psycopg.Connection]
+def test_a_server_without_a_free_connection_is_unavailable_for_now_and_that_is_told_once(
+    open_database: OpenDatabase,
+    role: Callable[..., tuple[str, str]],
+    connect: Callable[..., psycopg.Connection],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     name, url = role("CONNECTION LIMIT 1")
     other, database = connect(url), open_database(url, connect_timeout=NEVER)
 
-    with pytest.raises(DatabaseUnavailable, match=f'too many connections for role "{name}"'), database.transaction():
-        pass
+    for _ in range(3):
+        assert f'too many connections for role "{name}"' in the_one_line(database)
 
     other.close()
     eventually(lambda: works(database))
+    assert events(caplog) == ["database_unreachable", "database_reachable_again"]
 
 
 def works(database: Database) -> bool:

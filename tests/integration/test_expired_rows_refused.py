@@ -185,9 +185,7 @@ def test_a_read_only_server_is_told_as_such(
     admin.execute(TABLE)
     admin.execute('INSERT INTO "Connections" (expiration_date) VALUES (now())')
 
-    assert the_reason(clean(database=open_database(url))) == (
-        "cannot execute DELETE in a read-only transaction (SQLSTATE 25006)"
-    )
+    assert "takes no writes: default_transaction_read_only is on" in the_reason(clean(database=open_database(url)))
 
 
 def test_a_value_that_does_not_fit_is_no_outage(database: Database) -> None:

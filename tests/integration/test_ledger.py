@@ -30,7 +30,7 @@ from catfeeder_cron.ledger import (
 )
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.times import timestamp
-from tests.integration.daemons import HOUR, heard_of_for_long, report, rows, wait_for
+from tests.integration.daemons import HOUR, report, rows, wait_for
 from tests.support.waiting import eventually
 
 # Whole hours that have gone by, so that slots look like those of an hourly job.
@@ -38,9 +38,8 @@ NOON = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 12 * HOUR
 
 
 @pytest.fixture
-def open_ledger(open_database: Callable[..., Database], admin: psycopg.Connection) -> Callable[..., Ledger]:
+def open_ledger(with_schema_heard_of_for_long: None, open_database: Callable[..., Database]) -> Callable[..., Ledger]:
     """Opens the ledger for one more process; `daemon` is its identity."""
-    heard_of_for_long(open_database())
 
     def open_one(daemon: UUID | None = None) -> Ledger:
         return Ledger(open_database(pool_max_size=2), Process("daemon", daemon or uuid4()))
@@ -363,6 +362,25 @@ def test_a_database_that_went_back_is_noticed_by_one_and_told_to_all(
     assert reason in (after.reason or "")
     assert lineage(ledger).id == lineage(other).id == after.id, "once"
     assert events(caplog) == ["history_went_back"]
+
+
+def test_of_many_that_see_one_loss_one_tells_it(
+    ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
+) -> None:
+    processes = [ledger, *(open_ledger() for _ in range(3))]
+    for process in processes * 3:
+        before = lineage(process)
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 2")
+    admin.execute("UPDATE catfeeder_cron.daemons SET beats = 1")
+    after = [lineage(process) for process in processes * 2]
+    assert {each.id for each in after}.isdisjoint({before.id})
+    assert len({each.id for each in after}) == 1
+
+    # Another loss, of the change as well: all know a newer lineage than the database does.
+    admin.execute("UPDATE catfeeder_cron.lineage SET id = %s, since = %s, counter = 2", [before.id, before.since])
+    again = [lineage(process) for process in processes * 2]
+    assert len({each.id for each in again}) == 1
+    assert {each.id for each in again}.isdisjoint({before.id, after[0].id})
 
 
 def test_what_can_not_be_undone_is_handed_out_on_no_other_history(

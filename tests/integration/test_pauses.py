@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from catfeeder_cron.database import Database, schema
+from catfeeder_cron.database import Database
 from catfeeder_cron.ledger import Ledger, Process, pauses
 from tests.integration.daemons import SECOND, Office, Work, rows, wait_for
 
@@ -15,17 +15,15 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture
-def ledgers(database: Database) -> list[Ledger]:
+def ledgers(with_schema: None, database: Database) -> list[Ledger]:
     """Two daemons on one database, whose job `work` is accounted for until noon."""
-    for _ in schema.upgrade(database):
-        pass
     with database.transaction() as connection:
         connection.execute("INSERT INTO catfeeder_cron.schedule VALUES ('work', 'every 1s', %s)", [NOON])
     return [Ledger(database, Process("daemon")) for _ in range(2)]
 
 
 @pytest.fixture
-def office(database_url: str, admin: psycopg.Connection, tmp_path: Path) -> Iterator[Office]:
+def office(with_schema_heard_of_for_long: None, database_url: str, tmp_path: Path) -> Iterator[Office]:
     office = Office(database_url, tmp_path)
     yield office
     office.close()
@@ -101,8 +99,6 @@ def test_a_job_that_is_overdue_is_not_caught_up_in_a_pause_but_can_be_run_by_han
     office: Office, database: Database, admin: psycopg.Connection
 ) -> None:
     work = Work()
-    for _ in schema.upgrade(database):
-        pass
     overdue = "INSERT INTO catfeeder_cron.schedule VALUES ('work', %s, now() - interval '3 h 30 min')"
     admin.execute(overdue, [office.trigger])
     pauses.pause(database, [], None, "moving")

@@ -77,7 +77,7 @@ def pings() -> Iterator[Pings]:
 
 
 @pytest.fixture
-def crons(database_url: str, tmp_path: Path) -> Iterator[Callable[[str, str], Crons]]:
+def crons(with_schema: None, database_url: str, tmp_path: Path) -> Iterator[Callable[[str, str], Crons]]:
     opened: list[Crons] = []
 
     def open_one(ping_url: str, job: str) -> Crons:

@@ -26,7 +26,7 @@ class Unheard(BaseException):
 
 
 @pytest.fixture
-def open_crons(database_url: str, tmp_path: Path) -> Iterator[Callable[..., Crons]]:
+def open_crons(with_schema: None, database_url: str, tmp_path: Path) -> Iterator[Callable[..., Crons]]:
     """Opens one whose jobs run every second."""
     opened: list[Crons] = []
 

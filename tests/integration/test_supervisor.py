@@ -19,7 +19,7 @@ from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run, RunListener
 from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, CUT_OFF, RECORD_LOST, RUNS_HERE, TAKEN_FOR_DEAD, Supervisor
-from tests.integration.daemons import SECOND, context, heard_of_for_long, report, rows, wait_for
+from tests.integration.daemons import SECOND, context, report, rows, wait_for
 from tests.support.waiting import SOON
 
 
@@ -49,8 +49,9 @@ class Office(RunListener):
 
 
 @pytest.fixture
-def open_office(open_database: Callable[..., Database], admin: psycopg.Connection) -> Iterator[Callable[[], Office]]:
-    heard_of_for_long(open_database())
+def open_office(
+    with_schema_heard_of_for_long: None, open_database: Callable[..., Database]
+) -> Iterator[Callable[[], Office]]:
     opened: list[Office] = []
 
     def open_one() -> Office:
@@ -214,7 +215,7 @@ def test_a_run_that_ignores_its_flag_is_told_at_once_then_every_five_minutes(
 ) -> None:
     run = office.begin(given=context(office.database, timeout=1))
     told = []
-    for overdue in (14, 16, 105, 310, 325, 625):
+    for overdue in (14, 16, 105, 310, 325, 630):
         run.control._started = time.monotonic() - 1 - overdue
         office.supervisor.timeouts.enforce()
         told.append(events(caplog).count("job_stuck"))
@@ -241,7 +242,26 @@ def test_a_run_of_a_process_that_is_cut_off_is_asked_to_end_before_others_may_be
     assert str(reason) == CUT_OFF
     assert FENCE_SECONDS + FENCE_GRACE_SECONDS < DEAD_AFTER_SECONDS
     assert not shared.control.stop, "its rows are shared out by leases"
+    assert shared.control.deadline.at == float("inf")
     assert events(caplog) == ["run_cut_off"]
+
+
+def test_what_a_run_has_started_dies_by_a_deadline_that_each_heartbeat_puts_off(office: Office) -> None:
+    """Its guard keeps it, so it holds in a process that is frozen, too."""
+    run = office.begin()
+    first = run.control.deadline.at
+    assert first == office.supervisor._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS
+    office.supervisor.beat()
+    assert run.control.deadline.at == office.supervisor._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS > first
+
+
+def test_a_run_that_was_asked_to_stop_before_is_cut_off_all_the_same(office: Office) -> None:
+    run = office.begin()
+    office.supervisor.runs.request_stop(JobAborted("enough"))
+    office.supervisor._last_beat -= FENCE_SECONDS + 1
+    office.supervisor._fence()
+    assert str(run.control.stop.reason) == "enough"
+    assert run.control.stop.grace_left_seconds <= FENCE_GRACE_SECONDS
 
 
 def test_the_fence_needs_no_heartbeat_to_return(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,20 +8,16 @@ import pytest
 
 from catfeeder_cron import Crons
 from catfeeder_cron.checks import check
-from catfeeder_cron.config import DatabaseTables
-from catfeeder_cron.database import Database, schema
-from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database import Database
 from tests.support.waiting import eventually
 
 
 @pytest.fixture
 def crons(
-    database: Database, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_tables: None, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Crons]]:
     """Opens one on the tables that `init-db --with-app-tables` creates."""
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
-    for _ in (*schema.upgrade(database), *create_tables(database, DatabaseTables())):
-        pass
     opened: list[Crons] = []
 
     def open_one(url: str = database_url) -> Crons:

@@ -199,6 +199,7 @@ def _become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if longest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, longest_file))
     sys.argv = ["catfeeder-cron", *arguments]

@@ -24,6 +24,9 @@ from tests.support.waiting import SOON, eventually
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
+# What the program itself reads, whenever it needs it. Python reads others of its own before there is anything to copy.
+_READ_LATER = ("CATFEEDER_CRON_", "NOTIFY_SOCKET", "PYTHONPATH", "TMPDIR", "WATCHDOG_USEC")
+
 ADD_CONNECTIONS = """
     INSERT INTO "Connections" (token, user_id, expiration_date)
     SELECT 'token-' || n || random(), n, now() + CASE WHEN n <= %(expired)s THEN -1 ELSE 1 END * interval '1 day'
@@ -150,7 +153,7 @@ class Running:
 class Program:
     """Runs the program in a folder of the test's own, which is its home too, with a tidy environment.
 
-    Without environment variables of its own a command is a copy of the loaded program, if there is one.
+    A command is a copy of the loaded program, if there is one, unless Python reads one of its environment variables.
     """
 
     folder: Path
@@ -166,9 +169,9 @@ class Program:
 
     def run(self, *arguments: str, seconds: float = 2 * SOON, variables: Mapping[str, str] = _NONE) -> Finished:
         """Run a command to its end with these environment variables."""
-        if variables or self.loaded is None:
+        if self.loaded is None or not _are_read_later(variables):
             return self.run_installed(*arguments, seconds=seconds, variables=variables)
-        environment = self._environment({})
+        environment = self._environment(variables)
         return Finished.of(self.loaded.run(*arguments, folder=self.folder, environment=environment, seconds=seconds))
 
     def run_installed(
@@ -193,17 +196,23 @@ class Program:
 
     def start(self, *arguments: str, variables: Mapping[str, str] = _NONE) -> Running:
         """Start a command in a process group of its own; what is left of it is killed after the test."""
-        if variables or self.loaded is None:
-            return self.start_command(*command(), *arguments, variables=variables)
+        if self.loaded is None or not _are_read_later(variables):
+            return self.start_installed(*arguments, variables=variables)
         (stdout, its_stdout), (stderr, its_stderr) = os.pipe(), os.pipe()
         try:
             streams = {"stdout": its_stdout, "stderr": its_stderr}
-            copy = self.loaded.start(*arguments, folder=self.folder, environment=self._environment({}), **streams)
+            copy = self.loaded.start(
+                *arguments, folder=self.folder, environment=self._environment(variables), **streams
+            )
         finally:
             os.close(its_stdout)
             os.close(its_stderr)
         self.started.append(Running(copy, os.fdopen(stdout), os.fdopen(stderr)))
         return self.started[-1]
+
+    def start_installed(self, *arguments: str, variables: Mapping[str, str] = _NONE) -> Running:
+        """Do as `start` in a process that the installed script starts."""
+        return self.start_command(*command(), *arguments, variables=variables)
 
     def start_command(self, *words: str, variables: Mapping[str, str] = _NONE) -> Running:
         """Do as `start` with any other command."""
@@ -220,9 +229,9 @@ class Program:
         self.started.append(Running(process, process.stdout, process.stderr))
         return self.started[-1]
 
-    def daemon(self) -> Running:
-        """Start the daemon and return when it is at work."""
-        daemon = self.start("start")
+    def daemon(self, *, installed: bool = False) -> Running:
+        """Start the daemon, by the installed script or not, and return when it is at work."""
+        daemon = self.start_installed("start") if installed else self.start("start")
         daemon.wait_for("daemon_started")
         return daemon
 
@@ -253,6 +262,10 @@ class Program:
 
     def _environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         return {**tidy_environment(), "HOME": str(self.folder), **variables}
+
+
+def _are_read_later(variables: Mapping[str, str]) -> bool:
+    return all(name.startswith(_READ_LATER) for name in variables)
 
 
 ASLEEP = "pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"

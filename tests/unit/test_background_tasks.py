@@ -22,6 +22,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from catfeeder_cron.errors import UnknownJob
 from catfeeder_cron.scheduler.background_tasks import BackgroundTasks
+from catfeeder_cron.scheduler.job_tasks import JobTasks
 from tests.support.waiting import SOON, eventually
 
 NOT_NOW = 0.2  # seconds in which something would have happened if it were going to
@@ -303,8 +304,12 @@ def test_a_task_that_raises_is_logged_with_its_traceback_and_everything_goes_on(
     assert "in knock_the_bowl_over" in caplog.text
 
 
-def test_a_task_that_is_still_running_is_not_run_a_second_time(
-    tasks: BackgroundTasks,
+def skipped(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("maximum number of running instances" in record.getMessage() for record in caplog.records)
+
+
+def test_a_task_that_is_still_running_is_not_run_a_second_time_and_that_is_told_once(
+    tasks: BackgroundTasks, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
     begun = threading.Semaphore(0)
@@ -318,8 +323,31 @@ def test_a_task_that_is_still_running_is_not_run_a_second_time(
 
     assert begun.acquire(timeout=SOON)
     assert not begun.acquire(timeout=NOT_NOW)
+    assert skipped(caplog) == 1
     gate.open.set()
     assert begun.acquire(timeout=SOON)
+
+
+def test_a_job_whose_slots_the_ledger_accounts_for_is_not_told_as_skipped(
+    tasks: BackgroundTasks, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+    begun = threading.Semaphore(0)
+
+    def call(_: str) -> None:
+        begun.release()
+        gate()
+
+    job_tasks = JobTasks(tasks)
+    job_tasks.run_soon("woken", call, "job")
+    tasks.start()
+    assert begun.acquire(timeout=SOON)
+    job_tasks.run_soon("woken", call, "job")
+    eventually(lambda: not tasks.tasks)
+
+    assert not begun.acquire(timeout=NOT_NOW)
+    assert skipped(caplog) == 0
+    gate.open.set()
 
 
 def test_a_cron_trigger_may_be_due_every_second_where_that_is_said(tasks: BackgroundTasks) -> None:

@@ -56,6 +56,7 @@ def test_what_the_file_leaves_out_is_the_default(load_text: Load) -> None:
     assert settings.database.pool_max_size == 8
     assert settings.database.connect_timeout == timedelta(seconds=10)
     assert settings.database.statement_timeout == timedelta(seconds=30)
+    assert settings.database.naive_timestamps == ZoneInfo("UTC")
     assert settings.database.tables.schema_ == "public"
     assert settings.scheduler.timezone == ZoneInfo("UTC")
     assert settings.scheduler.shutdown_grace == timedelta(seconds=60)
@@ -145,6 +146,11 @@ def test_all_faults_of_a_file_are_told_at_once(faults_of: Faults) -> None:
         ("[database]\npool_max_size = '8'", 'database.pool_max_size: got "8", expected a whole number'),
         ("[database]\nstatement_timeout = 0", "database.statement_timeout: got 0, expected at least 0.001s"),
         ("[database]\nstatement_timeout = '25d'", 'database.statement_timeout: got "25d", expected at most 24d'),
+        (
+            "[database]\nnaive_timestamps = 'Europe/Pris'",
+            'database.naive_timestamps: got "Europe/Pris", expected a time zone such as "UTC" or "Europe/Paris"; '
+            "did you mean `Europe/Paris`?",
+        ),
         ("[database]\nconnect_timeout = 0.5", "database.connect_timeout: got 0.5, expected at least 1s"),
         (
             "[database]\nconnect_timeout = '10'",

@@ -1,5 +1,6 @@
 """Expressions of crontab(5), over whole years against a walk through every minute."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -267,30 +268,42 @@ def fixed(*texts: str) -> tuple[Field, ...]:
 
 
 class YearOfMinutes:
-    """A year in a zone, walked through minute by minute: which times on the clock each minute serves."""
+    """A year in a zone, walked through from minute to minute: which times on the clock each minute serves."""
 
     def __init__(self, zone: ZoneInfo, year: int) -> None:
         self.first = datetime(year, 1, 1)
         self.end = datetime(year + 1, 1, 1)
         self.changes: list[datetime] = []
-        self.shown: dict[int, list[int]] = {}  # wall clock: the instants that show it
+        self.stretches = list(self._stretches(zone))
         self.due: dict[int, int] = {}  # wall clock: the instant when a fixed time of day is served
-        start = (self.first - EPOCH) // MINUTE - 2 * 24 * 60
-        latest = previous = start + self._offset(zone, start) - 1
-        for instant in range(start, (self.end - EPOCH) // MINUTE + 1):
-            if instant % 15 in {0, 1} or instant == start:  # when offsets change, whatever the zone
-                offset = self._offset(zone, instant)
-            wall = instant + offset
-            if wall != previous + 1:
-                self.changes.append(EPOCH + instant * MINUTE)
-                if abs(wall - previous - 1) > 180:
-                    latest = wall - 1
-            if wall > latest:
-                for served in range(latest + 1, wall + 1):
-                    self.due[served] = instant
-                latest = wall
-            self.shown.setdefault(wall, []).append(instant)
-            previous = wall
+        instants, offset = self.stretches[0]
+        latest = previous = instants[0] + offset - 1
+        for instants, offset in self.stretches:
+            first, last = instants[0] + offset, instants[-1] + offset
+            if first != previous + 1:
+                self.changes.append(EPOCH + instants[0] * MINUTE)
+                if abs(first - previous - 1) > 180:
+                    latest = first - 1
+            self.due.update(dict.fromkeys(range(latest + 1, first), instants[0]))
+            new = max(first, latest + 1)
+            self.due.update(zip(range(new, last + 1), range(new - offset, last + 1 - offset), strict=True))
+            latest = max(latest, last)
+            previous = last
+
+    def _stretches(self, zone: ZoneInfo) -> Iterator[tuple[range, int]]:
+        """List the stretches of minutes that have one offset, and that offset."""
+        start, end = (self.first - EPOCH) // MINUTE - 2 * 24 * 60, (self.end - EPOCH) // MINUTE + 1
+        offset = self._offset(zone, start)
+        for quarter in range(start, end, 15):
+            for instant in (quarter, quarter + 1):  # when offsets change, whatever the zone
+                if instant < end and (new := self._offset(zone, instant)) != offset:
+                    yield range(start, instant), offset
+                    start, offset = instant, new
+        yield range(start, end), offset
+
+    def shown(self, wall: int) -> list[int]:
+        """List the instants at which the clock shows this."""
+        return [wall - offset for instants, offset in self.stretches if wall - offset in instants]
 
     @staticmethod
     def _offset(zone: ZoneInfo, instant: int) -> int:
@@ -319,7 +332,7 @@ class YearOfMinutes:
             midnight = (datetime(day.year, day.month, day.day) - EPOCH) // MINUTE
             for wall in (midnight + 60 * h + m for h in hour.numbers for m in minute.numbers):
                 if elapsed:
-                    found.update(self.shown.get(wall, ()))
+                    found.update(self.shown(wall))
                 elif wall in self.due:
                     found.add(self.due[wall])
         instants = (EPOCH + instant * MINUTE for instant in sorted(found))

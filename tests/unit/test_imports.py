@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Literal
@@ -116,7 +117,12 @@ def place_of(module: str) -> str:
 
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 MODULES = {dotted(path) for path in SOURCES}
-IMPORTS = [an_import for path in SOURCES for an_import in imports_of(path)]
+
+
+# Read when a test asks: every worker imports this file, one or two of them run its tests.
+@cache
+def imports() -> list[Import]:
+    return [an_import for path in SOURCES for an_import in imports_of(path)]
 
 
 def imported_module(an_import: Import) -> str | None:
@@ -127,12 +133,16 @@ def imported_module(an_import: Import) -> str | None:
     return an_import.imported if an_import.imported in MODULES or parent not in MODULES else parent
 
 
-OURS = [(an_import, module) for an_import in IMPORTS if (module := imported_module(an_import))]
-LIBRARIES = [
-    (an_import, library)
-    for an_import in IMPORTS
-    if (library := an_import.imported.partition(".")[0]) not in sys.stdlib_module_names and library != PACKAGE
-]
+def ours() -> list[tuple[Import, str]]:
+    return [(an_import, module) for an_import in imports() if (module := imported_module(an_import))]
+
+
+def libraries() -> list[tuple[Import, str]]:
+    return [
+        (an_import, library)
+        for an_import in imports()
+        if (library := an_import.imported.partition(".")[0]) not in sys.stdlib_module_names and library != PACKAGE
+    ]
 
 
 def test_the_reading_sees_imports_at_every_depth() -> None:
@@ -158,7 +168,7 @@ def test_the_table_itself_runs_one_way() -> None:
 def test_a_module_imports_only_what_the_table_allows(place: str) -> None:
     allowed = {place, *ARROWS[place].split(), *(set() if place in OPEN_TO_ALL else OPEN_TO_ALL)}
 
-    used = {place_of(module): an_import for an_import, module in OURS if place_of(an_import.importer) == place}
+    used = {place_of(module): an_import for an_import, module in ours() if place_of(an_import.importer) == place}
 
     assert [str(an_import) for imported, an_import in used.items() if imported not in allowed] == []
     assert set(ARROWS[place].split()) - used.keys() == set(), "an arrow that nobody uses"
@@ -166,7 +176,7 @@ def test_a_module_imports_only_what_the_table_allows(place: str) -> None:
 
 def test_no_imports_run_in_a_circle_inside_a_folder_either() -> None:
     graph: dict[str, set[str]] = {module: set() for module in MODULES}
-    for an_import, module in OURS:
+    for an_import, module in ours():
         graph[an_import.importer].add(module)
 
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
@@ -175,7 +185,7 @@ def test_no_imports_run_in_a_circle_inside_a_folder_either() -> None:
 def test_a_library_is_imported_in_its_home_alone() -> None:
     wrong = [
         str(an_import)
-        for an_import, library in LIBRARIES
+        for an_import, library in libraries()
         if place_of(an_import.importer) not in HOMES.get(library, "").split()
     ]
 
@@ -184,10 +194,10 @@ def test_a_library_is_imported_in_its_home_alone() -> None:
 
 def test_what_a_function_imports_is_loaded_first_in_the_one_thread_that_imports() -> None:
     """tests/acceptance/test_imports.py has the proof; this names the line."""
-    loaded = {(an_import.importer, an_import.imported) for an_import in IMPORTS if an_import.when == "by load"}
+    loaded = {(an_import.importer, an_import.imported) for an_import in imports() if an_import.when == "by load"}
     lazily = [
         an_import
-        for an_import, name in (*OURS, *LIBRARIES)
+        for an_import, name in (*ours(), *libraries())
         if an_import.when == "in a function"
         and place_of(an_import.importer) not in BEGINS_THE_PROCESS
         and place_of(name) not in ("errors", "imports")  # which import nothing
@@ -205,10 +215,10 @@ def test_what_a_function_imports_is_loaded_first_in_the_one_thread_that_imports(
 def test_the_command_line_loads_at_once_only_what_every_command_needs() -> None:
     at_once = {
         place_of(module)
-        for an_import, module in OURS
+        for an_import, module in ours()
         if an_import.importer == f"{PACKAGE}.console.cli" and not an_import.lazy
     }
 
     assert at_once <= OPEN_TO_ALL
-    by_the_package = {module for an_import, module in OURS if an_import.importer == PACKAGE and not an_import.lazy}
+    by_the_package = {module for an_import, module in ours() if an_import.importer == PACKAGE and not an_import.lazy}
     assert by_the_package == {f"{PACKAGE}.version"}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "systemd" / "install.sh"
 
 # Says it makes a virtual environment, with the paths that a real one has in its files; whatever else it is asked, this
-# test's own interpreter answers. pip begins scripts in two ways.
+# test's own interpreter answers. pip begins scripts in two ways. What the program says of itself is asked for once.
 INTERPRETER = """#!/bin/sh
 case "$*" in
   "-m venv --clear "*)
@@ -30,6 +30,11 @@ case "$*" in
     ;;
   *"-m pip install "*) ;;
   -) ;;  # is asked whether it will do
+  "-P -m catfeeder_cron"*)
+    answer="{answers}/$*$_CATFEEDER_CRON_COMPLETE"
+    [ -e "$answer" ] || {python} "$@" > "$answer" || exit
+    cat "$answer"
+    ;;
   *) exec {python} "$@" ;;
 esac
 """
@@ -42,10 +47,15 @@ DOCUMENTATION = {
 }
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answers")
+
+
 @pytest.fixture
-def python(tmp_path: Path) -> Path:
+def python(tmp_path: Path, answers: Path) -> Path:
     interpreter = tmp_path / "interpreter"
-    interpreter.write_text(INTERPRETER.format(python=sys.executable))
+    interpreter.write_text(INTERPRETER.format(python=sys.executable, answers=answers))
     interpreter.chmod(0o755)
     return interpreter
 

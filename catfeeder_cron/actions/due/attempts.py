@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import Claimed
 from catfeeder_cron.errors import HopelessAction, PostponedAction
 from catfeeder_cron.logs import get_logger, one_line
+from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.actions")
 
@@ -30,6 +31,10 @@ class Finished:
     verdict: Verdict
     detail: str | None = None
     after_seconds: float = 0
+    at: float = field(default_factory=elapsed_seconds)
+    """When it ended, by times.elapsed_seconds."""
+    begun_as: str | None = None
+    """The owner of the lease under which it ran, where that is not the lease under which it is stored."""
 
 
 class Attempts:
@@ -72,9 +77,13 @@ class Attempts:
         """Let the handlers of these actions go on: their leases were extended until then, by times.elapsed_seconds."""
         self._loop.call_soon_threadsafe(self._handlers.extend, ids, lease_ends)
 
-    def ask_to_stop(self) -> None:
-        """Ask the operator's handlers to end. One that has not ended ten seconds later is killed, and "retried"."""
-        self._loop.call_soon_threadsafe(self._handlers.ask_to_stop)
+    def ask_to_stop(self, grace_seconds: float) -> None:
+        """Ask the operator's handlers to end. One that has not ended so many seconds later is killed, and "retried".
+
+        Unlike the other methods, this one may be called from any thread, and after the end.
+        """
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._handlers.ask_to_stop, grace_seconds)
 
     def cancel(self, ids: list[Any]) -> None:
         """Stop these attempts; they finish as "cancelled"."""

@@ -5,9 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from catfeeder_cron.actions.due.leases import statement
-from catfeeder_cron.config import DatabaseTables
+from catfeeder_cron.actions.due.leases import may_begin_now
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.database import Connection
+from catfeeder_cron.database.lineage import Lineage
 
 # The most rows that are read at a time; the next reading brings the rows behind them.
 _MOST = 50_000
@@ -23,10 +24,10 @@ _WIDEST_BAND = 10
 _DUE = """
     SELECT id, kind, user_id, turn, early FROM (
         SELECT id, kind, user_id, row_number() OVER (PARTITION BY kind ORDER BY user_turn, due_at) AS turn,
-               count(*) FILTER (WHERE due_at <= %(begun)s::timestamptz) OVER () AS early
+               count(*) FILTER (WHERE {due} <= %(begun)s::timestamptz) OVER () AS early
         FROM (SELECT id, kind, user_id, due_at,
                      row_number() OVER (PARTITION BY kind, user_id ORDER BY due_at) AS user_turn
-              FROM {actions} WHERE state = 'pending' AND due_at <= now()) AS by_user) AS by_kind
+              FROM {actions} WHERE state = 'pending' AND {is_due} AND {may_begin}) AS by_user) AS by_kind
     ORDER BY turn LIMIT %(most)s"""
 
 
@@ -92,10 +93,11 @@ class Busy:
         self._count.subtract(_shares(candidate))
 
 
-def due_in_fair_order(connection: Connection, tables: DatabaseTables, begun: str) -> FairOrder:
-    """Read the rows that are due now; `begun` is when the run began, by the database's clock."""
-    parameters = {"begun": begun, "most": _MOST}
-    return FairOrder(connection.execute(statement(_DUE, tables), parameters).fetchall())
+def due_in_fair_order(connection: Connection, tables: ActionTables, begun: str, lineage: Lineage | None) -> FairOrder:
+    """Read the rows that may be claimed now; `begun` is when the run began, by the database's clock."""
+    may_begin, more = may_begin_now(lineage)
+    due = tables.statement(_DUE, may_begin=may_begin)
+    return FairOrder(connection.execute(due, {"begun": begun, "most": _MOST} | more).fetchall())
 
 
 def _shares(candidate: Candidate) -> list[tuple[str, Any]]:

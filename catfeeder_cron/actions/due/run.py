@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from catfeeder_cron.actions.action import Handler
 from catfeeder_cron.actions.due import outcomes
@@ -12,10 +13,13 @@ from catfeeder_cron.actions.due.attempts import Attempts, Finished
 from catfeeder_cron.actions.due.fair_order import Busy, Candidate, FairOrder, due_in_fair_order
 from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
+from catfeeder_cron.actions.due.memory import KEPT_SECONDS, memory_of
 from catfeeder_cron.actions.due.outcomes import StoredOutcome
+from catfeeder_cron.actions.due.put_back import again_as, already_logged, put_back
+from catfeeder_cron.actions.due.tables import ActionTables
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobTimedOut
+from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import elapsed_seconds
@@ -26,6 +30,9 @@ log = get_logger("catfeeder_cron.actions")
 _LOOK_SECONDS = 1.0
 # Reading the due rows, which takes long when there are many, may use one part in this many of the run's time.
 _READING_SHARE = 10
+# The others take a lease over when it has run out and its owner had 30 s to come back (see leases).
+_MOST_EXTEND_EVERY_SECONDS = 20.0
+_DONE_BEFORE = "the database had lost their outcomes, and this process has stored them again"
 _COUNTED = {"done": "done", "retried": "retried", "failed": "given_up"}
 
 
@@ -46,16 +53,26 @@ class DueActionsRun:
     """
 
     def __init__(
-        self, context: JobContext, settings: ActionsSettings, built_in: Mapping[str, Handler], limits: Limits
+        self,
+        context: JobContext,
+        tables: ActionTables,
+        settings: ActionsSettings,
+        built_in: Mapping[str, Handler],
+        limits: Limits,
     ) -> None:
         self._context = context
+        self._tables = tables
         self._limits = limits
-        self._leases = Leases(context.tables, limits.lease)
+        self._leases = Leases(tables, limits.lease, lambda: context.database.lineage)
+        self._memory = memory_of(context.database)
+        self._done_before = 0
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
-        self._attempts = Attempts(Handlers(settings, built_in, context.resources.children, action_timeout_seconds))
-        self._extend_every = lease_seconds / 3
-        self._extended_at = self._reached_at = time.monotonic()
+        children = context.resources.children
+        self._attempts = Attempts(Handlers(settings, built_in, children, action_timeout_seconds, lease_seconds))
+        self._extend_every = min(lease_seconds / 3, _MOST_EXTEND_EVERY_SECONDS)
+        self._lineage = self._known_lineage
+        self._extended_at = self._reached_at = elapsed_seconds()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
         self._under_way: dict[Any, Claimed] = {}
         self._unstored: list[Finished] = []
@@ -71,22 +88,41 @@ class DueActionsRun:
         """Run until nothing is due. Raises the error that ended the run, after its attempts under way have ended.
 
         When the run is asked to stop, it claims nothing new and asks the handlers to end; when its time is over, it
-        also cancels them.
+        also cancels them. When the database can't be reached, they go on, as long as their leases last.
         """
         with self._context.transaction() as connection:
             (self._begun,) = single(connection, "SELECT now()::text")
-        with self._attempts:
+        try:
+            self._work()
+        finally:
+            for finished in (*self._unstored, *self._attempts.wait(0)):
+                self._remember(finished, None, finished.claimed.lineage)
+            if self._done_before:
+                log.warning("action_was_done_before", actions=self._done_before, reason=_DONE_BEFORE)
+
+    def _work(self) -> None:
+        # The thread that requests the stop asks the handlers to end: this thread may wait for the database.
+        with self._attempts, self._context.stop.calling(self._ask_to_stop):
             try:
                 while self._take_on():
                     self._look_after()
             except CatfeederCronError as error:
-                self._attempts.ask_to_stop()
+                if isinstance(error, JobInterrupted):
+                    self._attempts.ask_to_stop(error.grace_seconds)
                 if isinstance(error, JobTimedOut):
                     self._cut_short = True
                     self._attempts.cancel(list(self._under_way))
                 while not self._idle:
                     self._look_after()
                 raise
+
+    @property
+    def _known_lineage(self) -> UUID | None:
+        lineage = self._context.database.lineage
+        return None if lineage is None else lineage.id
+
+    def _ask_to_stop(self) -> None:
+        self._attempts.ask_to_stop(self._context.stop.grace_left_seconds)
 
     @property
     def _idle(self) -> bool:
@@ -100,40 +136,60 @@ class DueActionsRun:
             return not self._idle  # an attempt that began now might not end in time
         if free <= 0:
             return True
-        if time.monotonic() >= self._read_again_at or (self._idle and not self._order):
+        awaits = False
+        if elapsed_seconds() >= self._read_again_at or (self._idle and not self._order):
             self._read_due()
-            if self._idle and not self._order.early:
+            awaits = self._idle and not self._order.early
+            if awaits and not self._await_lapsed():
                 return False
         candidates = self._order.take(round(free / self._hits), self._busy)
         if candidates:
             self._claim(candidates, free)
         # If nothing of an order could be claimed, its rows are under other daemons' leases by now, or locked.
-        return not self._idle or bool(self._order) or self._claimed_of_order > 0
+        return awaits or not self._idle or bool(self._order) or self._claimed_of_order > 0
+
+    def _await_lapsed(self) -> bool:
+        """Wait a moment where leases have run out whose owners may come back; return whether there are such."""
+        with self._context.transaction() as connection:
+            waits = self._leases.lapsed_too_short_ago(connection, [])
+        if waits:
+            self._context.stop.wait(_LOOK_SECONDS)
+        return waits
 
     def _read_due(self) -> None:
-        asked = time.monotonic()
+        self._done_before += put_back(self._context, self._tables, self._leases)
+        asked = elapsed_seconds()
         with self._context.transaction() as connection:
-            given_up = self._leases.take_over(connection)
-            self._order = due_in_fair_order(connection, self._context.tables, self._begun)
+            held = [*self._under_way.values(), *(each.claimed for each in self._unstored)]
+            given_up = self._leases.take_over(connection, held)
+            lineage = self._context.database.lineage
+            self._order = due_in_fair_order(connection, self._tables, self._begun, lineage)
         self._claimed_of_order = 0
         for action in given_up:
             self._context.counts.update(due=1, given_up=1)
             log.warning("action_given_up", action=action, reason=LOST)
-        now = time.monotonic()
+        now = elapsed_seconds()
         self._read_again_at = now + max(_LOOK_SECONDS, (now - asked) * _READING_SHARE)
         self._context.progress(self._settled, self._settled + len(self._under_way) + self._order.early)
 
     def _claim(self, candidates: list[Candidate], free: int) -> None:
         with self._context.transaction() as connection:
             claimed = self._leases.claim(connection, [each.id for each in candidates], free)
-        self._reached_at = time.monotonic()
+        self._reached_at = elapsed_seconds()
         self._hits = max(0.1, 0.8 * self._hits + 0.2 * min(1.0, len(claimed) / min(free, len(candidates))))
         self._claimed_of_order += len(claimed)
         self._context.counts["due"] += len(claimed)
+        fresh = []
         for each in claimed:
-            self._under_way[each.action.id] = each
-            self._busy.add(_candidate(each))
-        self._attempts.begin(claimed)
+            before = self._memory.done_before(each)
+            if before is None:
+                self._under_way[each.action.id] = each
+                self._busy.add(_candidate(each))
+                fresh.append(each)
+            else:
+                self._done_before += 1
+                self._unstored.append(again_as(each, before))
+        self._attempts.begin(fresh)
 
     def _look_after(self) -> None:
         """Wait for attempts to finish, store their outcomes, and extend the leases of the others."""
@@ -147,17 +203,24 @@ class DueActionsRun:
         try:
             if self._unstored:
                 self._store()
-            if self._under_way and time.monotonic() - self._extended_at >= self._extend_every:
+            if self._under_way and self._must_extend():
                 self._extend()
         except DatabaseUnavailable as error:
-            if time.monotonic() - self._reached_at > self._limits.lease.total_seconds():
-                log.error("action_outcomes_lost", actions=[str(each.claimed.action.id) for each in self._unstored])
+            if elapsed_seconds() - self._reached_at > self._limits.lease.total_seconds():
+                if self._unstored:
+                    actions = [str(each.claimed.action.id) for each in self._unstored]
+                    log.error("action_outcomes_not_stored", actions=actions, kept_seconds=KEPT_SECONDS)
                 raise
             log.debug("action_outcomes_not_stored_yet", outcomes=len(self._unstored), reason=str(error))
             time.sleep(min(_LOOK_SECONDS, self._extend_every))
 
+    def _must_extend(self) -> bool:
+        """Tell whether it is time, or the database's history went back: the rows may not be ours there."""
+        return self._lineage != self._known_lineage or elapsed_seconds() - self._extended_at >= self._extend_every
+
     def _store(self) -> None:
         """Store the finished attempts, even after the run's time; those of locked rows wait for the next call."""
+        lineage = self._known_lineage
         try:
             stored, self._unstored = self._store_together(self._unstored)
         except DatabaseUnavailable:
@@ -167,16 +230,17 @@ class DueActionsRun:
             finished, self._unstored = self._unstored, []
             for one in finished:
                 stored += self._store_alone(one)
-        self._reached_at = time.monotonic()
+        self._reached_at = elapsed_seconds()
         for each in stored:
-            self._settle(each)
+            self._settle(each, lineage)
         if self._unstored and not self._under_way:
             time.sleep(min(_LOOK_SECONDS, self._extend_every) / 10)
 
     def _store_together(self, finished: list[Finished]) -> tuple[list[StoredOutcome], list[Finished]]:
         with self._context.database.transaction() as connection:
             retry_after_seconds = self._limits.retry_after.total_seconds()
-            return outcomes.store(connection, self._context.tables, finished, retry_after_seconds)
+            known = already_logged(connection, self._tables, [each for each in finished if each.begun_as])
+            return outcomes.store(connection, self._tables, finished, retry_after_seconds, known)
 
     def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
         """Store one outcome. If the database refuses it, the row's lease runs out, and in the end its attempts do."""
@@ -191,8 +255,10 @@ class DueActionsRun:
         self._unstored += locked
         return stored
 
-    def _settle(self, stored: StoredOutcome) -> None:
-        action = stored.finished.claimed.action
+    def _settle(self, stored: StoredOutcome, lineage: UUID | None) -> None:
+        claimed, action = stored.finished.claimed, stored.finished.claimed.action
+        if not (stored.is_deleted and claimed.lineage == lineage):  # else the web server has deleted it
+            self._remember(stored.finished, stored.verdict, lineage)
         self._settled += 1
         if stored.verdict in _COUNTED:
             self._context.counts[_COUNTED[stored.verdict]] += 1
@@ -200,20 +266,42 @@ class DueActionsRun:
             event = {"retried": "action_retried", "failed": "action_given_up", "cancelled": "action_cancelled"}
             write = log.warning if stored.verdict == "failed" else log.info
             write(
-                event.get(stored.verdict or "", "action_was_taken_over"),
+                event.get(stored.verdict or "", "action_was_deleted" if stored.is_deleted else "action_was_taken_over"),
                 action=action.id,
                 kind=action.kind,
                 attempt=action.attempt,
                 reason=stored.finished.detail,
             )
 
+    def _remember(self, finished: Finished, stored_as: str | None, lineage: UUID | None) -> None:
+        """Remember an outcome with the history that it was stored in, or else with that of its claim."""
+        verdict = finished.verdict if stored_as is None else stored_as
+        if verdict not in ("done", "retried", "failed"):
+            return
+        if verdict == "retried":
+            seconds = outcomes.wait_seconds(finished, self._limits.retry_after.total_seconds())
+            finished = replace(finished, after_seconds=seconds)
+        elif verdict != finished.verdict:
+            finished = replace(finished, verdict="failed")
+        stored = stored_as is not None
+        self._memory.add(finished, lineage if stored else finished.claimed.lineage, stored=stored)
+
     def _extend(self) -> None:
+        lineage = self._known_lineage
         lease_ends = elapsed_seconds() + self._limits.lease.total_seconds()
         with self._context.database.transaction() as connection:
             ours, extended = self._leases.extend(connection, list(self._under_way.values()))
-        self._extended_at = self._reached_at = time.monotonic()
+        self._extended_at = self._reached_at = elapsed_seconds()
+        self._lineage = lineage
         self._attempts.extend(list(extended), lease_ends)
         self._attempts.cancel([each for each in self._under_way if each not in ours])
+
+
+def recover(context: JobContext, tables: ActionTables, lease: timedelta) -> None:
+    """Store the outcomes that this process remembers and the database does not have, if there are any."""
+    leases = Leases(tables, lease, lambda: context.database.lineage)
+    if stored := put_back(context, tables, leases):
+        log.warning("action_was_done_before", actions=stored, reason=_DONE_BEFORE)
 
 
 def _candidate(claimed: Claimed) -> Candidate:

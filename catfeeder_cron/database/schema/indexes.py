@@ -98,7 +98,7 @@ def _create_alone(database: Database, leaf: Leaf, wanted: WantedIndex, described
         unique.append(wanted.state)
     marker = zlib.crc32(".".join(unique).encode())
     index = f"catfeeder_cron_{marker:08x}_{leaf.name[:15]}_{wanted.column[:15]}"
-    with database.session() as connection:
+    with database.session(unbounded=True) as connection:
         connection.execute("SET statement_timeout = 0")
         connection.execute("SET lock_timeout = 0")
         try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from catfeeder_cron.config import ActionsSettings, DatabaseTables
-from catfeeder_cron.database import Database, schema
-from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import check_actions
 from catfeeder_cron.report import JobReport
@@ -21,7 +19,7 @@ from catfeeder_cron.scheduler.executor import run_job
 HERE = Path(__file__).parent
 KINDS = (
     *("note", "note_later", "noop", "fail", "hopeless", "postponed", "wait_for", "kill", "leave", "resign", "freeze"),
-    *("hang", "scribble", "generate", "garble", "until_stopped"),
+    *("hang", "scribble", "generate", "garble", "until_stopped", "beat", "beat_until_stopped"),
 )
 
 
@@ -58,8 +56,7 @@ class Actions:
 
 
 @pytest.fixture
-def actions(admin: psycopg.Connection, database: Database, tmp_path: Path) -> Actions:
-    list(chain(schema.upgrade(database), create_tables(database, DatabaseTables())))
+def actions(admin: psycopg.Connection, with_tables: None, tmp_path: Path) -> Actions:
     return Actions(admin, tmp_path / "notes")
 
 
@@ -71,7 +68,7 @@ def context(database: Database, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def make(timeout: float = 300, allowed: tuple[str, ...] = (), **more: Any) -> JobContext:
         calls = {kind: {"call": f"handlers:{kind}"} for kind in KINDS}
         return JobContext(
-            database=database,
+            database=more.pop("database", database),
             tables=DatabaseTables(),
             timeout=timedelta(seconds=timeout),
             resources=Resources(actions=ActionsSettings.model_validate({"webhook": {"allowed": allowed}, **calls})),

@@ -55,6 +55,21 @@ def until_stopped(action: Action) -> None:
         time.sleep(0.01)
 
 
+def beat(action: Action) -> None:
+    """Write the time into the file that the payload names, again and again, for as long as the process lives."""
+    with Path(action.payload["beats"]).open("a", buffering=1) as file:
+        while True:
+            file.write(f"{time.time()}\n")
+            time.sleep(0.01)
+
+
+def beat_until_stopped(action: Action) -> None:
+    with Path(action.payload["beats"]).open("a", buffering=1) as file:
+        while not stopping():
+            file.write(f"{time.time()}\n")
+            time.sleep(0.01)
+
+
 def kill(action: Action) -> None:
     note(action)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -69,7 +69,7 @@ def test_an_attempt_that_is_stopped_before_its_first_step_is_told_of_like_any_ot
     first, second = (
         Claimed(Action(number, None, None, "hold", None, datetime.now(UTC), 1, ""), "us") for number in (1, 2)
     )
-    with Attempts(Handlers(ActionsSettings(), {"hold": Handler("hold", opened)}, Children(), 60)) as attempts:
+    with Attempts(Handlers(ActionsSettings(), {"hold": Handler("hold", opened)}, Children(), 60, 60)) as attempts:
         attempts.begin([first])
         assert holding.wait(SOON)
         attempts.begin([second])

@@ -11,7 +11,8 @@ import pytest
 
 from catfeeder_cron import BackgroundTasks, Crons
 from catfeeder_cron.database import Database
-from catfeeder_cron.errors import SchemaProblem
+from catfeeder_cron.database.embedded import EmbeddedServer
+from catfeeder_cron.errors import DatabaseUnavailable, SchemaProblem
 from catfeeder_cron.scheduler.waker import Waker
 from tests.integration.actions.conftest import HERE, Actions
 from tests.integration.actions.test_check_actions import wait_until
@@ -213,3 +214,63 @@ def test_an_echo_that_was_late_once_is_not_held_against_it_for_ever(
     admin.execute("DROP FUNCTION fake.pg_notify")
 
     wait_until(lambda: told() == ["notifications_do_not_arrive", "notifications_arrive_again"])
+
+
+def test_a_limit_for_idle_sessions_is_nothing_to_speak_of(
+    waker: Callable[..., Waker],
+    open_database: Callable[..., Database],
+    role: Callable[..., tuple[str, str]],
+    admin: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name, url = role()
+    admin.execute(f"ALTER ROLE {name} SET idle_session_timeout = '300ms'".encode())
+    database = open_database(url)
+    looks: list[None] = []
+    caplog.set_level("INFO", "catfeeder_cron")
+
+    def look() -> None:
+        looks.append(None)
+        database.query("SELECT 1", {})
+
+    waker(look, lambda: None, database)
+
+    wait_until(lambda: len(looks) > 4, "the sessions after the first")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("catfeeder_cron")] == []
+
+
+def test_an_outage_is_no_reason_to_do_without_notifications_after_it(
+    waker: Callable[..., Waker],
+    open_database: Callable[..., Database],
+    mortal_server: EmbeddedServer,
+    stop_server: Callable[[str], Callable[[], None]],
+    told: Callable[[], list[str]],
+) -> None:
+    database = open_database(mortal_server.conninfo)
+    looks: list[str] = []
+
+    def look() -> float:
+        try:
+            database.query("SELECT 1", {})
+        except DatabaseUnavailable:
+            looks.append("in vain")
+            raise
+        looks.append("seen")
+        return 0.05
+
+    watching = waker(look, lambda: None, database)
+    wait_until(lambda: "seen" in looks)
+    start = stop_server("fast")
+    wait_until(lambda: "in vain" in looks)
+    start()
+    looks.clear()
+
+    def listens() -> bool:
+        watching.run_ended(fruitful=True)  # it need not wait for its next try
+        with psycopg.connect(mortal_server.conninfo) as admin:
+            statement = "SELECT FROM pg_stat_activity WHERE query LIKE 'LISTEN %'"
+            return bool(admin.execute(statement).fetchall())
+
+    wait_until(listens)
+    wait_until(lambda: "seen" in looks)
+    assert told() == []

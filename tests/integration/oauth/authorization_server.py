@@ -26,6 +26,8 @@ def configure(folder: Path) -> None:
         USE_TZ=True,
         ROOT_URLCONF=__name__,
         INSTALLED_APPS=["django.contrib.auth", "django.contrib.contenttypes", "oauth2_provider"],
+        # The tables as they are now, and not their history step by step.
+        MIGRATION_MODULES=dict.fromkeys(["auth", "contenttypes", "oauth2_provider"]),
         DATABASES={
             "default": {
                 "ENGINE": "django.db.backends.sqlite3",
@@ -114,7 +116,7 @@ def main() -> None:
     from django.core.management import call_command
     from django.db import transaction
 
-    call_command("migrate", verbosity=0)
+    call_command("migrate", run_syncdb=True, verbosity=0)
     with transaction.atomic():
         filled = fill(int(sys.argv[2]))
     sys.modules[__name__].urlpatterns = urls()  # type: ignore[attr-defined]

@@ -14,8 +14,7 @@ import psycopg
 import pytest
 
 from catfeeder_cron.config import DatabaseSettings, OAuthSettings
-from catfeeder_cron.database import Database, schema
-from catfeeder_cron.database.schema.application import create_tables
+from catfeeder_cron.database import Database
 from catfeeder_cron.job import JobContext, Resources
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.oauth.client import OAuthClient
@@ -131,7 +130,9 @@ class World:
         """Return acme as a run would ask it."""
         context = self.context()
         with context.transaction() as connection:
-            known = providers.load(connection, Links(context.tables), context.resources.oauth.settings, ["acme"])
+            known = providers.load(
+                connection, Links.find(context.database, context.tables), context.resources.oauth.settings, ["acme"]
+            )
         return known["acme"][0]
 
     def now(self) -> datetime:
@@ -146,7 +147,16 @@ class World:
         return row[0] if row else None
 
     def journals(self) -> list[Path]:
-        return [path for path in (self.state_directory / "oauth").rglob("*") if path.is_file()]
+        """Return the files of runs that are under way or were broken off."""
+        return list(self.state_directory.rglob("*.journal"))
+
+    def written_down(self) -> int:
+        """Return how many answers stand in journals."""
+        return sum(path.read_bytes().count(b'"sent"') for path in self.journals())
+
+    def kept(self) -> list[Path]:
+        """Return the files with answers that are stored."""
+        return list(self.state_directory.rglob("*.answers"))
 
     def leases(self) -> int:
         row = self.connection.execute("SELECT count(owner) FROM catfeeder_cron.oauth_tokens").fetchone()
@@ -155,11 +165,9 @@ class World:
 
 
 @pytest.fixture
-def world(database_url: str, tmp_path: Path, loaded: LoadedProgram) -> Iterator[World]:
+def world(database_url: str, with_tables: None, tmp_path: Path, loaded: LoadedProgram) -> Iterator[World]:
     settings = DatabaseSettings.model_validate({"url": database_url})
     with Database(settings) as database, psycopg.connect(database_url, autocommit=True) as connection:
-        for _ in (*schema.upgrade(database), *create_tables(database, settings.tables)):
-            pass
         yield World(database_url, database, connection, tmp_path / "state", loaded)
 
 

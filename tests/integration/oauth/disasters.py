@@ -1,6 +1,7 @@
 """Processes that can be killed, a database that goes away, and what has to be left of it all."""
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,10 @@ from tests.support.waiting import eventually
 
 
 @contextmanager
-def processes(world: World, longest_file: int | None = None) -> Iterator[Callable[[], Copy]]:
+def processes(world: World, longest_file: int | None = None, *, logs: bool = True) -> Iterator[Callable[[], Copy]]:
     """Yield what starts a `run-once renew-oauth` in a process of its own; all are killed at the end.
 
-    None can write a file of more than `longest_file` bytes, as on a disk that is full.
+    None can write a file of more than `longest_file` bytes, as on a disk that is full. Without `logs` they have no log.
     """
     folder = world.state_directory.parent
     config = folder / "config.toml"
@@ -29,7 +30,7 @@ def processes(world: World, longest_file: int | None = None) -> Iterator[Callabl
     started: list[Copy] = []
 
     def start() -> Copy:
-        path = Path(os.devnull) if longest_file else folder / "log"
+        path = folder / "log" if logs and not longest_file else Path(os.devnull)
         with path.open("ab") as log:
             started.append(
                 world.loaded.start(
@@ -54,6 +55,11 @@ def processes(world: World, longest_file: int | None = None) -> Iterator[Callabl
 wait_until = eventually
 
 
+def break_disk(process: Copy) -> None:
+    """Have a process write nothing to files from now on, not even where it has reserved space."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
+
+
 def stored(world: World, provider: Provider) -> set[str]:
     """Return the users whose row holds what the provider handed out last."""
     rows = world.connection.execute('SELECT token, refresh_link FROM "ActiveOauths"').fetchall()
@@ -73,7 +79,7 @@ class Block:
             self._admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(self._name)))
             self._admin.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = %s AND application_name = 'catfeeder-cron'",
+                " WHERE datname = %s AND application_name LIKE 'catfeeder-cron%%'",
                 [self._name],
             )
 

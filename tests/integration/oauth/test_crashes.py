@@ -34,7 +34,7 @@ def test_an_answer_in_a_killed_processs_journal_is_stored_and_its_row_not_asked_
         provider.script, provider.delay = cutting_off(block, provider), 0.3
         process = start()
         wait_until(lambda: sum(provider.renewals.values()) == 5)
-        wait_until(lambda: world.journals() and world.journals()[0].stat().st_size >= 5 * 512)
+        wait_until(lambda: world.written_down() == 5)
         process.kill()
         process.wait()
 
@@ -74,7 +74,7 @@ def test_recovery_alone_stores_what_was_left(world: World, provider: Provider) -
     with processes(world) as start, blocked(world) as block:
         provider.script = cutting_off(block, provider)
         process = start()
-        wait_until(lambda: world.journals() and world.journals()[0].stat().st_size >= 512)
+        wait_until(lambda: world.written_down() == 1)
         process.kill()
         process.wait()
     assert renew_oauth.JOB.recover is not None

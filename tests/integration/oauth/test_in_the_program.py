@@ -12,7 +12,8 @@ import pytest
 
 from catfeeder_cron.config import OAuthSettings
 from catfeeder_cron.oauth.client import OAuthClient
-from catfeeder_cron.renewal.journal import Entry, new_journal
+from catfeeder_cron.renewal.entries import Entry
+from catfeeder_cron.renewal.journal import new_journal
 from catfeeder_cron.renewal.recovery import journal_folder
 from catfeeder_cron.scheduler.crons import Crons
 from tests.integration.oauth.conftest import World

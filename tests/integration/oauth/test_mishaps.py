@@ -1,8 +1,10 @@
 """What goes wrong around the requests: full disks, locked rows, odd rows, several processes, providers' whims."""
 
+import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,12 +22,13 @@ from catfeeder_cron.errors import JobAborted
 from catfeeder_cron.jobs import renew_oauth
 from catfeeder_cron.renewal import providers
 from catfeeder_cron.renewal.claims import Claimer, TokenClaim
+from catfeeder_cron.renewal.entries import Entry
 from catfeeder_cron.renewal.failures import Failure, settle
-from catfeeder_cron.renewal.journal import Entry, new_journal
+from catfeeder_cron.renewal.journal import new_journal
 from catfeeder_cron.renewal.links import Links, Window
 from catfeeder_cron.renewal.recovery import journal_folder
 from tests.integration.oauth.conftest import World
-from tests.integration.oauth.disasters import blocked, cutting_off, processes, stored, wait_until
+from tests.integration.oauth.disasters import blocked, break_disk, cutting_off, processes, stored, wait_until
 from tests.integration.oauth.provider import Provider, Raw, Request, reply
 from tests.support.waiting import SOON
 
@@ -35,14 +38,54 @@ Serve = Callable[..., Provider]
 FULL_DISK = 100
 
 
+def test_on_a_full_disk_nothing_is_sent_whose_answer_could_not_be_kept(world: World, provider: Provider) -> None:
+    for number in range(3):
+        world.add_link(provider.log_in(f"user{number}"))
+    with processes(world, FULL_DISK) as start:
+        assert start().wait(SOON) == 84
+    assert provider.requests == []
+    assert world.leases() == 0
+    assert world.renew().counts["renewed"] == 3
+
+
+def test_a_disk_that_gets_full_during_a_run_ends_it_before_an_answer_is_lost(world: World, serve: Serve) -> None:
+    """The answers are so long that they use up the space that was reserved at first."""
+
+    def fill_then_answer(request: Request) -> Raw:
+        if len(long.requests) == 8:
+            used = max(path.stat().st_size for path in world.journals())
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (used, used))
+        number = request.form["refresh_token"].partition("-")[0]
+        return reply(200, {"access_token": f"a-{number}", "refresh_token": f"{number}-{'x' * 25_000}"})
+
+    long = serve(script=fill_then_answer, delay=0.1)
+    world.add_provider(long)
+    for number in range(200):
+        world.add_link(f"{number}-old")
+    with processes(world, logs=False) as start:
+        process = start()
+        assert process.wait(SOON) == 84
+    renewed = world.connection.execute("SELECT count(*) FROM \"ActiveOauths\" WHERE refresh_link LIKE '%x'").fetchone()
+    assert renewed == (len(long.requests),)
+    assert 8 <= len(long.requests) < 200
+
+
 def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database_is_away(
     world: World, provider: Provider
 ) -> None:
     for number in range(3):
         world.add_link(provider.log_in(f"user{number}"))
-    with processes(world, FULL_DISK) as start:
+    with processes(world, logs=False) as start:
         with blocked(world) as block:
-            provider.script, provider.delay = cutting_off(block, provider), 0.1
+            cut_off = cutting_off(block, provider)
+
+            def break_disk_then_answer(request: Request) -> Raw:
+                break_disk(process)
+                answer = cut_off(request)
+                assert isinstance(answer, Raw)
+                return answer
+
+            provider.script, provider.delay = break_disk_then_answer, 0.5
             process = start()
             wait_until(lambda: sum(provider.renewals.values()) == 3)
             process.send_signal(signal.SIGTERM)
@@ -54,15 +97,16 @@ def test_an_answer_that_fits_into_no_journal_is_stored_however_long_the_database
 
 def test_nor_is_one_lost_whose_row_is_locked(world: World, provider: Provider) -> None:
     ids = [world.add_link(provider.log_in(f"user{number}")) for number in range(3)]
-    with processes(world, FULL_DISK) as start:
+    with processes(world, logs=False) as start:
         web = psycopg.connect(world.url)
 
         def lock_then_answer(request: Request) -> Raw:
+            break_disk(process)
             if not provider.renewals:
                 web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [ids[0]])
             return provider.renew(request)
 
-        provider.script, provider.delay = lock_then_answer, 0.1
+        provider.script, provider.delay = lock_then_answer, 0.5
         process = start()
         wait_until(lambda: len(stored(world, provider)) == 2)
         web.close()
@@ -86,7 +130,7 @@ def test_an_answer_whose_row_is_locked_at_the_take_over_is_not_asked_for_again(
     ).fetchone()
     assert row is not None
     with new_journal(journal_folder(world.context()), owner) as journal:
-        journal.append(Entry(id, row[0], 4e9, provider.access_tokens["tom"], refresh_token, 3600, True, None))
+        journal.append(Entry(id, row[0], time.time(), provider.access_tokens["tom"], refresh_token, 3600, True, None))
 
     with psycopg.connect(world.url) as web:
         web.execute('SELECT FROM "ActiveOauths" WHERE id = %s FOR UPDATE', [id])
@@ -270,7 +314,7 @@ def test_what_was_called_dead_in_an_earlier_round_says_nothing_of_this_one(world
         "INSERT INTO catfeeder_cron.oauth_tokens (oauth_id, refused, failures)"
         " SELECT id, sha256(convert_to(refresh_link, 'UTF8')), 1 FROM \"ActiveOauths\""
     )
-    links, slot = Links(world.context().tables), datetime.now(UTC)
+    links, slot = Links.find(world.database, world.context().tables), datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
     acme = world.known_provider()
     elsewhere = Claimer(links, window, uuid4(), timedelta(minutes=2), "acme", acme.fingerprint)
@@ -288,7 +332,7 @@ def test_a_claim_takes_what_is_free_now_and_not_what_was_when_it_began(world: Wo
     world.connection.execute("INSERT INTO catfeeder_cron.oauth_tokens (oauth_id) VALUES (%s)", [id])
     slot = datetime.now(UTC)
     window = Window(slot + timedelta(hours=1), timedelta(0), slot)
-    acme, links = world.known_provider(), Links(world.context().tables)
+    acme, links = world.known_provider(), Links.find(world.database, world.context().tables)
     claims: list[TokenClaim] = []
 
     def claim() -> None:
@@ -423,7 +467,12 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 ) -> None:
     id, owner = world.add_link("gone"), uuid4()
     sent = claimed(world, owner)
-    settle(world.database, Links(world.context().tables), owner, [Failure(id, sent, uuid4(), dead=True)])
+    settle(
+        world.database,
+        Links.find(world.database, world.context().tables),
+        owner,
+        [Failure(id, sent, uuid4(), dead=True)],
+    )
     assert world.renew().counts["due"] == 0
     assert provider.requests == []
 
@@ -431,7 +480,12 @@ def test_a_token_that_was_called_dead_is_asked_for_by_nobody_until_that_is_decid
 def test_a_late_verdict_does_not_end_another_runs_lease(world: World, provider: Provider) -> None:
     id = world.add_link(provider.log_in("tom"))
     sent = claimed(world, uuid4())
-    settle(world.database, Links(world.context().tables), uuid4(), [Failure(id, sent, uuid4(), failed=True)])
+    settle(
+        world.database,
+        Links.find(world.database, world.context().tables),
+        uuid4(),
+        [Failure(id, sent, uuid4(), failed=True)],
+    )
     assert world.leases() == 1
 
 

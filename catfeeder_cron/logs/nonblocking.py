@@ -1,0 +1,333 @@
+"""Write log lines to a descriptor that nobody may be reading, without waiting for long (issue 13).
+
+A pipe whose reader hangs, a terminal that was stopped with Ctrl-S and a full socket let a writer wait for ever, and
+with it every thread that logs. So a line that can't be written is dropped and counted, and the number is told when the
+descriptor takes lines again.
+"""
+
+import _thread
+import errno
+import io
+import logging
+import os
+import select
+import socket
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from functools import partial
+from typing import Any, NamedTuple, TextIO
+
+# A reader that is only slow is waited for: this long at once, and for this share of the time in the long run.
+_WAIT_SECONDS = 0.1
+_WAIT_SHARE = 0.1
+_TRY_AGAIN_SECONDS = 1.0
+# Of a line that was written in part, no more than this is kept until the rest can be written.
+_LONGEST_REST = 1 << 20
+# A poll promises room for one byte in a terminal, and for this many in a pipe.
+_TERMINAL_PIECE = 1
+_GONE = (errno.EPIPE, errno.EIO)
+_NOTHING = memoryview(b"")
+
+
+class _Output(NamedTuple):
+    """Where a writer writes. `write` writes some bytes, one at least, or raises BlockingIOError instead of waiting."""
+
+    descriptor: int
+    write: Callable[[memoryview], int]
+    close: Callable[[], None]
+    never_waits: bool = False
+    """Whether other code may write to the descriptor without waiting, too."""
+
+
+class NonBlockingWriter:
+    """Writes lines in the order in which they come; all methods may be called from any thread.
+
+    No call waits for more than a tenth of a second altogether, and none waits while the descriptor is known to take
+    nothing. A line that was begun is finished before the next one. A process that is forked drops what its parent has
+    not written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to the descriptor of this stream, or to the stream itself if it has none."""
+        self._output = _opened(stream)
+        self._poll = select.poll()
+        if self._output.descriptor >= 0:
+            self._poll.register(self._output.descriptor, select.POLLOUT)
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._is_closed = False
+        self._wait_left = _WAIT_SECONDS
+        self._waited_at = time.monotonic()
+        self.notice: Callable[[int], str] = "catfeeder-cron: log_lines_dropped lines={}\n".format
+        """Makes the line that tells how many were dropped."""
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._process = os.getpid()
+        # Guards all that follows. A finalizer or signal handler may log in the middle of any method, in the thread that
+        # holds the lock: hence an RLock, and `_busy`, with which such a line waits until the one in hand is done.
+        self._lock = threading.RLock()
+        self._busy = False
+        self._waiting: deque[bytes] = deque()
+        self._rest = _NOTHING
+        self._dropped = 0
+        self._is_blocked = False
+        self._is_gone = False  # nobody will read it; in a named pipe, the next line may meet another reader
+        self._is_trying_again = False
+
+    @property
+    def descriptor(self) -> int | None:
+        """The descriptor of this writer's own that any code may write to without waiting, if there is such a one."""
+        return self._output.descriptor if self._output.never_waits else None
+
+    def put(self, text: str) -> None:
+        """Write whole lines, or drop and count them."""
+        self.put_bytes(self._encoded(text))
+
+    def put_bytes(self, line: bytes) -> None:
+        """Do as `put` with lines that are encoded; with none, only do what `flush` does."""
+        with self._own_lock():
+            self._waiting.append(line)
+            if self._busy:
+                return
+            self._busy = True
+            try:
+                while self._waiting:
+                    self._put(self._waiting.popleft())
+            finally:
+                self._busy = False
+
+    def tell(self, tell: Callable[[int], bool]) -> None:
+        """If lines were dropped, call `tell` with their number, and forget it when that returns True."""
+        with self._own_lock():
+            if self._dropped and tell(self._dropped):
+                self._dropped = 0
+
+    def flush(self) -> None:
+        """Finish the line that was begun, and tell how many were dropped, if that is possible now."""
+        self.put_bytes(b"")
+
+    def close(self) -> None:
+        """Write no more, and close what was opened for this writer; the stream stays open."""
+        self.flush()
+        with self._own_lock():
+            if not self._is_closed:
+                self._is_closed = True
+                self._output.close()
+
+    def _own_lock(self) -> threading.RLock:
+        if self._process != os.getpid():
+            self._begin_anew()  # another thread of the parent may have held the lock
+        return self._lock
+
+    def _encoded(self, text: str) -> bytes:
+        return text.encode(self._encoding, "backslashreplace")
+
+    def _put(self, line: bytes) -> None:
+        if self._is_closed:
+            return
+        if not (self._catch_up() and self._begin(line)) and line:
+            self._dropped += line.count(b"\n") or 1
+            self._try_again_later()
+
+    def _catch_up(self) -> bool:
+        """Write what is left of the line before, then how many were dropped; return whether nothing is left of both."""
+        if self._is_blocked and self._output.descriptor >= 0 and not self._poll.poll(0):
+            return False  # without making a notice for each line that is dropped
+        self._advance()
+        if self._dropped and not self._rest:
+            told = self._dropped
+            # In an empty context: the fields of the thread's own run are not the notice's.
+            notice = Context().run(self.notice, told)
+            if self._begin(self._encoded(notice)):
+                self._dropped -= told
+        return not self._rest and not self._dropped
+
+    def _begin(self, line: bytes) -> bool:
+        """Write a line, and keep what is left of it for later; return False if nothing of it was written."""
+        self._rest = memoryview(line)
+        self._advance()
+        if line and len(self._rest) == len(line):
+            self._rest = _NOTHING
+            return False
+        if len(self._rest) > _LONGEST_REST:
+            self._rest = memoryview(bytes(self._rest[:_LONGEST_REST]) + b"\n")
+            self._dropped += 1
+        if self._rest:
+            self._try_again_later()
+        return True
+
+    def _advance(self) -> None:
+        """Write as much as possible of the rest."""
+        while self._rest:
+            try:
+                written = self._output.write(self._rest)
+            except BlockingIOError:
+                if not self._is_blocked and self._wait():
+                    continue
+                self._is_blocked = True
+                return
+            except OSError as error:  # a full disk, say
+                self._is_blocked = True
+                self._is_gone = error.errno in _GONE
+                return
+            self._rest = self._rest[written:]
+            self._is_blocked = self._is_gone = False
+
+    def _wait(self) -> bool:
+        """Wait until the descriptor takes something; return False if it does not, or there was too much waiting."""
+        begun = time.monotonic()
+        self._wait_left = min(_WAIT_SECONDS, self._wait_left + (begun - self._waited_at) * _WAIT_SHARE)
+        milliseconds = int(self._wait_left * 1000)
+        is_ready = milliseconds > 0 and bool(self._poll.poll(milliseconds))
+        self._waited_at = time.monotonic()
+        self._wait_left -= self._waited_at - begun
+        return is_ready
+
+    def _try_again_later(self) -> None:
+        """Have a thread go on, so that the notice does not wait for the next line."""
+        if not self._is_trying_again and not self._is_gone:
+            # The code that logs may be a finalizer's, inside a function of `threading` that holds that module's lock.
+            self._is_trying_again = True
+            try:
+                _thread.start_new_thread(self._start_thread, ())
+            except RuntimeError:  # no further thread: the next line tries again
+                self._is_trying_again = False
+
+    def _start_thread(self) -> None:
+        # In a thread that `threading` does not know, making a log record would leave a dummy object behind.
+        try:
+            threading.Thread(target=self._try_again, name="log", daemon=True).start()
+        except RuntimeError:
+            self._is_trying_again = False
+
+    def _try_again(self) -> None:
+        while True:
+            time.sleep(_TRY_AGAIN_SECONDS)
+            with self._lock:
+                self.flush()
+                if self._is_closed or self._is_gone or not (self._rest or self._dropped):
+                    self._is_trying_again = False
+                    return
+
+
+class NonBlockingText(io.RawIOBase):
+    """The bytes below a text stream that writes lines through a NonBlockingWriter."""
+
+    def __init__(self, writer: NonBlockingWriter, descriptor: int) -> None:
+        super().__init__()
+        self.writer = writer
+        self._descriptor = descriptor
+
+    def write(self, data: Any) -> int:
+        """Write lines, or drop and count them."""
+        line = bytes(data)
+        self.writer.put_bytes(line)
+        return len(line)
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream that this one stands for."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Return whether that is a terminal."""
+        return os.isatty(self._descriptor)
+
+
+class _StderrWriter(NonBlockingWriter):
+    """The writer below sys.stderr, which handlers share and which lasts as long as the process."""
+
+    def close(self) -> None:
+        """Leave it open for others."""
+        self.flush()
+
+
+def lines_dropped(count: int) -> logging.LogRecord:
+    """Return the record that tells how many lines were dropped."""
+    fields = {"event": "log_lines_dropped", "lines": count}
+    level = {"levelno": logging.WARNING, "levelname": "WARNING"}
+    return logging.makeLogRecord({"name": "catfeeder_cron.logs", "msg": fields["event"], "event_dict": fields} | level)
+
+
+def writer_of(stream: TextIO) -> NonBlockingWriter:
+    """Return the writer of a stream that has one, or a new one."""
+    raw = getattr(stream, "buffer", None)
+    return raw.writer if isinstance(raw, NonBlockingText) else NonBlockingWriter(stream)
+
+
+def use_nonblocking_stderr() -> None:
+    """Have nothing in this process wait for the reader of standard error: neither logging nor any other code.
+
+    For the program that owns the process. Python's own messages, such as warnings, go through the writer of the log;
+    what C libraries write to the descriptor is lost where nobody reads, except where that is a socket: they wait there.
+    """
+    stream = sys.stderr
+    if stream is None or isinstance(getattr(stream, "buffer", None), NonBlockingText):
+        return
+    writer = _StderrWriter(stream)
+    if (descriptor := writer.descriptor) is not None:
+        # Other processes share the description behind the old descriptor, and it stays as it is.
+        os.dup2(descriptor, stream.fileno())
+    raw = NonBlockingText(writer, stream.fileno())
+    sys.stderr = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+def _opened(stream: TextIO) -> _Output:
+    try:
+        descriptor = stream.fileno()
+        mode = os.fstat(descriptor).st_mode
+    except (OSError, ValueError):
+        return _Output(-1, partial(_write_text, stream), lambda: None)
+    if stat.S_ISSOCK(mode):
+        connection = socket.socket(fileno=os.dup(descriptor))
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        return _Output(connection.fileno(), lambda data: connection.send(data, flags), connection.close)
+    if stat.S_ISREG(mode):
+        own = os.dup(descriptor)
+        return _Output(own, partial(os.write, own), partial(os.close, own))
+    return _reopened(descriptor) or _polled(descriptor)
+
+
+def _reopened(descriptor: int) -> _Output | None:
+    """Open a pipe or terminal again: O_NONBLOCK is then for this process alone, and not for all that share it."""
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        own = os.open(f"/proc/self/fd/{descriptor}", flags)
+    except OSError:  # no /proc, another user's terminal, a pipe without a reader
+        return None
+    return _Output(own, partial(os.write, own), partial(os.close, own), never_waits=True)
+
+
+def _polled(descriptor: int) -> _Output:
+    """Look before each piece whether there is room for it.
+
+    Between the look and the write another process may fill a pipe that it shares with us; then the write waits.
+    """
+    own = os.dup(descriptor)
+    poll = select.poll()
+    poll.register(own, select.POLLOUT)
+    length = _TERMINAL_PIECE if os.isatty(own) else select.PIPE_BUF
+
+    def write(data: memoryview) -> int:
+        if not poll.poll(0):
+            raise BlockingIOError
+        return os.write(own, data[:length])
+
+    return _Output(own, write, partial(os.close, own))
+
+
+def _write_text(stream: TextIO, data: memoryview) -> int:
+    try:
+        stream.write(str(data, getattr(stream, "encoding", None) or "utf-8"))
+        stream.flush()
+    except ValueError as error:
+        raise BrokenPipeError(errno.EPIPE, "the stream is closed") from error
+    return len(data)
