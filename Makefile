@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE =
 export DESTDIR PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help run test coverage proof test-systemd test-fresh check format bench man release install uninstall purge lock clean
+.PHONY: FORCE help run test coverage proof proof-outages test-outages test-systemd test-fresh check format bench man release install uninstall purge lock clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -33,8 +33,17 @@ coverage: $(VENV)/program ## run the tests and say which lines and branches they
 	$(BIN)/coverage run -m pytest $(TESTS)
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report
 
+# The long forms run one after the other, with the machine's time to themselves; the short ones mostly wait.
+OUTAGES = $(BIN)/pytest $(if $(ONLY),$(ONLY),tests/proofs/outages)
+
+test-outages: $(VENV)/program ## as root, with Debian's postgresql, libfaketime, iptables: the short forms of the next
+	$(OUTAGES) -m "outage and not proof" --numprocesses 3
+
+proof-outages: $(VENV)/program ## prove it while the database moves, is cut off or restored, and clocks are wrong (an hour)
+	$(OUTAGES) -m "outage and proof" --timeout 2400 -o faulthandler_timeout=2430
+
 proof: $(VENV)/program ## prove with real processes that no slot and no token is lost or had twice (a quarter of an hour)
-	$(BIN)/pytest tests -m proof --timeout 1800 -o faulthandler_timeout=1830
+	$(BIN)/pytest tests -m "proof and not outage" --timeout 1800 -o faulthandler_timeout=1830
 
 # BOOT starts a throw-away systemd (see tests/acceptance/systemd/conftest.py); "host" stands for this machine's own.
 test-systemd: $(VENV)/program build/wheel ## run the tests on a real systemd: make test-systemd BOOT=/path/to/boot.sh

@@ -101,21 +101,22 @@ class Fleet:
 
 
 class Audit:
-    """What the ledger says of every slot of the job."""
+    """What the ledger says of every slot of a job."""
 
-    def __init__(self, url: str, interval: timedelta = SECOND) -> None:
+    def __init__(self, url: str, interval: timedelta = SECOND, job: str = JOB) -> None:
         with psycopg.connect(url) as connection:
             rows = connection.execute(
                 "SELECT run_id, slot, last_slot, missed, trigger, outcome, reason FROM catfeeder_cron.job_runs "
                 "WHERE job = %s ORDER BY slot, run_id",
-                [JOB],
+                [job],
             ).fetchall()
             account = connection.execute(
-                "SELECT accounted_until FROM catfeeder_cron.schedule WHERE job = %s", [JOB]
+                "SELECT accounted_until FROM catfeeder_cron.schedule WHERE job = %s", [job]
             ).fetchone()
         assert account is not None
+        self._rows = rows
         self.accounted_until: datetime = account[0]
-        self.runs: dict[int, datetime] = {}
+        self.runs: dict[int, datetime | None] = {}
         self.outcomes: Counter[str] = Counter()
         self.triggers: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -124,7 +125,7 @@ class Audit:
         for run_id, slot, last_slot, missed, trigger, outcome, reason in rows:
             if missed is None:
                 self.runs[run_id] = slot
-                self.slots[slot] += 1
+                self.slots.update([slot] if slot else [])
                 self.outcomes[outcome] += 1
                 self.triggers[trigger] += 1
                 continue
@@ -134,12 +135,33 @@ class Audit:
             self.slots.update(slot + number * interval for number in range(missed))
         self.interval = interval
 
+    def require_no_slot_without_row(self) -> set[datetime]:
+        """Return the slots from the first row to the account."""
+        assert self.slots, "no slot has a row"
+        first, interval = min(self.slots), self.interval
+        expected = {first + n * interval for n in range(round((self.accounted_until - first) / interval) + 1)}
+        without = expected - set(self.slots)
+        assert not without, f"{len(without)} slots without a row, up to {max(without)}; {self._around(min(without))}"
+        return expected
+
+    def _around(self, slot: datetime) -> str:
+        """Say what the ledger has before and after a slot."""
+        before = [row for row in self._rows if row[1] and row[1] < slot][-2:]
+        after = [row for row in self._rows if row[1] and row[1] > slot][:3]
+        return f"at {slot:%H:%M:%S.%f} between " + " and ".join(
+            "; ".join(
+                f"{run_id} {first:%H:%M:%S} {missed or ''} {' '.join(map(str, rest))}"
+                for run_id, first, _, missed, *rest in rows
+            )
+            for rows in (before, after)
+        )
+
     def require_every_slot_once(self) -> None:
-        first, last = min(self.slots), max(self.slots)
-        assert last == self.accounted_until
-        expected = {first + number * self.interval for number in range(round((last - first) / self.interval) + 1)}
-        assert set(self.slots) == expected, "each slot between the first and the last is accounted for"
-        assert set(self.slots.values()) == {1}, "and once"
+        expected, last = self.require_no_slot_without_row(), max(self.slots)
+        assert last == self.accounted_until, f"the last row is {last}, the account {self.accounted_until}"
+        assert set(self.slots) == expected
+        twice = [slot for slot, rows in self.slots.items() if rows > 1]
+        assert not twice, f"{len(twice)} slots with several rows, from {min(twice)} to {max(twice)}"
         for (_, end, reason), (start, _, following) in zip(self.stretches, self.stretches[1:], strict=False):
             assert end + self.interval != start or reason != following, "one stretch for each reason"
 

@@ -1,6 +1,7 @@
 """The server that the tests run on: one of their own, or the one that CATFEEDER_CRON_TEST_URL names."""
 
 import os
+import socket
 from functools import cache
 
 import psycopg
@@ -38,3 +39,9 @@ def another() -> str | None:
 
 def version_of(connection: psycopg.Connection) -> str:
     return connection.info.parameter_status("server_version") or "of an unknown version"
+
+
+def port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
