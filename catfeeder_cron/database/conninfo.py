@@ -8,8 +8,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from catfeeder_cron.errors import ConfigurationError
 
-# A connection that was cut off silently is given up after 10 to 15 seconds; the kernel would wait a quarter of an hour.
-_KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+# A connection that was cut off silently is given up after 20 seconds; the kernel would wait a quarter of an hour.
+_KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 5, "tcp_user_timeout": 20_000}
 
 
 def with_defaults(conninfo: str, application_name: str, connect_timeout: timedelta) -> str:

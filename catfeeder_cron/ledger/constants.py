@@ -9,8 +9,9 @@ SILENCE_SECONDS = 13
 # asked to, and what does not end by itself is killed five seconds later, where it can be.
 FENCE_SECONDS = 20
 FENCE_GRACE_SECONDS = 5
-# After the database went back, no run begins for so long that must be the only one: all processes end those by then
-# whose record was lost.
+# After the database went back no run begins that must be the only one: until all that lived have sent a heartbeat, for
+# eleven seconds at least, and until those that are cut off have ended their runs at most.
+SETTLE_LEAST_SECONDS = HEARTBEAT_SECONDS + 1
 SETTLE_SECONDS = FENCE_SECONDS + FENCE_GRACE_SECONDS
 # How far apart the clocks of two machines are taken to be at most, where one has just been set by the other.
 EARLY_SECONDS = 5

@@ -4,6 +4,7 @@ Every method but `prepare` and `become_daemon` is one statement, which PostgreSQ
 however its caller ends. All use the server's clock. Any number of processes may call them at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,12 +20,23 @@ from catfeeder_cron.ledger.constants import (
     DIED,
     EARLY_SECONDS,
     HEARTBEAT_SECONDS,
+    SETTLE_LEAST_SECONDS,
     SETTLE_SECONDS,
     SILENCE_SECONDS,
     STILL_RUNNING,
 )
 from catfeeder_cron.ledger.lineage_watch import LineageWatch
-from catfeeder_cron.ledger.records import Closed, Heartbeat, Missed, Process, Retries, RunRecord, SlotClaim, Trigger
+from catfeeder_cron.ledger.records import (
+    Closed,
+    Heartbeat,
+    Missed,
+    OpenRun,
+    Process,
+    Retries,
+    RunRecord,
+    SlotClaim,
+    Trigger,
+)
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.times import timestamp
 
@@ -131,7 +143,12 @@ class Ledger:
         """Return the parameters of the condition that the database is the one that this process knows."""
         lineage = self._database.lineage
         known = lineage.parameters() if lineage else {"lineage": None, "lineage_counter": 0}
-        return known | {"settle": timedelta(seconds=SETTLE_SECONDS), "early": _EARLY}
+        return known | {
+            "settle": timedelta(seconds=SETTLE_SECONDS),
+            "settle_least": timedelta(seconds=SETTLE_LEAST_SECONDS),
+            "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
+            "early": _EARLY,
+        }
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
         """Return host, pid and start of the run of `job` that keeps this process from running it."""
@@ -172,8 +189,10 @@ class Ledger:
         }
         return self._database.execute(statements.RESTORE, parameters) > 0
 
-    def beat(self) -> Heartbeat:
+    def beat(self, runs: Sequence[OpenRun] = ()) -> Heartbeat:
         """Tell the other processes that this one lives, and close the open runs of dead ones.
+
+        `runs` are those of this process that are under way: one whose record was lost gets another one.
 
         It has a connection of its own: long statements of jobs may hold all others. Raises DatabaseUnavailable within
         4.5 seconds, whatever the network or the server does; the heartbeat may have arrived then.
@@ -184,10 +203,16 @@ class Ledger:
             "heartbeat": timedelta(seconds=HEARTBEAT_SECONDS),
             "silence": timedelta(seconds=SILENCE_SECONDS),
             "early": _EARLY,
+            "run_ids": [run.run_id for run in runs],
+            "jobs": [run.job for run in runs],
+            "slots": [run.slot for run in runs],
+            "triggers": [run.trigger for run in runs],
+            "shareds": [run.shared for run in runs],
+            "ages": [run.age for run in runs],
         }
         parameters |= self._process.parameters() | self._lineage.parameters()
         (row,) = self._lifeline.query(statements.BEAT, parameters)
-        open_runs, closed, retries, working, server_now, *lineage = row
+        open_runs, closed, retries, working, reopened, server_now, *lineage = row
         self._database.lineage = self._lineage.heard(Lineage(*lineage))
         return Heartbeat(
             set(open_runs),
@@ -196,7 +221,15 @@ class Ledger:
             {int(pid): described for pid, described in (working or {}).items()},
             server_now,
             self._database.lineage,
+            reopened or {},
         )
+
+    def end_backends_of(self, run_id: int) -> int:
+        """End what the server still does for a run of this process; return how many backends did. Raises DatabaseError.
+
+        It returns when they have ended, or after 5 seconds for each.
+        """
+        return len(self._database.query(statements.END_BACKENDS_OF, {"name": self.application_name(run_id)}))
 
     def end_backend(self, pid: int) -> None:
         """End the backend that still works for a dead process. Raises PermissionDenied for one of another role."""

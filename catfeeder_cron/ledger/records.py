@@ -49,6 +49,18 @@ class Retries:
 
 
 @dataclass(frozen=True)
+class OpenRun:
+    """A run of this process that is under way."""
+
+    run_id: int
+    job: str
+    slot: datetime | None
+    trigger: Trigger
+    shared: bool
+    age: timedelta
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run that has ended, as this process knows it: enough to record it anew where the ledger has lost it."""
 
@@ -87,6 +99,8 @@ class Heartbeat:
     """What the server's clock showed."""
     lineage: Lineage | None = field(default=None, compare=False)
     """Which history of the database it met."""
+    reopened: dict[str, int] = field(default_factory=dict, compare=False)
+    """The jobs whose runs here got another record, because the server had lost theirs, with its number."""
 
 
 @dataclass(frozen=True)

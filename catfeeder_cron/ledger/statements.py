@@ -1,12 +1,18 @@
 """The SQL statements of the ledger. Each is atomic, and any number of processes may run it at once."""
 
 # A server that lost its last seconds may have lost the record of a run that is under way. Until a heartbeat has noticed
-# that, and for 25 seconds after it, in which all processes end such runs, no run begins that must be the only one.
+# that, no run begins that must be the only one; nor before all processes that lived have sent another heartbeat, which
+# records their runs anew (11 seconds leave time for those that the server has lost, too). One that is cut off has ended
+# its runs after 25 seconds. Where the server went back further than that, nothing tells who lives.
 UNSETTLED = """
-        SELECT greatest(1, extract(epoch FROM l.since + %(settle)s - now()))::float8 AS seconds
+        SELECT CASE WHEN l.since > now() - %(settle_least)s
+                    THEN extract(epoch FROM l.since + %(settle_least)s - now()) ELSE 2 END::float8 AS seconds
         FROM catfeeder_cron.lineage l
         WHERE NOT %(shared)s
           AND (l.reason IS NOT NULL AND l.since > now() - %(settle)s AND l.since < now() + %(early)s
+                   AND (l.since > now() - %(settle_least)s OR l.known_until < l.since - %(dead_after)s
+                        OR EXISTS (SELECT FROM catfeeder_cron.daemons d
+                                   WHERE d.heartbeat_at BETWEEN l.since - %(dead_after)s AND l.since - interval '1 us'))
                OR %(lineage)s::uuid IS NOT NULL AND NOT (l.id = %(lineage)s AND l.counter >= %(lineage_counter)s
                                                          AND l.server = catfeeder_cron.server()))"""
 
@@ -182,7 +188,7 @@ RESTORE = """
 BEAT = """
     WITH here AS MATERIALIZED (SELECT catfeeder_cron.server() AS server),
     known AS MATERIALIZED (
-        SELECT l.server, l.counter, here.server AS server_now, coalesce(own.beats, 0) AS own_beats,
+        SELECT l.server, l.counter, l.written_at, here.server AS server_now, coalesce(own.beats, 0) AS own_beats,
                l.server <> here.server OR (l.counter < %(counter)s OR coalesce(own.beats, 0) < %(beats)s)
                    AND (%(lineage)s::uuid IS NULL OR l.id = %(lineage)s OR l.since <= %(since)s) AS went_back
         FROM catfeeder_cron.lineage l CROSS JOIN here LEFT JOIN catfeeder_cron.daemons own ON own.daemon = %(daemon)s
@@ -191,6 +197,7 @@ BEAT = """
         UPDATE catfeeder_cron.lineage l SET
             id = CASE WHEN went_back THEN gen_random_uuid() ELSE l.id END,
             since = CASE WHEN went_back THEN now() ELSE l.since END,
+            known_until = CASE WHEN went_back THEN known.written_at ELSE l.known_until END,
             reason = CASE
                 WHEN known.server <> server_now
                 THEN format('the database is %%s now and was %%s before (system/timeline/copy)',
@@ -214,6 +221,16 @@ BEAT = """
         INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version, beats)
         VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s, %(beats)s + 1)
         ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind, beats = excluded.beats),
+    reopened AS (
+        INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, started_at, host, pid, daemon)
+        SELECT run.job, run.slot, run.trigger, run.shared, now() - run.age, %(host)s, %(pid)s, %(daemon)s
+        FROM (SELECT * FROM unnest(%(run_ids)s::bigint[], %(jobs)s::text[], %(slots)s::timestamptz[],
+                                   %(triggers)s::text[], %(shareds)s::bool[], %(ages)s::interval[])
+                  AS r (run_id, job, slot, trigger, shared, age)) run
+        WHERE NOT EXISTS (SELECT FROM catfeeder_cron.job_runs r
+                          WHERE r.run_id = run.run_id AND r.daemon = %(daemon)s AND r.job = run.job)
+        ON CONFLICT DO NOTHING
+        RETURNING run_id, job),
     dead AS MATERIALIZED (
         SELECT r.run_id, r.job, r.daemon FROM catfeeder_cron.job_runs r
         WHERE r.outcome IS NULL AND r.daemon <> %(daemon)s
@@ -239,11 +256,17 @@ BEAT = """
            (SELECT jsonb_object_agg(job, extract(epoch FROM retry_at - now())) FROM catfeeder_cron.schedule
             WHERE retry_at < now() + 2 * %(heartbeat)s AND accounted_until = retry_slot),
            (SELECT jsonb_object_agg(pid, format('%%s (run %%s)', job, run_id)) FROM working),
+           (SELECT jsonb_object_agg(job, run_id) FROM reopened),
            clock_timestamp(), id, since, reason, server, counter
     FROM lineage"""
 
 # Ends the statement that a dead process's run has left behind, and its locks. Refused for a backend of another role.
 END_BACKEND = "SELECT pg_terminate_backend(%(pid)s)"
+
+# Ends what the server still does for a run of this process whose connection broke, and waits until that has ended.
+END_BACKENDS_OF = """
+    SELECT pg_terminate_backend(pid, 5000) FROM pg_catalog.pg_stat_activity
+    WHERE application_name = %(name)s AND pid <> pg_backend_pid()"""
 
 IDENTITY = "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1"
 

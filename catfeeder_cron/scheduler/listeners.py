@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import CatfeederCronError
-from catfeeder_cron.ledger.records import Trigger
+from catfeeder_cron.ledger.records import OpenRun, Trigger
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl, is_for_the_program
@@ -36,6 +36,11 @@ class Run:
     """Whether it was asked to end because no heartbeat arrived any more."""
     stuck_reported_at: timedelta | None = None
     """How far it was beyond its timeout when it was last reported as stuck."""
+
+    def as_open(self) -> OpenRun:
+        """Return what a heartbeat tells of it."""
+        origin = self.origin
+        return OpenRun(self.run_id, self.job_id, origin.slot, origin.trigger, origin.shared, self.control.elapsed())
 
 
 class RunListener:

@@ -116,6 +116,12 @@ class OpenRuns:
             self._unrecorded += [EndedRun(run.run_id, report, run.origin) for run, report in ended]
         return ended
 
+    def renumber(self, run: Run, run_id: int) -> None:
+        """Give a run that is under way the number of its new record; one that has ended keeps its own."""
+        with self._changed:
+            if run in self._under_way:
+                run.run_id = run_id
+
     def recorded(self, ended: EndedRun) -> None:
         """Take a run off that the ledger has recorded, and remember it for an hour."""
         with self._changed:

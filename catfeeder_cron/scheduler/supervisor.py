@@ -17,7 +17,7 @@ from catfeeder_cron.errors import (
 )
 from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS, HEARTBEAT_SECONDS
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Closed, Heartbeat, Retries, RunRecord
+from catfeeder_cron.ledger.records import Closed, Heartbeat, OpenRun, Retries, RunRecord
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl
@@ -159,7 +159,7 @@ class Supervisor:
                 raise self.runs.stop_reason or JobAborted(_CLOSED)
             before, claiming = self.runs.seen_at_once()
             begun = elapsed_seconds()
-            heartbeat = self._send_heartbeat()
+            heartbeat = self._send_heartbeat([run.as_open() for run in before])
             if heartbeat.server_now:
                 self.clock.read(heartbeat.server_now, begun, elapsed_seconds())
             self._last_beat = begun
@@ -167,6 +167,8 @@ class Supervisor:
         for run in before:
             if run.run_id in heartbeat.open_runs:
                 self._put_off_deadline(run)
+            elif run.job_id in heartbeat.reopened:
+                self._go_on_as(run, heartbeat.reopened[run.job_id])
             else:
                 reason = RECORD_LOST if went_back else TAKEN_FOR_DEAD
                 run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
@@ -238,6 +240,13 @@ class Supervisor:
             run.control.stop.set(JobAborted(CUT_OFF, FENCE_GRACE_SECONDS))
         return float("inf")
 
+    def _go_on_as(self, run: Run, run_id: int) -> None:
+        """Have a run go on under another number, because the server has lost its record."""
+        log.warning("run_recorded_again", job=run.job_id, run_id=run_id, before=run.run_id)
+        self.runs.renumber(run, run_id)
+        run.control.application_name = self._ledger.application_name(run_id)
+        self._put_off_deadline(run)
+
     def _put_off_deadline(self, run: Run) -> None:
         if not run.origin.shared:
             run.control.deadline.set(self._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS)
@@ -262,11 +271,11 @@ class Supervisor:
         self._logged_failure = ""
         return True
 
-    def _send_heartbeat(self) -> Heartbeat:
+    def _send_heartbeat(self, runs: list[OpenRun]) -> Heartbeat:
         try:
             if self._last_beat == _NEVER:
                 self._ledger.prepare()
-            return self._ledger.beat()
+            return self._ledger.beat(runs)
         except DatabaseUnavailable:
             self._downtime.missed()
             raise
@@ -295,6 +304,7 @@ class Supervisor:
             with self._recording:
                 while unrecorded := self.runs.unrecorded:
                     ended = unrecorded[0]
+                    self._end_what_goes_on(ended)
                     closed = self._close_run(ended)
                     self.runs.recorded(ended)
                     if closed.retry_in is not None:
@@ -305,6 +315,21 @@ class Supervisor:
         finally:  # without the lock: a listener may end or claim runs itself
             for job, retry_in in retries:
                 self._listeners.retry(job, retry_in)
+
+    def _end_what_goes_on(self, ended: EndedRun) -> None:
+        """End the statements that the server still works on for a run whose connection broke.
+
+        Its job can begin again once it is recorded.
+        """
+        if ended.report.outcome in ("succeeded", "skipped"):
+            return
+        try:
+            if self._ledger.end_backends_of(ended.run_id):
+                log.warning("statement_of_ended_run_ended", job=ended.report.job, run_id=ended.run_id)
+        except DatabaseUnavailable:
+            raise
+        except DatabaseError as error:
+            log.warning("ended_run_still_at_work", job=ended.report.job, run_id=ended.run_id, reason=str(error))
 
     def _close_run(self, ended: EndedRun) -> Closed:
         try:

@@ -28,7 +28,7 @@ from catfeeder_cron.ledger import (
     RunRecord,
     SlotClaim,
 )
-from catfeeder_cron.ledger.constants import SETTLE_SECONDS
+from catfeeder_cron.ledger.constants import SETTLE_LEAST_SECONDS
 from catfeeder_cron.schedule import Slots
 from catfeeder_cron.times import timestamp
 from tests.integration.daemons import HOUR, report, rows, wait_for
@@ -403,7 +403,7 @@ def test_what_can_not_be_undone_is_handed_out_on_no_other_history(
     assert not is_current(), "nor afterwards, before this process has heard of it"
 
 
-def test_no_run_begins_that_must_be_the_only_one_before_lost_runs_have_ended(
+def test_no_run_begins_that_must_be_the_only_one_before_all_have_recorded_theirs_again(
     ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection
 ) -> None:
     """A run of another process may be under way whose record the server has lost."""
@@ -417,19 +417,41 @@ def test_no_run_begins_that_must_be_the_only_one_before_lost_runs_have_ended(
     assert claim(ledger, 0, 1, shared=True).run_id, "that has leases"
     set_account(admin, NOON)
 
-    for process in (ledger, other):
-        assert process.beat()
-    for process in (ledger, other):
-        wait = claim(process, 0, 2).wait_seconds
-        assert wait
-        assert SETTLE_SECONDS - 10 < wait <= SETTLE_SECONDS
-        assert process.claim_manual("job", shared=False) is None
-        assert process.settles_in()
-        process.register({"job": "every 1h"}, [])
+    ledger.beat()
+    wait = claim(ledger, 0, 2).wait_seconds
+    assert wait
+    assert SETTLE_LEAST_SECONDS - 10 < wait <= SETTLE_LEAST_SECONDS
+    assert ledger.claim_manual("job", shared=False) is None
 
-    admin.execute("UPDATE catfeeder_cron.lineage SET since = now() - interval '26 s'")
+    admin.execute("UPDATE catfeeder_cron.daemons SET heartbeat_at = heartbeat_at - interval '12 s'")
+    admin.execute("UPDATE catfeeder_cron.lineage SET since = since - interval '12 s'")
+    assert ledger.settles_in(), "the other one lives, as far as is known, and has not been heard of since"
+    other.beat()
+    ledger.beat()
     assert ledger.settles_in() is None
     assert claim(ledger, 0, 2).run_id
+
+
+@pytest.mark.parametrize(("seconds_ago", "settled"), [(24, False), (26, True)])
+@pytest.mark.parametrize("what", ["who lives is not known", "one is cut off"])
+def test_a_process_that_is_cut_off_has_ended_its_runs_after_25_seconds(
+    ledger: Ledger,
+    open_ledger: Callable[..., Ledger],
+    admin: psycopg.Connection,
+    seconds_ago: int,
+    settled: bool,
+    what: str,
+) -> None:
+    ledger.beat()
+    if what == "one is cut off":
+        open_ledger(UUID(int=1)).beat()
+        set_heartbeat(admin, UUID(int=1), seconds_ago + 5)
+    known = "since - interval '1 h'" if what == "who lives is not known" else "since"
+    admin.execute(
+        "UPDATE catfeeder_cron.lineage SET reason = 'restored', since = now() - %s * interval '1 s'", [seconds_ago]
+    )
+    admin.execute(f"UPDATE catfeeder_cron.lineage SET known_until = {known}".encode())
+    assert (ledger.settles_in() is None) == settled
 
 
 def test_what_a_host_remembers_tells_a_new_process_that_the_server_is_an_old_copy(

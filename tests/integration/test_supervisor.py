@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from catfeeder_cron.config import DatabaseSettings, JobSettings
 from catfeeder_cron.database import Database
@@ -287,20 +289,53 @@ def lose_records(admin: psycopg.Connection) -> None:
     admin.execute("UPDATE catfeeder_cron.lineage SET counter = 0")
 
 
-def test_a_run_whose_record_was_lost_ends_and_is_recorded_anew(
+def test_a_run_whose_record_was_lost_goes_on_with_another_one(
     office: Office, admin: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    slot = datetime.now(UTC).replace(microsecond=0)
+    run = office.begin(origin=Origin(slot, "schedule"))
+    before = run.run_id
+    office.supervisor.beat()
+    lose_records(admin)
+    office.supervisor.beat()
+    office.supervisor.beat()
+    assert not run.control.stop
+    assert rows(admin, "run_id, slot, outcome") == [(run.run_id, slot, None)]
+    assert run.run_id != before
+    assert run.control.application_name == office.ledger.application_name(run.run_id)
+    office.supervisor.end(run, report())
+    assert rows(admin, "slot, trigger, outcome, reason") == [(slot, "schedule", "succeeded", None)]
+    assert events(caplog) == ["history_went_back", "run_recorded_again"]
+
+
+def test_a_run_whose_record_was_lost_ends_where_another_process_has_begun_the_job(
+    office: Office, open_office: Callable[[], Office], admin: psycopg.Connection
 ) -> None:
     run = office.begin()
     office.supervisor.beat()
     lose_records(admin)
+    another = open_office().begin()
     office.supervisor.beat()
     with pytest.raises(JobAborted, match=RECORD_LOST):
         run.control.checkpoint()
     office.supervisor.end(run, report("aborted", RECORD_LOST))
-    ((outcome, reason),) = rows(admin, "outcome, reason")
-    assert outcome == "aborted"
-    assert reason == f"{RECORD_LOST}; recorded again, because the database had lost it"
-    assert events(caplog) == ["history_went_back", "run_recorded_again"]
+    assert rows(admin, "run_id, reason", "outcome IS NULL") == [(another.run_id, None)]
+    lost = f"{RECORD_LOST}; recorded again, because the database had lost it"
+    assert rows(admin, "reason", "outcome = 'aborted'") == [(lost,)]
+
+
+def test_a_run_is_recorded_when_the_server_does_nothing_for_it_any_more(
+    office: Office, admin: psycopg.Connection, connect: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection broke, and the server goes on with its statement: the job must not begin again meanwhile."""
+    run = office.begin()
+    at_work = connect()
+    at_work.execute(sql.SQL("SET application_name = {}").format(office.ledger.application_name(run.run_id)))
+    office.supervisor.end(run, report("failed", "no connection to the database"))
+    with pytest.raises(psycopg.OperationalError):
+        at_work.execute("SELECT 1")
+    assert rows(admin, "outcome") == [("failed",)]
+    assert events(caplog) == ["statement_of_ended_run_ended"]
 
 
 def test_runs_that_this_process_remembers_are_recorded_anew(

@@ -25,6 +25,7 @@ CREATE TABLE catfeeder_cron.lineage (
     id uuid NOT NULL DEFAULT gen_random_uuid(),     -- a new one whenever history went back, or may have
     since timestamptz NOT NULL DEFAULT now(),
     reason text,                                    -- why it has a new id
+    known_until timestamptz,                        -- the last heartbeat that the database knew of when it got that
     server text NOT NULL,                           -- server() at the last heartbeat
     counter bigint NOT NULL DEFAULT 0,              -- heartbeats of all processes; it only grows
     written_at timestamptz NOT NULL DEFAULT now(),  -- the last heartbeat
