@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
@@ -15,15 +14,17 @@ from catfeeder_cron.errors import (
     JobInterrupted,
     PermissionDenied,
 )
-from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS, HEARTBEAT_SECONDS
+from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, HEARTBEAT_SECONDS
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Closed, Heartbeat, OpenRun, Retries, RunRecord
+from catfeeder_cron.ledger.records import Heartbeat, OpenRun, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl
+from catfeeder_cron.scheduler import fence
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run
-from catfeeder_cron.scheduler.open_runs import EndedRun, OpenRuns, aborted, aborted_report
+from catfeeder_cron.scheduler.open_runs import OpenRuns, aborted
+from catfeeder_cron.scheduler.recorder import ANSWER_LOST, Recorder
 from catfeeder_cron.scheduler.server_clock import ServerClock
 from catfeeder_cron.scheduler.timeouts import Timeouts
 from catfeeder_cron.times import elapsed_seconds
@@ -37,16 +38,11 @@ _NEVER = float("-inf")
 _OUTAGE_SECONDS = 2.0
 # A run confirms its heartbeat before a batch once it is this old: the fence is near.
 _CONFIRM_AFTER_SECONDS = 15
-# While runs are under way, the age of the heartbeat is looked at this often at least: no wait goes on while the machine
-# sleeps.
-_LOOK_AT_FENCE_SECONDS = 5.0
 
 TAKEN_FOR_DEAD = "this process was taken for dead, and the run was closed by another"
-CUT_OFF = f"cut off from the database for {FENCE_SECONDS} s, after which others may begin the job"
 RECORD_LOST = "the database went back to a time before this run began"
 RUNS_HERE = "the job was running in this process already"
 _CLOSED = "what runs the jobs of this process is closed"
-ANSWER_LOST = "the database was cut off while the run was claimed"
 
 
 class Supervisor:
@@ -69,11 +65,11 @@ class Supervisor:
         self.clock = clock or ServerClock()
         self.runs = OpenRuns()
         self.timeouts = Timeouts(self.runs, listeners)
+        self.recorder = Recorder(ledger, self.runs, listeners, self.clock)
         self._ledger = ledger
         self._downtime = downtime
         self._history_keep = history_keep
         self._listeners = listeners
-        self._unanswered: set[int] = set()
         self._closing = False
         # What wakes the thread of the heartbeat, and the one that ends runs.
         self._wake_heart, self._wake_watch = threading.Event(), threading.Event()
@@ -83,8 +79,6 @@ class Supervisor:
         # Held during a heartbeat, by the heartbeat's thread or by one that begins or confirms a run: heartbeats come
         # one after the other, and none begins after the end was announced.
         self._beating = threading.Lock()
-        # Held while ended runs are recorded, by whichever thread does it: each is recorded once, in order.
-        self._recording = threading.Lock()
         self._last_beat = _NEVER
         self._next_forget = elapsed_seconds()
         self._logged_failure = ""
@@ -116,7 +110,7 @@ class Supervisor:
         try:
             with self.runs.claiming():
                 self._confirm()
-                self._record()  # a run of the same job that has ended must not be in the way
+                self.recorder.record()  # a run of the same job that has ended must not be in the way
                 run_id = claim()
                 if run_id is None:
                     return None
@@ -145,7 +139,7 @@ class Supervisor:
             return
         self._listeners.ended(run, report)
         try:
-            self._record()
+            self.recorder.record()
         except DatabaseError as error:
             log.warning("run_not_recorded_yet", job=report.job, run_id=run.run_id, reason=str(error))
 
@@ -166,7 +160,7 @@ class Supervisor:
             went_back = self._is_new_lineage(heartbeat)
         for run in before:
             if run.run_id in heartbeat.open_runs:
-                self._put_off_deadline(run)
+                fence.put_off(run, self._last_beat)
             elif run.job_id in heartbeat.reopened:
                 self._go_on_as(run, heartbeat.reopened[run.job_id])
             else:
@@ -176,10 +170,10 @@ class Supervisor:
             log.warning("dead_run_closed", run=description)
         self._end_backends(heartbeat.working)
         self._downtime.seen(self.clock.now())
-        self._record()
+        self.recorder.record()
         if went_back:
-            self._restore()
-        self._close_unanswered(set() if claiming else heartbeat.open_runs)
+            self.recorder.restore()
+        self.recorder.close_unanswered(set() if claiming else heartbeat.open_runs)
         self._listeners.beat(True)
         for job, retry_in in heartbeat.retries.items():
             self._listeners.retry(job, retry_in)
@@ -196,7 +190,7 @@ class Supervisor:
             self._listeners.ended(run, report)
         if self._last_beat > _NEVER:
             try:
-                self._record()
+                self.recorder.record()
                 self._ledger.leave()
             except DatabaseError as error:
                 # Otherwise only this process's row in the list of the living is left, which expires by itself.
@@ -226,30 +220,14 @@ class Supervisor:
             self._wake_watch.clear()
 
     def _fence(self) -> float:
-        """Ask every run to end that others may begin soon; return after how many seconds to look again.
-
-        What a run has started in other processes dies by the run's deadline, even if this process is frozen.
-        """
-        exclusive = [run for run in self.runs.under_way if not run.origin.shared and not run.is_cut_off]
-        left = FENCE_SECONDS - (elapsed_seconds() - self._last_beat)
-        if left > 0 and exclusive:
-            return min(left, _LOOK_AT_FENCE_SECONDS)
-        for run in exclusive:
-            run.is_cut_off = True
-            log.error("run_cut_off", job=run.job_id, run_id=run.run_id, reason=CUT_OFF)
-            run.control.stop.set(JobAborted(CUT_OFF, FENCE_GRACE_SECONDS))
-        return float("inf")
+        return fence.enforce(self.runs, self._last_beat)
 
     def _go_on_as(self, run: Run, run_id: int) -> None:
         """Have a run go on under another number, because the server has lost its record."""
         log.warning("run_recorded_again", job=run.job_id, run_id=run_id, before=run.run_id)
         self.runs.renumber(run, run_id)
         run.control.application_name = self._ledger.application_name(run_id)
-        self._put_off_deadline(run)
-
-    def _put_off_deadline(self, run: Run) -> None:
-        if not run.origin.shared:
-            run.control.deadline.set(self._last_beat + FENCE_SECONDS + FENCE_GRACE_SECONDS)
+        fence.put_off(run, self._last_beat)
 
     def _try_to_beat(self) -> bool:
         """Beat, and delete the old history every hour; log once why that can't be done."""
@@ -287,7 +265,7 @@ class Supervisor:
     def _supervise(self, run: Run) -> None:
         run.control.confirm = self._confirm
         run.control.application_name = self._ledger.application_name(run.run_id)
-        self._put_off_deadline(run)
+        fence.put_off(run, self._last_beat)
         run.control.start_clock()
         self.runs.add(run)
         self._wake_watch.set()
@@ -297,80 +275,12 @@ class Supervisor:
         if elapsed_seconds() - self._last_beat > _CONFIRM_AFTER_SECONDS:
             self.beat()
 
-    def _record(self) -> None:
-        """Record the runs that have ended, the oldest first. Raises DatabaseError, and keeps those that are left."""
-        retries: list[tuple[str, timedelta]] = []
-        try:
-            with self._recording:
-                while unrecorded := self.runs.unrecorded:
-                    ended = unrecorded[0]
-                    self._end_what_goes_on(ended)
-                    closed = self._close_run(ended)
-                    self.runs.recorded(ended)
-                    if closed.retry_in is not None:
-                        retries.append((ended.report.job, closed.retry_in))
-                    _tell_if_not_recorded(ended, closed)
-                    if closed.vanished:
-                        self._ledger.restore(self._record_of(ended))
-        finally:  # without the lock: a listener may end or claim runs itself
-            for job, retry_in in retries:
-                self._listeners.retry(job, retry_in)
-
-    def _end_what_goes_on(self, ended: EndedRun) -> None:
-        """End the statements that the server still works on for a run whose connection broke.
-
-        Its job can begin again once it is recorded.
-        """
-        if ended.report.outcome in ("succeeded", "skipped"):
-            return
-        try:
-            if self._ledger.end_backends_of(ended.run_id):
-                log.warning("statement_of_ended_run_ended", job=ended.report.job, run_id=ended.run_id)
-        except DatabaseUnavailable:
-            raise
-        except DatabaseError as error:
-            log.warning("ended_run_still_at_work", job=ended.report.job, run_id=ended.run_id, reason=str(error))
-
-    def _close_run(self, ended: EndedRun) -> Closed:
-        try:
-            return self._ledger.close(ended.run_id, ended.report, ended.retries)
-        except DatabaseUnavailable:
-            raise
-        except Exception as error:  # noqa: BLE001 - counts that are no numbers, say
-            # The ledger would refuse it again, and it would hold up every claim behind it.
-            log.error("report_not_recorded", job=ended.report.job, run_id=ended.run_id, reason=str(error))
-            bare = replace(ended.report, reason="its report could not be recorded; see the log", counts={})
-            return self._ledger.close(ended.run_id, bare, ended.retries)
-
-    def _close_unanswered(self, open_runs: set[int]) -> None:
-        """Close runs that were claimed for this process, but whose number never arrived here.
-
-        A run is closed when two heartbeats in a row find it: at the first its number may still be on the way.
-        """
-        unanswered = self.runs.unknown_of(open_runs)
-        recorded = {ended.run_id: ended.report for ended in self.runs.recorded_lately()}
-        for run_id in unanswered & self._unanswered:
-            self._ledger.close(run_id, recorded.get(run_id) or aborted_report("", ANSWER_LOST, {}, timedelta(0)))
-        self._unanswered = unanswered
-
     def _is_new_lineage(self, heartbeat: Heartbeat) -> bool:
         """Whether the database went back, or may have, since the heartbeat before."""
         if heartbeat.lineage is None:
             return False
         before, self._lineage = self._lineage, heartbeat.lineage.id
         return before is not None and before != self._lineage
-
-    def _restore(self) -> None:
-        """Record the runs anew whose records the database has lost, as far as this process remembers them."""
-        lost = [ended for ended in self.runs.recorded_lately() if self._ledger.restore(self._record_of(ended))]
-        if lost:
-            jobs = sorted({ended.report.job for ended in lost})
-            log.warning("runs_recorded_again", runs=len(lost), jobs=jobs)
-
-    def _record_of(self, ended: EndedRun) -> RunRecord:
-        record = ended.record()
-        started_at = record.report.started_at + self.clock.correction()
-        return replace(record, report=replace(record.report, started_at=started_at))
 
     def _end_backends(self, working: Mapping[int, str]) -> None:
         """End the statements of dead processes' runs that the server still works on; their runs are closed after that.
@@ -383,11 +293,3 @@ class Supervisor:
                 log.warning("statement_of_dead_run_ended", run=description, backend=pid)
             except PermissionDenied as error:
                 log.warning("dead_run_still_at_work", run=description, backend=pid, reason=str(error))
-
-
-def _tell_if_not_recorded(ended: EndedRun, closed: Closed) -> None:
-    run = {"job": ended.report.job, "run_id": ended.run_id, "outcome": ended.report.outcome}
-    if closed.vanished:
-        log.warning("run_recorded_again", **run)
-    elif closed.by_another:
-        log.warning("run_was_closed_by_another", **run)

@@ -19,8 +19,10 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, Ledger, Process
 from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS
 from catfeeder_cron.scheduler.downtime import Downtime
+from catfeeder_cron.scheduler.fence import CUT_OFF
 from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run, RunListener
-from catfeeder_cron.scheduler.supervisor import ANSWER_LOST, CUT_OFF, RECORD_LOST, RUNS_HERE, TAKEN_FOR_DEAD, Supervisor
+from catfeeder_cron.scheduler.recorder import ANSWER_LOST
+from catfeeder_cron.scheduler.supervisor import RECORD_LOST, RUNS_HERE, TAKEN_FOR_DEAD, Supervisor
 from tests.integration.daemons import SECOND, context, report, rows, wait_for
 from tests.support.waiting import SOON
 

@@ -1,0 +1,106 @@
+"""Records how runs ended, and records again what the database has lost."""
+
+import threading
+from dataclasses import replace
+from datetime import timedelta
+
+from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable
+from catfeeder_cron.ledger.ledger import Ledger
+from catfeeder_cron.ledger.records import Closed, RunRecord
+from catfeeder_cron.logs import get_logger
+from catfeeder_cron.scheduler.listeners import Listeners
+from catfeeder_cron.scheduler.open_runs import EndedRun, OpenRuns, aborted_report
+from catfeeder_cron.scheduler.server_clock import ServerClock
+
+log = get_logger("catfeeder_cron.scheduler")
+
+ANSWER_LOST = "the database was cut off while the run was claimed"
+
+
+class Recorder:
+    """Records the runs of one process that have ended. All methods may be called from any thread."""
+
+    def __init__(self, ledger: Ledger, runs: OpenRuns, listeners: Listeners, clock: ServerClock) -> None:
+        self._ledger = ledger
+        self._runs = runs
+        self._listeners = listeners
+        self._clock = clock
+        self._unanswered: set[int] = set()
+        # Held while ended runs are recorded, by whichever thread does it: each is recorded once, in order.
+        self._recording = threading.Lock()
+
+    def record(self) -> None:
+        """Record the runs that have ended, the oldest first. Raises DatabaseError, and keeps those that are left."""
+        retries: list[tuple[str, timedelta]] = []
+        try:
+            with self._recording:
+                while unrecorded := self._runs.unrecorded:
+                    ended = unrecorded[0]
+                    self._end_what_goes_on(ended)
+                    closed = self._close_run(ended)
+                    self._runs.recorded(ended)
+                    if closed.retry_in is not None:
+                        retries.append((ended.report.job, closed.retry_in))
+                    _tell_if_not_recorded(ended, closed)
+                    if closed.vanished:
+                        self._ledger.restore(self._record_of(ended))
+        finally:  # without the lock: a listener may end or claim runs itself
+            for job, retry_in in retries:
+                self._listeners.retry(job, retry_in)
+
+    def restore(self) -> None:
+        """Record the runs anew whose records the database has lost, as far as this process remembers them."""
+        lost = [ended for ended in self._runs.recorded_lately() if self._ledger.restore(self._record_of(ended))]
+        if lost:
+            jobs = sorted({ended.report.job for ended in lost})
+            log.warning("runs_recorded_again", runs=len(lost), jobs=jobs)
+
+    def close_unanswered(self, open_runs: set[int]) -> None:
+        """Close runs that were claimed for this process, but whose number never arrived here.
+
+        A run is closed when two heartbeats in a row find it: at the first its number may still be on the way.
+        """
+        unanswered = self._runs.unknown_of(open_runs)
+        recorded = {ended.run_id: ended.report for ended in self._runs.recorded_lately()}
+        for run_id in unanswered & self._unanswered:
+            self._ledger.close(run_id, recorded.get(run_id) or aborted_report("", ANSWER_LOST, {}, timedelta(0)))
+        self._unanswered = unanswered
+
+    def _end_what_goes_on(self, ended: EndedRun) -> None:
+        """End the statements that the server still works on for a run whose connection broke.
+
+        Its job can begin again once it is recorded.
+        """
+        if ended.report.outcome in ("succeeded", "skipped"):
+            return
+        try:
+            if self._ledger.end_backends_of(ended.run_id):
+                log.warning("statement_of_ended_run_ended", job=ended.report.job, run_id=ended.run_id)
+        except DatabaseUnavailable:
+            raise
+        except DatabaseError as error:
+            log.warning("ended_run_still_at_work", job=ended.report.job, run_id=ended.run_id, reason=str(error))
+
+    def _close_run(self, ended: EndedRun) -> Closed:
+        try:
+            return self._ledger.close(ended.run_id, ended.report, ended.retries)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - counts that are no numbers, say
+            # The ledger would refuse it again, and it would hold up every claim behind it.
+            log.error("report_not_recorded", job=ended.report.job, run_id=ended.run_id, reason=str(error))
+            bare = replace(ended.report, reason="its report could not be recorded; see the log", counts={})
+            return self._ledger.close(ended.run_id, bare, ended.retries)
+
+    def _record_of(self, ended: EndedRun) -> RunRecord:
+        record = ended.record()
+        started_at = record.report.started_at + self._clock.correction()
+        return replace(record, report=replace(record.report, started_at=started_at))
+
+
+def _tell_if_not_recorded(ended: EndedRun, closed: Closed) -> None:
+    run = {"job": ended.report.job, "run_id": ended.run_id, "outcome": ended.report.outcome}
+    if closed.vanished:
+        log.warning("run_recorded_again", **run)
+    elif closed.by_another:
+        log.warning("run_was_closed_by_another", **run)
