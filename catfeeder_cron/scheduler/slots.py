@@ -110,6 +110,8 @@ class JobSlots:
                     return claim.run_id
                 if claim.wait_seconds is not None:
                     self._wait_seconds = claim.wait_seconds
+                    until = self.clock() + timedelta(seconds=claim.wait_seconds)
+                    self.downtime.held(slot - MICROSECOND, until)
                     return None
                 if claim.too_early:
                     return None  # the server's clock was set back; the next heartbeat tells by how much

@@ -10,7 +10,7 @@ import pytest
 from catfeeder_cron.config import DatabaseSettings
 from catfeeder_cron.database import Database
 from catfeeder_cron.errors import DatabaseUnavailable
-from catfeeder_cron.ledger import NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, WENT_BACK, Ledger, Process
+from catfeeder_cron.ledger import MOVED, NO_DAEMON, NO_DATABASE, NOT_FREE, STILL_RUNNING, WENT_BACK, Ledger, Process
 from catfeeder_cron.schedule import IntervalSchedule, Schedule
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.slots import JobSlots
@@ -254,6 +254,39 @@ def test_an_account_in_the_future_that_a_wrong_clock_left_behind_counts_for_noth
     daemon.slots.accounted_until = START + 60 * MINUTE
     daemon.at(START + 5 * MINUTE).slots.open(START + 4 * MINUTE)
     assert daemon.slots.accounted_until == START + 4 * MINUTE
+
+
+def test_slots_that_wait_because_the_database_moved_say_so(
+    hire: Callable[..., Daemon], admin: psycopg.Connection
+) -> None:
+    daemon = hire()
+    admin.execute("UPDATE catfeeder_cron.lineage SET reason = 'moved', since = now()")
+    for seconds in (60, 70):
+        daemon.downtime.seen(START + (seconds - 20) * SECOND)
+        assert daemon.at(START + seconds * SECOND).claim() is None
+        assert daemon.slots.must_wait()
+        assert daemon.slots.must_wait() is None
+    admin.execute("UPDATE catfeeder_cron.lineage SET reason = NULL")
+    daemon.downtime.seen(START + 100 * SECOND)
+    assert daemon.at(START + 120 * SECOND).claim()
+    assert rows(admin, "slot, missed, reason") == [(START + MINUTE, 1, MOVED), (START + 2 * MINUTE, None, None)]
+
+
+def test_a_move_after_an_outage_begins_where_that_ends() -> None:
+    downtime = Downtime(START)
+    downtime.seen(START)
+    downtime.missed()
+    downtime.seen(START + MINUTE)
+    downtime.held(START + 0.5 * MINUTE, START + 1.5 * MINUTE)
+    downtime.held(START + MINUTE, START + 2 * MINUTE)
+    assert downtime.reasons(START + 3 * MINUTE) == [
+        (START, NO_DAEMON),
+        (START, NOT_FREE),
+        (START + MINUTE, NO_DATABASE),
+        (START + MINUTE, NOT_FREE),
+        (START + 2 * MINUTE, MOVED),
+        (START + 3 * MINUTE, NOT_FREE),
+    ]
 
 
 def test_without_a_database_a_claim_fails_and_the_downtime_knows(hire: Callable[..., Daemon]) -> None:
