@@ -57,11 +57,6 @@ class Database:
         return self._pool.use
 
     @property
-    def statement_timeout(self) -> timedelta:
-        """Return how long a statement may take in a transaction that sets no timeout of its own."""
-        return self._settings.statement_timeout
-
-    @property
     def naive_timestamps(self) -> str:
         """Return the zone in which the web server writes its columns without one."""
         return self._settings.naive_timestamps.key
@@ -74,7 +69,7 @@ class Database:
         `statement_timeout`). `local` are further settings for SET LOCAL. Raises a DatabaseError for whatever
         psycopg raises, and swallows RollBack.
         """
-        limit = self.statement_timeout if timeout is None else timeout
+        limit = self._settings.statement_timeout if timeout is None else timeout
         settings = {"statement_timeout": statements.milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
         with self._outages.noticed(), translated(), self._begun(statements.begin(settings)) as connection:
             connection.answer_within = self._pool.longest_answer_seconds(limit)
@@ -128,10 +123,6 @@ class Database:
         """Return the payloads of the notifications that have arrived at a session. Raises DatabaseUnavailable."""
         with translated():
             return [notification.payload for notification in connection.notifies(timeout=0)]
-
-    def probe(self) -> None:
-        """Connect once outside the pool. Raises DatabaseUnavailable, which says why that can't be done."""
-        self._pool.probe()
 
     def close(self) -> None:
         """Close every connection; leave the embedded server, if this object started one. Idempotent."""

@@ -15,6 +15,7 @@ from psycopg.types.json import Jsonb
 from catfeeder_cron.database import Database, schema
 from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.ledger import statements
+from catfeeder_cron.ledger.backends import Backends
 from catfeeder_cron.ledger.constants import (
     DEAD_AFTER_SECONDS,
     DIED,
@@ -51,6 +52,7 @@ class Ledger:
     def __init__(self, database: Database, process: Process, state_directory: Path | None = None) -> None:
         self._database = database
         self._process = process
+        self.backends = Backends(database, process)
         self._lineage = LineageWatch(state_directory)
         self._lifeline = database.lifeline(_BEAT_WITHIN_SECONDS)
 
@@ -111,53 +113,33 @@ class Ledger:
             "still_running": STILL_RUNNING,
         }
         ((accounted_until, run_id, too_early, wait_seconds),) = self._database.query(
-            statements.CLAIM, self._process.parameters() | self._history() | parameters
+            statements.CLAIM, self._process.parameters() | known_history(self._database) | parameters
         )
         return SlotClaim(accounted_until or known, run_id, too_early, wait_seconds)
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already, or the database just went back."""
-        return self._claim_without_slot(job, "manual", shared)
+        return self._claim(job, "manual", shared)
 
     def claim_woken(self, job: str, *, shared: bool) -> int | None:
         """Claim a run between the slots; None when the job is paused, or running already."""
-        return self._claim_without_slot(job, "schedule", shared)
+        return self._claim(job, "schedule", shared)
 
     def claim_retry(self, job: str) -> int | None:
         """Claim the retry of a failed run; None if it is not due or taken, or the job runs or is paused."""
-        parameters = self._process.parameters() | self._history() | {"job": job, "shared": False}
+        parameters = self._process.parameters() | known_history(self._database) | {"job": job, "shared": False}
         rows = self._database.query(statements.CLAIM_RETRY, parameters)
-        return rows[0][0] if rows else None
-
-    def _claim_without_slot(self, job: str, trigger: Trigger, shared: bool) -> int | None:
-        parameters = self._process.parameters() | self._history() | {"job": job, "trigger": trigger, "shared": shared}
-        rows = self._database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
         return rows[0][0] if rows else None
 
     def settles_in(self) -> float | None:
         """Return in how many seconds runs may begin again after the database went back; None if they may."""
-        rows = self._database.query(statements.UNSETTLED, self._history() | {"shared": False})
+        rows = self._database.query(statements.UNSETTLED, known_history(self._database) | {"shared": False})
         return rows[0][0] if rows else None
-
-    def _history(self) -> dict[str, Any]:
-        """Return the parameters of the condition that the database is the one that this process knows."""
-        lineage = self._database.lineage
-        known = lineage.parameters() if lineage else {"lineage": None, "lineage_counter": 0}
-        return known | {
-            "settle": timedelta(seconds=SETTLE_SECONDS),
-            "settle_least": timedelta(seconds=SETTLE_LEAST_SECONDS),
-            "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
-            "early": _EARLY,
-        }
 
     def under_way(self, job: str) -> tuple[str, int, datetime] | None:
         """Return host, pid and start of the run of `job` that keeps this process from running it."""
         rows = self._database.query(statements.UNDER_WAY, self._process.parameters() | {"job": job})
         return rows[0] if rows else None
-
-    def application_name(self, run_id: int) -> str:
-        """Return the application_name of the backends that work for a run of this process."""
-        return f"catfeeder-cron run {run_id} {str(self._process.daemon)[:8]}"
 
     def close(self, run_id: int, report: JobReport, retries: Retries | None = None) -> Closed:
         """Record how a run of this process ended, and schedule a retry if it failed and `retries` says so.
@@ -165,7 +147,7 @@ class Ledger:
         Consecutive runs between slots that succeed become one row per hour: `runs` says how many, the counts are their
         sums. A report without a job closes the run whichever its job is.
         """
-        parameters = self._outcome(run_id, report) | {
+        parameters = _outcome(self._process, run_id, report) | {
             "job": report.job or None,
             "retries": retries.most if retries else 0,
             "retry_after": retries.after if retries else timedelta(0),
@@ -178,7 +160,7 @@ class Ledger:
         """Record a run of this process anew if the ledger has lost it; return whether it had."""
         lost = "recorded again, because the database had lost it"
         of_slot = f" (slot {timestamp(run.slot)})" if run.slot else ""
-        parameters = self._outcome(run.run_id, run.report) | {
+        parameters = _outcome(self._process, run.run_id, run.report) | {
             "reason": "; ".join(filter(None, [run.report.reason, lost + of_slot])),
             "job": run.report.job,
             "slot": run.slot,
@@ -224,17 +206,6 @@ class Ledger:
             reopened or {},
         )
 
-    def end_backends_of(self, run_id: int) -> int:
-        """End what the server still does for a run of this process; return how many backends did. Raises DatabaseError.
-
-        It returns when they have ended, or after 5 seconds for each.
-        """
-        return len(self._database.query(statements.END_BACKENDS_OF, {"name": self.application_name(run_id)}))
-
-    def end_backend(self, pid: int) -> None:
-        """End the backend that still works for a dead process. Raises PermissionDenied for one of another role."""
-        self._database.query(statements.END_BACKEND, {"pid": pid})
-
     def leave(self) -> None:
         """Remove this process from the list of the living ones."""
         self._database.execute(statements.LEAVE, self._process.parameters())
@@ -244,15 +215,37 @@ class Ledger:
         """Close the connection for heartbeats; a later one raises DatabaseUnavailable. Idempotent."""
         self._lifeline.close()
 
-    def _outcome(self, run_id: int, report: JobReport) -> dict[str, Any]:
-        return self._process.parameters() | {
-            "run_id": run_id,
-            "outcome": report.outcome,
-            "reason": report.reason,
-            "error": report.reason if report.outcome == "failed" else None,
-            "counts": Jsonb(report.counts),
-        }
-
     def forget(self, keep: timedelta) -> int:
         """Delete up to 5,000 runs older than `keep`, failures after three times as long; return how many."""
         return self._database.execute(statements.FORGET, {"keep": keep})
+
+    def _claim(self, job: str, trigger: Trigger, shared: bool) -> int | None:
+        parameters = (
+            self._process.parameters()
+            | known_history(self._database)
+            | {"job": job, "trigger": trigger, "shared": shared}
+        )
+        rows = self._database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
+        return rows[0][0] if rows else None
+
+
+def known_history(database: Database) -> dict[str, Any]:
+    """Return the parameters of the condition that the database is the one that this process knows."""
+    lineage = database.lineage
+    known = lineage.parameters() if lineage else {"lineage": None, "lineage_counter": 0}
+    return known | {
+        "settle": timedelta(seconds=SETTLE_SECONDS),
+        "settle_least": timedelta(seconds=SETTLE_LEAST_SECONDS),
+        "dead_after": timedelta(seconds=DEAD_AFTER_SECONDS),
+        "early": _EARLY,
+    }
+
+
+def _outcome(process: Process, run_id: int, report: JobReport) -> dict[str, Any]:
+    return process.parameters() | {
+        "run_id": run_id,
+        "outcome": report.outcome,
+        "reason": report.reason,
+        "error": report.reason if report.outcome == "failed" else None,
+        "counts": Jsonb(report.counts),
+    }

@@ -141,10 +141,9 @@ class JobScheduler(RunListener):
         job, settings = self._executor.find(job_id)
         schedule = self._executor.settings.schedule(job_id)
         trigger = ScheduleTrigger(schedule, job_id, settings.jitter, self._clock)
-        return JobSlots(job_id, schedule, trigger, job.shared, self._ledger, self._downtime, clock=self._now)
-
-    def _now(self) -> datetime:
-        return self._clock.now() + _NEARLY
+        return JobSlots(
+            job_id, schedule, trigger, job.shared, self._ledger, self._downtime, clock=partial(_nearly_now, self._clock)
+        )
 
     def _add(self, slots: JobSlots) -> bool:
         if slots.schedule.next_after(self._clock.now()) is None:
@@ -225,6 +224,10 @@ class JobScheduler(RunListener):
             pass  # the database has logged it; this is called again when it is back
         except CatfeederCronError as error:
             log.error("job_not_recovered", job=job_id, reason=self._executor.explain(job_id, error))
+
+
+def _nearly_now(clock: ServerClock) -> datetime:
+    return clock.now() + _NEARLY
 
 
 def _warn_if_slow(report: JobReport, interval: timedelta | None) -> None:

@@ -1,10 +1,11 @@
 """Records how runs ended, and records again what the database has lost."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 
-from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable
+from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 from catfeeder_cron.ledger.ledger import Ledger
 from catfeeder_cron.ledger.records import Closed, RunRecord
 from catfeeder_cron.logs import get_logger
@@ -66,6 +67,18 @@ class Recorder:
             self._ledger.close(run_id, recorded.get(run_id) or aborted_report("", ANSWER_LOST, {}, timedelta(0)))
         self._unanswered = unanswered
 
+    def end_backends(self, working: Mapping[int, str]) -> None:
+        """End the statements of dead processes' runs that the server still works on; their runs are closed after that.
+
+        A backend of a role that this one may not touch is waited for.
+        """
+        for pid, description in working.items():
+            try:
+                self._ledger.backends.end(pid)
+                log.warning("statement_of_dead_run_ended", run=description, backend=pid)
+            except PermissionDenied as error:
+                log.warning("dead_run_still_at_work", run=description, backend=pid, reason=str(error))
+
     def _end_what_goes_on(self, ended: EndedRun) -> None:
         """End the statements that the server still works on for a run whose connection broke.
 
@@ -74,7 +87,7 @@ class Recorder:
         if ended.report.outcome in ("succeeded", "skipped"):
             return
         try:
-            if self._ledger.end_backends_of(ended.run_id):
+            if self._ledger.backends.end_those_of(ended.run_id):
                 log.warning("statement_of_ended_run_ended", job=ended.report.job, run_id=ended.run_id)
         except DatabaseUnavailable:
             raise

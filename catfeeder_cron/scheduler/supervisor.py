@@ -1,7 +1,7 @@
 """Keeps the runs of this process alive in the ledger, and records how they end."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from uuid import UUID
 
@@ -12,7 +12,6 @@ from catfeeder_cron.errors import (
     DatabaseUnavailable,
     JobAborted,
     JobInterrupted,
-    PermissionDenied,
 )
 from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, HEARTBEAT_SECONDS
 from catfeeder_cron.ledger.ledger import Ledger
@@ -168,7 +167,7 @@ class Supervisor:
                 run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
         for description in heartbeat.closed:
             log.warning("dead_run_closed", run=description)
-        self._end_backends(heartbeat.working)
+        self.recorder.end_backends(heartbeat.working)
         self._downtime.seen(self.clock.now())
         self.recorder.record()
         if went_back:
@@ -212,21 +211,18 @@ class Supervisor:
         """End runs in time, in a thread of its own: nothing that it does waits for the database."""
         while not self._closing:
             try:
-                look_in = min(self.timeouts.enforce(), self._fence())
+                look_in = min(self.timeouts.enforce(), fence.enforce(self.runs, self._last_beat))
             except Exception:  # of a callback that asks a run to stop
                 log.exception("run_not_asked_to_end")
                 look_in = _AGAIN_SECONDS
             self._wake_watch.wait(None if look_in == float("inf") else look_in)
             self._wake_watch.clear()
 
-    def _fence(self) -> float:
-        return fence.enforce(self.runs, self._last_beat)
-
     def _go_on_as(self, run: Run, run_id: int) -> None:
         """Have a run go on under another number, because the server has lost its record."""
         log.warning("run_recorded_again", job=run.job_id, run_id=run_id, before=run.run_id)
         self.runs.renumber(run, run_id)
-        run.control.application_name = self._ledger.application_name(run_id)
+        run.control.application_name = self._ledger.backends.name_for(run_id)
         fence.put_off(run, self._last_beat)
 
     def _try_to_beat(self) -> bool:
@@ -264,7 +260,7 @@ class Supervisor:
 
     def _supervise(self, run: Run) -> None:
         run.control.confirm = self._confirm
-        run.control.application_name = self._ledger.application_name(run.run_id)
+        run.control.application_name = self._ledger.backends.name_for(run.run_id)
         fence.put_off(run, self._last_beat)
         run.control.start_clock()
         self.runs.add(run)
@@ -281,15 +277,3 @@ class Supervisor:
             return False
         before, self._lineage = self._lineage, heartbeat.lineage.id
         return before is not None and before != self._lineage
-
-    def _end_backends(self, working: Mapping[int, str]) -> None:
-        """End the statements of dead processes' runs that the server still works on; their runs are closed after that.
-
-        A backend of a role that this one may not touch is waited for.
-        """
-        for pid, description in working.items():
-            try:
-                self._ledger.end_backend(pid)
-                log.warning("statement_of_dead_run_ended", run=description, backend=pid)
-            except PermissionDenied as error:
-                log.warning("dead_run_still_at_work", run=description, backend=pid, reason=str(error))

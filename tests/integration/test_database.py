@@ -39,6 +39,12 @@ OURS = "datname = current_database() AND application_name = 'catfeeder-cron'"
 NEVER = 3600
 
 
+def probe(database: Database) -> None:
+    """Connect once outside the pool."""
+    with database.session():
+        pass
+
+
 def show(connection: Connection, setting: str) -> Any:
     return single(connection, "SELECT current_setting(%s)", [setting])[0]
 
@@ -263,7 +269,7 @@ def test_a_database_is_opened_by_its_first_use_and_closed_for_good(
     database.close()
     database.close()
 
-    for late in (lambda: fill_pool(database, 1), lambda: database.query("SELECT 1", {}), database.probe):
+    for late in (lambda: fill_pool(database, 1), lambda: database.query("SELECT 1", {}), lambda: probe(database)):
         with pytest.raises(DatabaseUnavailable, match="has closed its connections"):
             late()
     assert (events(caplog), database.trouble) == ([], ""), "it is no outage"
@@ -498,8 +504,8 @@ def works(database: Database) -> bool:
 def test_an_unusable_address_is_refused_without_quoting_it(open_database: OpenDatabase, address: str) -> None:
     database = open_database(address)
 
-    with pytest.raises(ConfigurationError):
-        database.probe()
+    with pytest.raises(ConfigurationError), database.session():
+        pass
     assert "the database address" in the_one_line(database)
 
 

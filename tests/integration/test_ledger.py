@@ -496,13 +496,13 @@ def test_a_statement_of_a_dead_process_that_the_server_still_works_on_is_a_run_u
     run_id = claim(other, 0, 1).run_id
     assert run_id
     at_work = connect()
-    at_work.execute(sql.SQL("SET application_name = {}").format(other.application_name(run_id)))
+    at_work.execute(sql.SQL("SET application_name = {}").format(other.backends.name_for(run_id)))
     set_heartbeat(admin, UUID(int=1), 60)
 
     (backend,) = ledger.beat().working
     assert backend == at_work.info.backend_pid
     assert rows(admin, "outcome") == [(None,)]
-    ledger.end_backend(backend)
+    ledger.backends.end(backend)
     eventually(lambda: ledger.beat().closed)
     assert rows(admin, "outcome") == [("aborted",)]
 

@@ -18,6 +18,7 @@ from catfeeder_cron.errors import DatabaseUnavailable, JobAborted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.ledger import DEAD_AFTER_SECONDS, Ledger, Process
 from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, FENCE_SECONDS
+from catfeeder_cron.scheduler import fence
 from catfeeder_cron.scheduler.downtime import Downtime
 from catfeeder_cron.scheduler.fence import CUT_OFF
 from catfeeder_cron.scheduler.listeners import Listeners, Origin, Run, RunListener
@@ -234,11 +235,11 @@ def test_a_run_of_a_process_that_is_cut_off_is_asked_to_end_before_others_may_be
     run = office.begin()
     shared = office.begin("shared", origin=Origin(shared=True))
     office.supervisor._last_beat -= FENCE_SECONDS - 10
-    assert 0 < office.supervisor._fence() <= 5
+    assert 0 < fence.enforce(office.supervisor.runs, office.supervisor._last_beat) <= 5
     assert not run.control.stop
     office.supervisor._last_beat -= 11
 
-    office.supervisor._fence()
+    fence.enforce(office.supervisor.runs, office.supervisor._last_beat)
 
     reason = run.control.stop.reason
     assert isinstance(reason, JobAborted)
@@ -263,7 +264,7 @@ def test_a_run_that_was_asked_to_stop_before_is_cut_off_all_the_same(office: Off
     run = office.begin()
     office.supervisor.runs.request_stop(JobAborted("enough"))
     office.supervisor._last_beat -= FENCE_SECONDS + 1
-    office.supervisor._fence()
+    fence.enforce(office.supervisor.runs, office.supervisor._last_beat)
     assert str(run.control.stop.reason) == "enough"
     assert run.control.stop.grace_left_seconds <= FENCE_GRACE_SECONDS
 
@@ -304,7 +305,7 @@ def test_a_run_whose_record_was_lost_goes_on_with_another_one(
     assert not run.control.stop
     assert rows(admin, "run_id, slot, outcome") == [(run.run_id, slot, None)]
     assert run.run_id != before
-    assert run.control.application_name == office.ledger.application_name(run.run_id)
+    assert run.control.application_name == office.ledger.backends.name_for(run.run_id)
     office.supervisor.end(run, report())
     assert rows(admin, "slot, trigger, outcome, reason") == [(slot, "schedule", "succeeded", None)]
     assert events(caplog) == ["history_went_back", "run_recorded_again"]
@@ -332,7 +333,7 @@ def test_a_run_is_recorded_when_the_server_does_nothing_for_it_any_more(
     """Its connection broke, and the server goes on with its statement: the job must not begin again meanwhile."""
     run = office.begin()
     at_work = connect()
-    at_work.execute(sql.SQL("SET application_name = {}").format(office.ledger.application_name(run.run_id)))
+    at_work.execute(sql.SQL("SET application_name = {}").format(office.ledger.backends.name_for(run.run_id)))
     office.supervisor.end(run, report("failed", "no connection to the database"))
     with pytest.raises(psycopg.OperationalError):
         at_work.execute("SELECT 1")

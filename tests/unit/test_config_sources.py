@@ -282,8 +282,8 @@ def test_a_service_that_was_started_before_its_url_file_was_there_starts_and_the
     (path := tmp_path / "config.toml").write_text('[database]\nurl_file = "database-url"\n')
 
     settings = load(path, environ={"CREDENTIALS_DIRECTORY": str(credentials)})
-    with Database(settings.database) as database, pytest.raises(DatabaseUnavailable) as caught:
-        database.probe()
+    with Database(settings.database) as database, pytest.raises(DatabaseUnavailable) as caught, database.session():
+        pass
     assert str(caught.value).startswith(f"{tmp_path}/database-url was missing or empty when the service was started")
     with pytest.raises(ConfigurationError, match="no such file"):
         load(path, environ={})
