@@ -224,8 +224,8 @@ def test_a_cut_connection_is_found_in_seconds(
 ) -> None:
     with database.session() as session:
         given = session.info.get_parameters()
-    assert (given["keepalives_idle"], given["keepalives_interval"], given["keepalives_count"]) == ("5", "3", "3")
-    assert given["tcp_user_timeout"] == "10000"
+    assert (given["keepalives_idle"], given["keepalives_interval"], given["keepalives_count"]) == ("5", "3", "5")
+    assert given["tcp_user_timeout"] == "20000"
     with open_database(make_conninfo(database_url, tcp_user_timeout=60_000)).session() as session:
         assert session.info.get_parameters()["tcp_user_timeout"] == "60000"
 
