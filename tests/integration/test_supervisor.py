@@ -172,6 +172,18 @@ def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Of
     assert not waits.is_alive()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_that_was_asked_to_stop_is_looked_at_until_it_ends(office: Office, shared: bool) -> None:
+    """The watch sleeps until then, and nothing else wakes it."""
+    run = office.begin(origin=Origin(shared=shared))
+    look_in = []
+    for overdue in (-1, 1, 20, 21):
+        run.control._started = time.monotonic() - run.control.timeout.total_seconds() - overdue
+        look_in.append(round(office.supervisor.timeouts.enforce()))
+    assert look_in == [1, 14, 300, 299]
+    assert office.stuck_runs == 1
+
+
 def test_a_run_claimed_without_an_answer_is_closed_at_the_second_look(
     office: Office, admin: psycopg.Connection
 ) -> None:
