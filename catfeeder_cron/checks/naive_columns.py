@@ -93,9 +93,8 @@ def _ahead(database: Database, table: sql.Identifier, column: str) -> timedelta 
     except DatabaseUnavailable:
         raise
     except DatabaseError:
-        return (
-            None  # no column "id", no privilege on it, too many rows to sort, or a zone that the server does not know
-        )
+        # No column "id", no privilege on it, too many rows to sort, or a zone that the server does not know.
+        return None
     is_plausible = ahead is not None and _MOST_CLOCK_DIFFERENCE < ahead <= _MOST_ZONE_DIFFERENCE
     return ahead if is_plausible else None
 

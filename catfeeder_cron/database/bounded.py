@@ -20,7 +20,7 @@ _IN_RECOVERY, _READ_ONLY = b"in_hot_standby", b"default_transaction_read_only"
 
 _STATE = "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('transaction_read_only')"
 
-# What a server does that says something and then nothing: it is read as often as this, and no more.
+# A look at a connection reads this often at most, so that a server which keeps sending does not hold it up.
 _READS = 3
 
 
@@ -44,7 +44,7 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
     opened_at: float
     """When it was made, by the monotonic clock."""
     used_at: float
-    """When the server answered last, as far as the lender has noted it."""
+    """When it was given back to the pool last, or else when it was made, by the monotonic clock."""
     _tells_its_state: bool = False
 
     @classmethod
@@ -106,7 +106,10 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
         return True
 
     def may_be_forgotten(self, after_seconds: float) -> bool:
-        """Tell whether something on the way may have forgotten the connection, which was unused for so many seconds."""
+        """Tell whether the connection goes over a network, and was unused for so many seconds.
+
+        A firewall or proxy on the way may then have forgotten it.
+        """
         return time.monotonic() - self.used_at > after_seconds and not self.pgconn.host.startswith((b"/", b"@"))
 
     def interrupt(self) -> None:

@@ -47,7 +47,7 @@ def connect(conninfo: str, within_seconds: float, resolver: Resolver, accept: Ca
         except psycopg.OperationalError as error:
             failures.append(str(error).strip())
     if len(failures) > 1:  # the first line says who and why, and further ones give advice
-        failures = [failure.splitlines()[0] for failure in dict.fromkeys(failures)]
+        failures = [failure.partition("\n")[0] for failure in dict.fromkeys(failures)]
     raise psycopg.OperationalError("; ".join(failures))
 
 

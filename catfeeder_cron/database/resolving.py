@@ -34,11 +34,15 @@ class Resolver:
 
     def _look_up(self, host: str) -> Future[list[str]]:
         with self._lock:
-            if host not in self._under_way:
-                self._under_way[host] = Future()
-                args = (host, self._under_way[host])
-                threading.Thread(target=self._work, args=args, name=f"resolve-{host}", daemon=True).start()
-            return self._under_way[host]
+            found = self._under_way.get(host)
+            if found is None:
+                self._under_way[host] = found = Future()
+                try:
+                    threading.Thread(target=self._work, args=(host, found), name=f"resolve-{host}", daemon=True).start()
+                except RuntimeError as error:  # no further thread: the next connection tries again
+                    del self._under_way[host]
+                    raise psycopg.OperationalError(f'could not look up host name "{host}": {error}') from None
+            return found
 
     def _work(self, host: str, found: Future[list[str]]) -> None:
         try:

@@ -157,7 +157,10 @@ class Ledger:
         return Closed(vanished, by_another, retry_in)
 
     def restore(self, run: RunRecord) -> bool:
-        """Record a run of this process anew if the ledger has lost it; return whether it had."""
+        """Record a run of this process anew if the ledger has lost it; return whether it had.
+
+        The call may be repeated: what was recorded anew is not lost.
+        """
         lost = "recorded again, because the database had lost it"
         of_slot = f" (slot {timestamp(run.slot)})" if run.slot else ""
         parameters = _outcome(self._process, run.run_id, run.report) | {

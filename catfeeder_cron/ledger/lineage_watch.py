@@ -118,7 +118,7 @@ class LineageWatch:
     def _why_stale(self, lineage: Lineage) -> str:
         system, timeline, _ = lineage.server.split("/")
         known = self._remembered
-        if not known or not system or system != known.system or timeline >= known.timeline:
+        if not known or not system or not timeline or system != known.system or timeline >= known.timeline:
             return ""
         return (
             f"the server is on timeline {int(timeline, 16)}, and this host has worked with its timeline "

@@ -3,7 +3,8 @@
 # A server that lost its last seconds may have lost the record of a run that is under way. Until a heartbeat has noticed
 # that, no run begins that must be the only one; nor before all processes that lived have sent another heartbeat, which
 # records their runs anew (11 seconds leave time for those that the server has lost, too). One that is cut off has ended
-# its runs after 25 seconds. Where the server went back further than that, nothing tells who lives.
+# its runs after 25 seconds. Where the server went back further than that, nothing tells who lives. It gives the seconds
+# until a claim may be tried again: two where only heartbeats are awaited.
 UNSETTLED = """
         SELECT CASE WHEN l.since > now() - %(settle_least)s
                     THEN extract(epoch FROM l.since + %(settle_least)s - now()) ELSE 2 END::float8 AS seconds
@@ -19,7 +20,8 @@ UNSETTLED = """
 # One row of `schedule` serves as the lock: the process that moves it on from the value that all have read has claimed
 # the slot. The same statement accounts for the slots before it, so that a death in between leaves none of them out.
 # A slot of a job that is paused, or still running, becomes a missed one. A stretch grows while its reason stays.
-# No slot is claimed before its time has come by the server's clock, whatever the claiming machine's clock says.
+# No slot is claimed more than five seconds (EARLY_SECONDS) before its time by the server's clock, whatever the claiming
+# machine's clock says.
 CLAIM = """
     WITH unsettled AS MATERIALIZED ({unsettled}
           AND %(trigger)s::text IS NOT NULL),
@@ -165,6 +167,7 @@ CLOSE = """
          ON found.run_id = %(run_id)s AND found.daemon = %(daemon)s AND found.job = coalesce(%(job)s, found.job)"""
 
 # The record of a run whose row the server has lost. Its slot may have been run again meanwhile: then the row has none.
+# A row that was made so before is known by its end, which is to the microsecond what the process says it is.
 RESTORE = """
     WITH slots AS (
         SELECT CASE WHEN NOT EXISTS (SELECT FROM catfeeder_cron.job_runs r
@@ -176,12 +179,16 @@ RESTORE = """
     WHERE NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
                       WHERE run_id = %(run_id)s AND daemon = %(daemon)s AND job = %(job)s
                         AND slot IS NOT DISTINCT FROM %(slot)s)
+      AND NOT EXISTS (SELECT FROM catfeeder_cron.job_runs
+                      WHERE finished_at = %(started_at)s::timestamptz + %(duration)s AND daemon = %(daemon)s
+                        AND job = %(job)s)
     ON CONFLICT DO NOTHING"""
 
 # It says that this process lives, closes the runs of dead ones, and reads its own open runs and the retries due soon.
 # History went back, or may have, where the server is another one, on another timeline or with another copy of this
 # table; or where it knows of fewer heartbeats than this process has heard of, or has sent itself (its row in `daemons`
-# is `own`), unless another process has noticed that before: then the lineage has a newer id than this one knows.
+# is `own`), unless another process has noticed that before: then the lineage has a newer id than this one knows. A
+# heartbeat that this process has given up may arrive after later ones, hence greatest().
 # However a silence came about (an outage, a restart, a failover, a clock that was set), nobody counts as dead before
 # all had time to be heard of again. A heartbeat in the future is none: the clock was set back since. A dead process's
 # statement that the server still works on is a run under way; its backend is known by its application_name.
@@ -220,7 +227,8 @@ BEAT = """
     beat AS (
         INSERT INTO catfeeder_cron.daemons AS d (daemon, kind, host, pid, version, beats)
         VALUES (%(daemon)s, %(kind)s, %(host)s, %(pid)s, %(version)s, %(beats)s + 1)
-        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind, beats = excluded.beats),
+        ON CONFLICT (daemon) DO UPDATE SET heartbeat_at = now(), kind = excluded.kind,
+            beats = greatest(d.beats, excluded.beats)),
     reopened AS (
         INSERT INTO catfeeder_cron.job_runs (job, slot, trigger, shared, started_at, host, pid, daemon)
         SELECT run.job, run.slot, run.trigger, run.shared, now() - run.age, %(host)s, %(pid)s, %(daemon)s

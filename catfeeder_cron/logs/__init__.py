@@ -3,6 +3,7 @@
 structured  loggers, and one handler for all entries
 journald    the handler for systemd's journal
 nonblocking writes lines where nobody may be reading
+outputs     opens the descriptors for that
 redaction   takes secrets out of entries, and makes foreign text fit to be logged
 """
 

@@ -43,7 +43,7 @@ class SkipsToldOnce(logging.LoggerAdapter[logging.Logger]):
         super().log(level, msg, *args, **kwargs)
 
     def forget(self, job_id: str) -> None:
-        """Tell the next skipped run of a task, which was run or is none any more."""
+        """Log the next skipped run of a task again: it was run since, or removed."""
         self._told.discard(job_id)
 
 

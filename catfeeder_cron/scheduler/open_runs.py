@@ -4,13 +4,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from catfeeder_cron.errors import JobInterrupted
 from catfeeder_cron.ledger.records import Retries, RunRecord
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.scheduler.listeners import Origin, Run
+from catfeeder_cron.scheduler.server_clock import ServerClock
 from catfeeder_cron.times import elapsed_seconds
 
 # How many runs, and for how long, a process remembers for a ledger that loses its last seconds.
@@ -24,13 +25,16 @@ class EndedRun:
 
     run_id: int
     report: JobReport
-    origin: Origin = field(default_factory=Origin)
+    origin: Origin
+    started_at: datetime
+    """When it began, by the database's clock. It stays as it is: the ledger tells by it whether it has the run."""
     retries: Retries | None = None
     ended_at: float = field(default_factory=elapsed_seconds)
 
     def record(self) -> RunRecord:
         """Return what the ledger needs to record the run anew."""
-        return RunRecord(self.run_id, self.report, self.origin.slot, self.origin.trigger, self.origin.shared)
+        report = replace(self.report, started_at=self.started_at)
+        return RunRecord(self.run_id, report, self.origin.slot, self.origin.trigger, self.origin.shared)
 
 
 class OpenRuns:
@@ -39,7 +43,8 @@ class OpenRuns:
     All methods may be called from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: ServerClock) -> None:
+        self._clock = clock
         # Held by any thread for the moment in which it reads or changes these fields, never while the database is asked
         # or a listener is called. Its holder may take it again: a signal's handler may ask for a stop at any point.
         self._changed = threading.Condition()
@@ -104,7 +109,7 @@ class OpenRuns:
             if run not in self._under_way:
                 return False
             self._under_way.remove(run)
-            self._unrecorded.append(EndedRun(run.run_id, report, run.origin, retries))
+            self._unrecorded.append(self._ended(run, report, retries))
             self._changed.notify_all()
         return True
 
@@ -113,8 +118,11 @@ class OpenRuns:
         with self._changed:
             runs, self._under_way = self._under_way, []
             ended = [(run, aborted(run, reason)) for run in runs]
-            self._unrecorded += [EndedRun(run.run_id, report, run.origin) for run, report in ended]
+            self._unrecorded += [self._ended(run, report) for run, report in ended]
         return ended
+
+    def _ended(self, run: Run, report: JobReport, retries: Retries | None = None) -> EndedRun:
+        return EndedRun(run.run_id, report, run.origin, report.started_at + self._clock.correction(), retries)
 
     def renumber(self, run: Run, run_id: int) -> None:
         """Give a run that is under way the number of its new record; one that has ended keeps its own."""

@@ -7,11 +7,10 @@ from datetime import timedelta
 
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Closed, RunRecord
+from catfeeder_cron.ledger.records import Closed
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.scheduler.listeners import Listeners
 from catfeeder_cron.scheduler.open_runs import EndedRun, OpenRuns, aborted_report
-from catfeeder_cron.scheduler.server_clock import ServerClock
 
 log = get_logger("catfeeder_cron.scheduler")
 
@@ -21,11 +20,10 @@ ANSWER_LOST = "the database was cut off while the run was claimed"
 class Recorder:
     """Records the runs of one process that have ended. All methods may be called from any thread."""
 
-    def __init__(self, ledger: Ledger, runs: OpenRuns, listeners: Listeners, clock: ServerClock) -> None:
+    def __init__(self, ledger: Ledger, runs: OpenRuns, listeners: Listeners) -> None:
         self._ledger = ledger
         self._runs = runs
         self._listeners = listeners
-        self._clock = clock
         self._unanswered: set[int] = set()
         # Held while ended runs are recorded, by whichever thread does it: each is recorded once, in order.
         self._recording = threading.Lock()
@@ -39,19 +37,19 @@ class Recorder:
                     ended = unrecorded[0]
                     self._end_what_goes_on(ended)
                     closed = self._close_run(ended)
+                    if closed.vanished:
+                        self._ledger.restore(ended.record())
                     self._runs.recorded(ended)
                     if closed.retry_in is not None:
                         retries.append((ended.report.job, closed.retry_in))
                     _tell_if_not_recorded(ended, closed)
-                    if closed.vanished:
-                        self._ledger.restore(self._record_of(ended))
         finally:  # without the lock: a listener may end or claim runs itself
             for job, retry_in in retries:
                 self._listeners.retry(job, retry_in)
 
     def restore(self) -> None:
         """Record the runs anew whose records the database has lost, as far as this process remembers them."""
-        lost = [ended for ended in self._runs.recorded_lately() if self._ledger.restore(self._record_of(ended))]
+        lost = [ended for ended in self._runs.recorded_lately() if self._ledger.restore(ended.record())]
         if lost:
             jobs = sorted({ended.report.job for ended in lost})
             log.warning("runs_recorded_again", runs=len(lost), jobs=jobs)
@@ -64,7 +62,9 @@ class Recorder:
         unanswered = self._runs.unknown_of(open_runs)
         recorded = {ended.run_id: ended.report for ended in self._runs.recorded_lately()}
         for run_id in unanswered & self._unanswered:
-            self._ledger.close(run_id, recorded.get(run_id) or aborted_report("", ANSWER_LOST, {}, timedelta(0)))
+            # A server that lost its last seconds may have given the number of one job's run to another's.
+            if run_id not in recorded or self._ledger.close(run_id, recorded[run_id]).vanished:
+                self._ledger.close(run_id, aborted_report("", ANSWER_LOST, {}, timedelta(0)))
         self._unanswered = unanswered
 
     def end_backends(self, working: Mapping[int, str]) -> None:
@@ -104,11 +104,6 @@ class Recorder:
             log.error("report_not_recorded", job=ended.report.job, run_id=ended.run_id, reason=str(error))
             bare = replace(ended.report, reason="its report could not be recorded; see the log", counts={})
             return self._ledger.close(ended.run_id, bare, ended.retries)
-
-    def _record_of(self, ended: EndedRun) -> RunRecord:
-        record = ended.record()
-        started_at = record.report.started_at + self._clock.correction()
-        return replace(record, report=replace(record.report, started_at=started_at))
 
 
 def _tell_if_not_recorded(ended: EndedRun, closed: Closed) -> None:

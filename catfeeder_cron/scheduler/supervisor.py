@@ -62,9 +62,9 @@ class Supervisor:
         clock: ServerClock | None = None,
     ) -> None:
         self.clock = clock or ServerClock()
-        self.runs = OpenRuns()
+        self.runs = OpenRuns(self.clock)
         self.timeouts = Timeouts(self.runs, listeners)
-        self.recorder = Recorder(ledger, self.runs, listeners, self.clock)
+        self.recorder = Recorder(ledger, self.runs, listeners)
         self._ledger = ledger
         self._downtime = downtime
         self._history_keep = history_keep

@@ -28,7 +28,7 @@ class Timeouts:
     def enforce(self) -> float:
         """Ask runs to stop whose time is used up, and report those that are stuck.
 
-        Returns after how many seconds the next run has used up its time. One thread at a time may call it.
+        Returns after how many seconds to look again; infinite without runs. One thread at a time may call it.
         """
         runs = self._runs.under_way
         for run in runs:
@@ -37,8 +37,7 @@ class Timeouts:
                 run.control.time_out()
             if overdue >= _STUCK_AFTER:
                 self._report_stuck(run, overdue)
-        ahead = [-run.control.overdue().total_seconds() for run in runs if not run.control.stop]
-        return max(0.0, min(ahead, default=float("inf")))
+        return max(0.0, min((_look_again_in(run).total_seconds() for run in runs), default=float("inf")))
 
     def _report_stuck(self, run: Run, overdue: timedelta) -> None:
         if run.stuck_reported_at is None:
@@ -46,3 +45,13 @@ class Timeouts:
         if run.stuck_reported_at is None or overdue - run.stuck_reported_at >= _REPORT_STUCK_EVERY:
             run.stuck_reported_at = overdue
             log.error("job_stuck", job=run.job_id, run_id=run.run_id, overdue_seconds=round(overdue.total_seconds()))
+
+
+def _look_again_in(run: Run) -> timedelta:
+    """Return when a run's time is used up or, once it was asked to stop, when it is to be reported as stuck."""
+    overdue = run.control.overdue()
+    if not run.control.stop:
+        return -overdue
+    if run.stuck_reported_at is None:
+        return _STUCK_AFTER - overdue
+    return run.stuck_reported_at + _REPORT_STUCK_EVERY - overdue

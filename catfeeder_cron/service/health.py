@@ -67,10 +67,8 @@ class Health:
 
     def _troubles(self) -> list[str]:
         stuck = [f"STUCK: {_listed(self._crons.stuck)}"] if self._crons.stuck else []
-        trouble = textwrap.shorten(self._database.trouble, _LONGEST_TROUBLE, placeholder=" ...")
-        others = [
-            textwrap.shorten(f"TROUBLE: {each}", _LONGEST_TROUBLE, placeholder=" ...") for each in self._crons.troubles
-        ]
+        trouble = _shortened(self._database.trouble)
+        others = [_shortened(f"TROUBLE: {each}") for each in self._crons.troubles]
         return [*([f"DATABASE UNREACHABLE: {trouble}"] if trouble else []), *others, *stuck]
 
     def _running(self) -> str:

@@ -82,12 +82,12 @@ def test_a_lifeline_gives_up_a_server_that_acknowledges_and_never_answers(
     lifeline: Lifeline, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend(lifeline)
-    proxy.fall_silent()
+    proxy.silence()
 
     for why in ("the server did not answer within 1 s", "timeout expired"):  # a statement, then a new connection
         with pytest.raises(DatabaseUnavailable, match=why):
             backend(lifeline)
-    proxy.speak()
+    proxy.heal()
     backend(lifeline)
 
     assert events(caplog) == OUTAGE
@@ -200,16 +200,16 @@ def test_a_statement_whose_server_falls_silent_ends_after_its_own_limit_and_some
 
     def work(begun: AbstractContextManager[Connection]) -> None:
         with begun as connection:
-            proxy.fall_silent()
+            proxy.silence()
             connection.execute("SELECT 1")
 
     with pytest.raises(DatabaseUnavailable, match=r"did not answer within 2\.5 s"):
         work(database.transaction(timeout=timedelta(seconds=0.5)))
-    proxy.speak()
+    proxy.heal()
     assert works(database)
     with pytest.raises(DatabaseUnavailable, match="did not answer within 3 s"):
         work(database.session())
-    proxy.speak()
+    proxy.heal()
 
     assert events(caplog) == OUTAGE
 

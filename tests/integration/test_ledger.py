@@ -488,6 +488,16 @@ def test_what_a_host_remembers_tells_a_new_process_that_the_server_is_an_old_cop
     assert events(caplog) == ["history_went_back", "database_is_an_old_copy", "database_is_an_old_copy"]
 
 
+def test_a_heartbeat_that_arrives_after_later_ones_is_no_sign_of_a_loss(ledger: Ledger) -> None:
+    """It was given up when the network held it back, and goes on its way when that is possible again."""
+    for _ in range(3):
+        known = lineage(ledger)
+    ledger._lineage._beats = 1
+    ledger.beat()
+    ledger._lineage._beats = 3
+    assert lineage(ledger).id == known.id
+
+
 def test_a_statement_of_a_dead_process_that_the_server_still_works_on_is_a_run_under_way(
     ledger: Ledger, open_ledger: Callable[..., Ledger], admin: psycopg.Connection, connect: Callable[..., Any]
 ) -> None:

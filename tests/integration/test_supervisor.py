@@ -173,6 +173,18 @@ def test_waiting_for_the_runs_includes_one_that_is_just_being_claimed(office: Of
     assert not waits.is_alive()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_that_was_asked_to_stop_is_looked_at_until_it_ends(office: Office, shared: bool) -> None:
+    """The watch sleeps until then, and nothing else wakes it."""
+    run = office.begin(origin=Origin(shared=shared))
+    look_in = []
+    for overdue in (-1, 1, 20, 21):
+        run.control._started = time.monotonic() - run.control.timeout.total_seconds() - overdue
+        look_in.append(round(office.supervisor.timeouts.enforce()))
+    assert look_in == [1, 14, 300, 299]
+    assert office.stuck_runs == 1
+
+
 def test_a_run_claimed_without_an_answer_is_closed_at_the_second_look(
     office: Office, admin: psycopg.Connection
 ) -> None:
@@ -352,6 +364,31 @@ def test_runs_that_this_process_remembers_are_recorded_anew(
     ((job, found, trigger, outcome),) = rows(admin, "job, slot, trigger, outcome")
     assert (job, found, trigger, outcome) == ("job", slot, "schedule", "failed")
     assert events(caplog) == ["history_went_back", "runs_recorded_again"]
+
+
+def test_a_run_is_recorded_anew_once_however_often_its_loss_is_met(office: Office, admin: psycopg.Connection) -> None:
+    """A second row would say that the slot has run twice."""
+    slot = datetime.now(UTC).replace(microsecond=0)
+    runs = [office.begin(origin=Origin(slot, "schedule")), office.begin("by hand")]
+    office.supervisor.beat()
+    lose_records(admin)
+    for run in runs:  # the first to meet the loss
+        office.supervisor.end(run, report("failed", "no food", run.job_id))
+    office.supervisor.beat()  # the second, by its answer
+    admin.execute("UPDATE catfeeder_cron.lineage SET counter = 0")
+    office.supervisor.beat()  # another failover
+    assert rows(admin, "job, slot, outcome") == [("job", slot, "failed"), ("by hand", None, "failed")]
+
+
+def test_a_run_without_an_answer_is_closed_though_its_number_was_that_of_another_jobs_run(
+    office: Office, admin: psycopg.Connection
+) -> None:
+    run = office.begin()
+    office.supervisor.end(run, report("failed", "no food"))
+    admin.execute("UPDATE catfeeder_cron.job_runs SET job = 'another', outcome = NULL, reason = NULL")
+    for _ in range(2):
+        office.supervisor.beat()
+    assert rows(admin, "job, outcome, reason") == [("another", "aborted", ANSWER_LOST)]
 
 
 def test_a_run_that_the_server_has_as_open_again_is_closed_as_it_ended(

@@ -39,6 +39,8 @@ _LOGGED = """
         FROM unnest(%(ids)s, %(attempts)s::int[], %(starts)s::text[]) AS v (id, attempt, start))"""
 
 DETAIL = "the database had lost this outcome, and the process that ran it has stored it again"
+_ELSEWHERE = "this process had ended them, but the database did not know that, and has handed them out again"
+_VANISHED = "this process had ended them, and the database does not have their rows any more"
 
 
 @dataclass
@@ -85,10 +87,6 @@ def put_back(context: JobContext, tables: ActionTables, leases: Leases) -> int:
     if vanished:
         log.error("action_rows_vanished", actions=vanished[:_MOST_TOLD], count=len(vanished), reason=_VANISHED)
     return stored
-
-
-_ELSEWHERE = "this process had ended them, but the database did not know that, and has handed them out again"
-_VANISHED = "this process had ended them, and the database does not have their rows any more"
 
 
 def again_as(claimed: Claimed, remembered: Remembered) -> Finished:

@@ -20,7 +20,7 @@ from catfeeder_cron.times import elapsed_seconds
 from tests.integration.actions.conftest import HERE, Actions, Run
 from tests.integration.actions.test_check_actions import in_background
 from tests.support.program import Program
-from tests.support.silent_proxy import SilentProxy, proxy_to
+from tests.support.proxy import Proxy
 from tests.support.waiting import eventually
 
 LEASE_SECONDS = 12.0
@@ -28,8 +28,8 @@ NOT_EXTENDED = "its lease could not be extended in time"
 
 
 @pytest.fixture
-def proxy(database_url: str) -> Iterator[SilentProxy]:
-    with proxy_to(database_url) as proxy:
+def proxy(database_url: str) -> Iterator[Proxy]:
+    with Proxy(database_url) as proxy:
         yield proxy
 
 
@@ -79,7 +79,7 @@ def test_cut_off_it_ends_every_handler_before_the_lease_does(
     run: Run,
     context: Callable[..., JobContext],
     open_database: Callable[..., Database],
-    proxy: SilentProxy,
+    proxy: Proxy,
     listener: Listener,
     tmp_path: Path,
     cut: dict[str, bool],
@@ -87,7 +87,7 @@ def test_cut_off_it_ends_every_handler_before_the_lease_does(
     beats = {kind: tmp_path / kind for kind in ("beat", "beat_until_stopped")}
     ids = {kind: actions.add(kind, {"beats": str(file)}) for kind, file in beats.items()}
     ids["webhook"] = actions.add("webhook", {"url": f"{listener.origin}/hook"})
-    given = context(allowed=(listener.origin,), database=open_database(proxy.url))
+    given = context(allowed=(listener.origin,), database=open_database(proxy.conninfo))
     thread, _ = in_background(run, given, lease=LEASE_SECONDS, action_timeout=200, retry_after=3600)
     eventually(lambda: listener.taken and all(file.exists() and file.read_text() for file in beats.values()))
 

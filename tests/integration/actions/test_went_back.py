@@ -22,7 +22,7 @@ from catfeeder_cron.job import JobContext
 from catfeeder_cron.jobs import check_actions
 from tests.integration.actions.conftest import Actions, Run
 from tests.integration.actions.test_check_actions import in_background
-from tests.support.silent_proxy import proxy_to
+from tests.support.proxy import Proxy
 from tests.support.waiting import eventually
 
 
@@ -282,8 +282,8 @@ def test_an_outcome_that_an_outage_kept_from_being_stored_is_stored_later(
     told: Callable[[str], list[str]],
 ) -> None:
     action = actions.add("wait_for", {"until": str(tmp_path / "go")})
-    with proxy_to(database_url) as proxy:
-        cut_off = open_database(proxy.url, connect_timeout=2)
+    with Proxy(database_url) as proxy:
+        cut_off = open_database(proxy.conninfo, connect_timeout=2)
         given = context(database=cut_off)
         thread, reports = in_background(run, given, lease=3)
         eventually(actions.notes)
