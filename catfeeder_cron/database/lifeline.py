@@ -75,10 +75,14 @@ class Lifeline:
         connection = self._connected(until)
         connection.answer_within = _left(until)
         try:
-            rows = connection.execute(statement, parameters).fetchall()
+            rows = _execute(connection, statement, parameters, self._deadline_seconds)
         except pg.ReadOnlySqlTransaction:
             if not (reason := self._why_no_writes(connection, until)):
                 raise
+        except (pg.QueryCanceled, pg.LockNotAvailable):
+            raise DatabaseUnavailable(
+                f"the server has not carried out a statement within {self._deadline_seconds:g} s"
+            ) from None
         except psycopg.OperationalError as error:
             self._drop()
             if again or not isinstance(error, pg.IdleSessionTimeout):
@@ -124,6 +128,30 @@ class Lifeline:
         if self._connection is not None:
             self._parents.append(self._connection)
             self._connection = None
+
+
+def _execute(
+    connection: BoundedConnection, statement: LiteralString, parameters: Mapping[str, Any], seconds: float
+) -> list[tuple[Any, ...]]:
+    """Run a statement that the server gives up when its caller does: else each one leaves a backend that waits.
+
+    All goes in one message, with the parameters in its text: only so do several statements take one round trip.
+    """
+    cursor = psycopg.ClientCursor(connection)
+    limit = round(seconds * 1000)
+    limits = f"BEGIN; SET LOCAL statement_timeout = {limit}; SET LOCAL lock_timeout = {limit}; "
+    try:
+        cursor.execute(f"{limits}{cursor.mogrify(statement, parameters)}; COMMIT".encode())
+    except psycopg.Error:
+        if not connection.closed:
+            connection.rollback()
+        raise
+    rows: list[tuple[Any, ...]] = []
+    while True:
+        if cursor.description is not None:
+            rows = cursor.fetchall()
+        if not cursor.nextset():
+            return rows
 
 
 def _left(until: float) -> float:

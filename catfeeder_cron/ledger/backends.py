@@ -19,12 +19,13 @@ class Backends:
         """Return the application_name of the transactions of a run of this process."""
         return f"catfeeder-cron run {run_id} {str(self._process.daemon)[:8]}"
 
-    def end_those_of(self, run_id: int) -> int:
-        """End what the server still does for a run of this process; return how many backends did. Raises DatabaseError.
+    def end_those_of(self, run_id: int) -> tuple[int, int]:
+        """End what the server still does for a run of this process. Raises DatabaseError.
 
-        It returns when they have ended, or after 5 seconds for each.
+        Returns how many backends have ended, and how many are still at work after 5 seconds each.
         """
-        return len(self._database.query(statements.END_BACKENDS_OF, {"name": self.name_for(run_id)}))
+        ((ended, left),) = self._database.query(statements.END_BACKENDS_OF, {"name": self.name_for(run_id)})
+        return ended, left
 
     def end(self, pid: int) -> None:
         """End the backend that still works for a dead process. Raises PermissionDenied for one of another role."""

@@ -198,14 +198,16 @@ class Ledger:
         parameters |= self._process.parameters() | self._lineage.parameters()
         (row,) = self._lifeline.query(statements.BEAT, parameters)
         open_runs, closed, retries, working, reopened, server_now, *lineage = row
-        self._database.lineage = self._lineage.heard(Lineage(*lineage))
+        before = self._database.lineage
+        self._database.lineage = after = self._lineage.heard(Lineage(*lineage))
         return Heartbeat(
             set(open_runs),
             closed,
             {job: timedelta(seconds=max(0.0, seconds)) for job, seconds in (retries or {}).items()},
             {int(pid): described for pid, described in (working or {}).items()},
             server_now,
-            self._database.lineage,
+            after,
+            before is not None and before.id != after.id,
             reopened or {},
         )
 

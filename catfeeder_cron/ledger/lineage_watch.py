@@ -140,6 +140,7 @@ class LineageWatch:
         with suppress(OSError), open(new, "w", encoding="utf-8", opener=_private) as file:
             file.write(json.dumps(vars(memory)))
             file.flush()
+            os.fdatasync(file.fileno())  # or a power cut leaves an empty file under the name
             new.replace(self._path)
 
 

@@ -99,6 +99,8 @@ class Heartbeat:
     """What the server's clock showed."""
     lineage: Lineage | None = field(default=None, compare=False)
     """Which history of the database it met."""
+    went_back: bool = field(default=False, compare=False)
+    """Whether that is another one than at the heartbeat before: the database went back, or may have."""
     reopened: dict[str, int] = field(default_factory=dict, compare=False)
     """The jobs whose runs here got another record, because the server had lost theirs, with its number."""
 

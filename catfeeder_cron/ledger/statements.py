@@ -273,8 +273,9 @@ END_BACKEND = "SELECT pg_terminate_backend(%(pid)s)"
 
 # Ends what the server still does for a run of this process whose connection broke, and waits until that has ended.
 END_BACKENDS_OF = """
-    SELECT pg_terminate_backend(pid, 5000) FROM pg_catalog.pg_stat_activity
-    WHERE application_name = %(name)s AND pid <> pg_backend_pid()"""
+    SELECT count(*) FILTER (WHERE has_ended), count(*) FILTER (WHERE NOT has_ended)
+    FROM (SELECT pg_terminate_backend(pid, 5000) AS has_ended FROM pg_catalog.pg_stat_activity
+          WHERE application_name = %(name)s AND pid <> pg_backend_pid()) each"""
 
 IDENTITY = "SELECT id FROM catfeeder_cron.oauth_identity LIMIT 1"
 

@@ -152,15 +152,15 @@ class JobScheduler(RunListener):
         summary = self._executor.find(slots.job_id)[0].summary
         return self._tasks.add(slots.job_id, slots.trigger, summary, self._run_due, "schedule")
 
-    def _run_due(self, job_id: str, trigger: Trigger) -> None:
-        """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up."""
+    def _run_due(self, job_id: str, trigger: Trigger, comes_again: bool = False) -> None:
+        """Run a job if this process gets its slot. Called in a worker thread whenever a slot comes up, or once more."""
         with self._lock:
             slots = self._slots.get(job_id)
         if slots is None:
             return  # a reload has removed the job
         begun = self._clock.now()
         due = slots.due()
-        if due is None:
+        if due is None and not comes_again:
             self._come_again(slots)
         report = self._executor.run_scheduled(job_id, partial(slots.claim, trigger), trigger, due)
         if report is None:
@@ -171,7 +171,8 @@ class JobScheduler(RunListener):
         # Slots that came up meanwhile found no free worker. After a reload they belong to another account.
         try:
             if self._slots.get(job_id) is slots:
-                slots.pass_over(STILL_RUNNING, until=begun + report.duration)
+                ended = report.started_at + self._clock.correction() + report.duration
+                slots.pass_over(STILL_RUNNING, until=ended)
         except DatabaseUnavailable:
             pass  # the database has logged it; they are accounted for when it is back
         except CatfeederCronError as error:
@@ -185,7 +186,7 @@ class JobScheduler(RunListener):
             self._run_in(following - now, slots.job_id, "schedule")
 
     def _run_in(self, delay: timedelta, job_id: str, trigger: Trigger) -> None:
-        self._tasks.run_soon("coming again", self._run_due, job_id, trigger, at=datetime.now(UTC) + delay)
+        self._tasks.run_soon("coming again", self._run_due, job_id, trigger, True, at=datetime.now(UTC) + delay)
 
     def _run_retry(self, job_id: str) -> None:
         """Retry a failed run, if this process gets it. Called in a worker thread."""

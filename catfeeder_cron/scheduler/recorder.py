@@ -87,7 +87,11 @@ class Recorder:
         if ended.report.outcome in ("succeeded", "skipped"):
             return
         try:
-            if self._ledger.backends.end_those_of(ended.run_id):
+            gone, left = self._ledger.backends.end_those_of(ended.run_id)
+            if left:
+                reason = "the server has not ended its statement within 5 s"
+                log.warning("ended_run_still_at_work", job=ended.report.job, run_id=ended.run_id, reason=reason)
+            elif gone:
                 log.warning("statement_of_ended_run_ended", job=ended.report.job, run_id=ended.run_id)
         except DatabaseUnavailable:
             raise

@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from uuid import UUID
+from functools import partial
+from typing import TypeVar
 
 from catfeeder_cron.config import JobSettings
 from catfeeder_cron.errors import (
@@ -15,7 +17,7 @@ from catfeeder_cron.errors import (
 )
 from catfeeder_cron.ledger.constants import FENCE_GRACE_SECONDS, HEARTBEAT_SECONDS
 from catfeeder_cron.ledger.ledger import Ledger
-from catfeeder_cron.ledger.records import Heartbeat, OpenRun, Retries
+from catfeeder_cron.ledger.records import Heartbeat, Retries
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.report import JobReport
 from catfeeder_cron.run_control import RunControl
@@ -29,6 +31,8 @@ from catfeeder_cron.scheduler.timeouts import Timeouts
 from catfeeder_cron.times import elapsed_seconds
 
 log = get_logger("catfeeder_cron.scheduler")
+
+T = TypeVar("T")
 
 _FORGET_EVERY_SECONDS = 3600
 _AGAIN_SECONDS = 1.0
@@ -44,13 +48,22 @@ RUNS_HERE = "the job was running in this process already"
 _CLOSED = "what runs the jobs of this process is closed"
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """The answer to a heartbeat, and whether a run was being claimed when it was sent."""
+
+    heartbeat: Heartbeat
+    claiming: bool
+
+
 class Supervisor:
     """Keeps a heartbeat going in a thread of its own from `start` to `close`, and tells `listeners` about each event.
 
-    A second thread asks runs to end: those whose time is up, and all that may run nowhere else at the same time once no
-    heartbeat has arrived for 20 seconds (FENCE_SECONDS), because from 30 seconds on others may begin the job. It needs
-    no database for that. `runs` are the open runs, `timeouts` ends them in time, `clock` shows the database's time. All
-    methods may be called from any thread.
+    A second thread does what has to be done after a heartbeat and may wait for connections. A third one asks runs to
+    end: those whose time is up, and all that may run nowhere else at the same time once no heartbeat has arrived for 20
+    seconds (FENCE_SECONDS), because from 30 seconds on others may begin the job. It needs no database for that. `runs`
+    are the open runs, `timeouts` ends them in time, `clock` shows the database's time. All methods may be called from
+    any thread.
     """
 
     def __init__(
@@ -70,8 +83,8 @@ class Supervisor:
         self._history_keep = history_keep
         self._listeners = listeners
         self._closing = False
-        # What wakes the thread of the heartbeat, and the one that ends runs.
-        self._wake_heart, self._wake_watch = threading.Event(), threading.Event()
+        # What wakes the thread of the heartbeat, the one that ends runs, and the one that follows a heartbeat up.
+        self._wake_heartbeat, self._wake_watch, self._wake_follower = (threading.Event() for _ in range(3))
         # Held while the threads are made and while the end is announced: none is made after that. Its holder may take
         # it again: a signal's handler may close this in the middle of a start.
         self._starting = threading.RLock()
@@ -80,15 +93,17 @@ class Supervisor:
         self._beating = threading.Lock()
         self._last_beat = _NEVER
         self._next_forget = elapsed_seconds()
-        self._logged_failure = ""
-        self._lineage: UUID | None = None
+        self._logged_failures: dict[str, str] = {}
+        self._heard: _Heard | None = None
+        self._must_restore = False
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin the heartbeats, the first of them at once. Idempotent; does nothing after `close`."""
         with self._starting:
             if not self._threads and not self._closing:
-                for name, work in (("heartbeat", self._beat_regularly), ("watch", self._watch)):
+                parts = {"heartbeat": self._beat_regularly, "watch": self._watch, "follow-up": self._follow}
+                for name, work in parts.items():
                     self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                     self._threads[-1].start()
 
@@ -147,42 +162,15 @@ class Supervisor:
 
         Raises DatabaseError, and JobInterrupted after `close`: a process that has left the list must not come back.
         """
-        with self._beating:
-            if self._closing:
-                raise self.runs.stop_reason or JobAborted(_CLOSED)
-            before, claiming = self.runs.seen_at_once()
-            begun = elapsed_seconds()
-            heartbeat = self._send_heartbeat([run.as_open() for run in before])
-            if heartbeat.server_now:
-                self.clock.read(heartbeat.server_now, begun, elapsed_seconds())
-            self._last_beat = begun
-            went_back = self._is_new_lineage(heartbeat)
-        for run in before:
-            if run.run_id in heartbeat.open_runs:
-                fence.put_off(run, self._last_beat)
-            elif run.job_id in heartbeat.reopened:
-                self._go_on_as(run, heartbeat.reopened[run.job_id])
-            else:
-                reason = RECORD_LOST if went_back else TAKEN_FOR_DEAD
-                run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
-        for description in heartbeat.closed:
-            log.warning("dead_run_closed", run=description)
-        self.recorder.end_backends(heartbeat.working)
-        self._downtime.seen(self.clock.now())
-        self.recorder.record()
-        if went_back:
-            self.recorder.restore()
-        self.recorder.close_unanswered(set() if claiming else heartbeat.open_runs)
-        self._listeners.beat(True)
-        for job, retry_in in heartbeat.retries.items():
-            self._listeners.retry(job, retry_in)
+        self._follow_up(self._exchange())
 
     def close(self, abandoned: str | None = None) -> None:
         """End the heartbeats. Runs that are `abandoned` (for this reason) are recorded as aborted."""
         with self._starting:  # either `start` has made the threads by now, or it makes none any more
             self._closing = True
-        for thread, wake in zip(self._threads, (self._wake_heart, self._wake_watch), strict=False):
+        for wake in (self._wake_heartbeat, self._wake_watch, self._wake_follower):
             wake.set()
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=HEARTBEAT_SECONDS)
         for run, report in self.runs.end_all(abandoned or ANSWER_LOST):
@@ -198,14 +186,29 @@ class Supervisor:
         self._ledger.disconnect()
 
     def _beat_regularly(self) -> None:
-        """Send heartbeats, in the thread of the heartbeat; more often while none arrives."""
+        """Send heartbeats, in the thread of the heartbeat; more often while none arrives.
+
+        It waits for nothing but the heartbeat's own connection.
+        """
         while not self._closing:
             next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
-            if not self._try_to_beat():
+            if heard := self._attempt("heartbeat_failed", self._exchange):
+                self._heard = heard
+                self._wake_follower.set()
+            else:
                 self._listeners.beat(False)
                 next_beat = elapsed_seconds() + _OUTAGE_SECONDS
-            self._wake_heart.wait(max(0.0, next_beat - elapsed_seconds()))
-            self._wake_heart.clear()
+            self._wake_heartbeat.wait(max(0.0, next_beat - elapsed_seconds()))
+            self._wake_heartbeat.clear()
+
+    def _follow(self) -> None:
+        """Do what is to be done after a heartbeat, the latest, in a thread of its own: it may wait for connections."""
+        while not self._closing:
+            self._wake_follower.wait()
+            self._wake_follower.clear()
+            heard, self._heard = self._heard, None
+            if heard is not None:
+                self._attempt("heartbeat_not_followed_up", partial(self._follow_up, heard))
 
     def _watch(self) -> None:
         """End runs in time, in a thread of its own: nothing that it does waits for the database."""
@@ -225,38 +228,70 @@ class Supervisor:
         run.control.application_name = self._ledger.backends.name_for(run_id)
         fence.put_off(run, self._last_beat)
 
-    def _try_to_beat(self) -> bool:
-        """Beat, and delete the old history every hour; log once why that can't be done."""
+    def _exchange(self) -> _Heard:
+        """Send a heartbeat; learn which runs are still this process's. Raises as `beat` does."""
+        with self._beating:
+            if self._closing:
+                raise self.runs.stop_reason or JobAborted(_CLOSED)
+            before, claiming = self.runs.seen_at_once()
+            begun = elapsed_seconds()
+            try:
+                if self._last_beat == _NEVER:
+                    self._ledger.prepare()
+                heartbeat = self._ledger.beat([run.as_open() for run in before])
+            except DatabaseUnavailable:
+                self._downtime.missed()
+                raise
+            if heartbeat.server_now:
+                self.clock.read(heartbeat.server_now, begun, elapsed_seconds())
+            self._last_beat = begun
+            self._downtime.seen(self.clock.now())
+            self._must_restore = self._must_restore or heartbeat.went_back
+        for run in before:
+            if run.run_id in heartbeat.open_runs:
+                fence.put_off(run, self._last_beat)
+            elif run.job_id in heartbeat.reopened:
+                self._go_on_as(run, heartbeat.reopened[run.job_id])
+            else:
+                reason = RECORD_LOST if heartbeat.went_back else TAKEN_FOR_DEAD
+                run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
+        for description in heartbeat.closed:
+            log.warning("dead_run_closed", run=description)
+        return _Heard(heartbeat, claiming)
+
+    def _follow_up(self, heard: _Heard) -> None:
+        """Record what has to be recorded, tell the listeners, and delete the old history every hour."""
+        heartbeat = heard.heartbeat
+        self.recorder.end_backends(heartbeat.working)
+        self.recorder.record()
+        if self._must_restore:
+            self.recorder.restore()
+            self._must_restore = False
+        self.recorder.close_unanswered(set() if heard.claiming else heartbeat.open_runs)
+        self._listeners.beat(True)
+        for job, retry_in in heartbeat.retries.items():
+            self._listeners.retry(job, retry_in)
+        if elapsed_seconds() >= self._next_forget:
+            self._next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
+            while not self._closing and self._ledger.forget(self._history_keep):
+                pass
+
+    def _attempt(self, failure: str, work: Callable[[], T]) -> T | None:
+        """Do this; where it can't be done, log why once, as the event `failure`, and return None."""
         try:
-            self.beat()
-            if elapsed_seconds() >= self._next_forget:
-                self._next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
-                self._forget()
+            done = work()
         except (DatabaseUnavailable, JobInterrupted):
-            return False  # the database has logged its outage once; or this was closed meanwhile
+            return None  # the database has logged its outage once; or this was closed meanwhile
         except CatfeederCronError as error:
-            if str(error) != self._logged_failure:
-                self._logged_failure = str(error)
-                log.error("heartbeat_failed", reason=self._logged_failure)
-            return False
+            if str(error) != self._logged_failures.get(failure):
+                self._logged_failures[failure] = str(error)
+                log.error(failure, reason=str(error))
+            return None
         except Exception:
-            log.exception("heartbeat_failed")
-            return False
-        self._logged_failure = ""
-        return True
-
-    def _send_heartbeat(self, runs: list[OpenRun]) -> Heartbeat:
-        try:
-            if self._last_beat == _NEVER:
-                self._ledger.prepare()
-            return self._ledger.beat(runs)
-        except DatabaseUnavailable:
-            self._downtime.missed()
-            raise
-
-    def _forget(self) -> None:
-        while not self._closing and self._ledger.forget(self._history_keep):
-            pass
+            log.exception(failure)
+            return None
+        self._logged_failures.pop(failure, None)
+        return done
 
     def _supervise(self, run: Run) -> None:
         run.control.confirm = self._confirm
@@ -270,10 +305,3 @@ class Supervisor:
         """Beat before a batch when the others are about to take this process for dead, as after a freeze."""
         if elapsed_seconds() - self._last_beat > _CONFIRM_AFTER_SECONDS:
             self.beat()
-
-    def _is_new_lineage(self, heartbeat: Heartbeat) -> bool:
-        """Whether the database went back, or may have, since the heartbeat before."""
-        if heartbeat.lineage is None:
-            return False
-        before, self._lineage = self._lineage, heartbeat.lineage.id
-        return before is not None and before != self._lineage

@@ -178,7 +178,7 @@ def test_heartbeats_go_on_whatever_the_one_raises_who_is_told_of_them(
     crons.inject_crons()
     for _ in range(3):
         assert told.acquire(timeout=60)
-        crons._open().supervisor._wake_heart.set()
+        crons._open().supervisor._wake_heartbeat.set()
     eventually(lambda: rows(admin, "*", "outcome = 'succeeded'"))
 
 

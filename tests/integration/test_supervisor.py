@@ -288,7 +288,7 @@ def test_the_fence_needs_no_heartbeat_to_return(office: Office, monkeypatch: pyt
     hangs = threading.Event()
     monkeypatch.setattr(office.ledger, "beat", lambda: hangs.wait(SOON))
     run = office.begin()
-    office.supervisor._wake_heart.set()
+    office.supervisor._wake_heartbeat.set()
     office.supervisor._last_beat -= FENCE_SECONDS
     office.supervisor._wake_watch.set()
     assert run.control.stop.wait(SOON)
