@@ -3,6 +3,7 @@
 structured  loggers, and one handler for all entries
 journald    the handler for systemd's journal
 nonblocking writes lines where nobody may be reading
+outputs     opens a stream such that no write to it waits, and waits a moment for its reader
 redaction   takes secrets out of entries, and makes foreign text fit to be logged
 """
 

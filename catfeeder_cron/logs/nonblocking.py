@@ -10,38 +10,21 @@ import errno
 import io
 import logging
 import os
-import select
-import socket
-import stat
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from functools import partial
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
-# A reader that is only slow is waited for: this long at once, and for this share of the time in the long run.
-_WAIT_SECONDS = 0.1
-_WAIT_SHARE = 0.1
+from catfeeder_cron.logs.outputs import Room, output_of
+
 _TRY_AGAIN_SECONDS = 1.0
 # Of a line that was written in part, no more than this is kept until the rest can be written.
 _LONGEST_REST = 1 << 20
-# A poll promises room for one byte in a terminal, and for this many in a pipe.
-_TERMINAL_PIECE = 1
 _GONE = (errno.EPIPE, errno.EIO)
 _NOTHING = memoryview(b"")
-
-
-class _Output(NamedTuple):
-    """Where a writer writes. `write` writes some bytes, one at least, or raises BlockingIOError instead of waiting."""
-
-    descriptor: int
-    write: Callable[[memoryview], int]
-    close: Callable[[], None]
-    never_waits: bool = False
-    """Whether other code may write to the descriptor without waiting, too."""
 
 
 class NonBlockingWriter:
@@ -54,14 +37,10 @@ class NonBlockingWriter:
 
     def __init__(self, stream: TextIO) -> None:
         """Write to the descriptor of this stream, or to the stream itself if it has none."""
-        self._output = _opened(stream)
-        self._poll = select.poll()
-        if self._output.descriptor >= 0:
-            self._poll.register(self._output.descriptor, select.POLLOUT)
+        self._output = output_of(stream)
+        self._room = Room(self._output)
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._is_closed = False
-        self._wait_left = _WAIT_SECONDS
-        self._waited_at = time.monotonic()
         self.notice: Callable[[int], str] = "catfeeder-cron: log_lines_dropped lines={}\n".format
         """Makes the line that tells how many were dropped."""
         self._begin_anew()
@@ -136,7 +115,7 @@ class NonBlockingWriter:
 
     def _catch_up(self) -> bool:
         """Write what is left of the line before, then how many were dropped; return whether nothing is left of both."""
-        if self._is_blocked and self._output.descriptor >= 0 and not self._poll.poll(0):
+        if self._is_blocked and not self._room.may_be_there():
             return False  # without making a notice for each line that is dropped
         self._advance()
         if self._dropped and not self._rest:
@@ -167,7 +146,7 @@ class NonBlockingWriter:
             try:
                 written = self._output.write(self._rest)
             except BlockingIOError:
-                if not self._is_blocked and self._wait():
+                if not self._is_blocked and self._room.wait():
                     continue
                 self._is_blocked = True
                 return
@@ -177,16 +156,6 @@ class NonBlockingWriter:
                 return
             self._rest = self._rest[written:]
             self._is_blocked = self._is_gone = False
-
-    def _wait(self) -> bool:
-        """Wait until the descriptor takes something; return False if it does not, or there was too much waiting."""
-        begun = time.monotonic()
-        self._wait_left = min(_WAIT_SECONDS, self._wait_left + (begun - self._waited_at) * _WAIT_SHARE)
-        milliseconds = int(self._wait_left * 1000)
-        is_ready = milliseconds > 0 and bool(self._poll.poll(milliseconds))
-        self._waited_at = time.monotonic()
-        self._wait_left -= self._waited_at - begun
-        return is_ready
 
     def _try_again_later(self) -> None:
         """Have a thread go on, so that the notice does not wait for the next line."""
@@ -278,56 +247,3 @@ def use_nonblocking_stderr() -> None:
         os.dup2(descriptor, stream.fileno())
     raw = NonBlockingText(writer, stream.fileno())
     sys.stderr = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
-
-
-def _opened(stream: TextIO) -> _Output:
-    try:
-        descriptor = stream.fileno()
-        mode = os.fstat(descriptor).st_mode
-    except (OSError, ValueError):
-        return _Output(-1, partial(_write_text, stream), lambda: None)
-    if stat.S_ISSOCK(mode):
-        connection = socket.socket(fileno=os.dup(descriptor))
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-        return _Output(connection.fileno(), lambda data: connection.send(data, flags), connection.close)
-    if stat.S_ISREG(mode):
-        own = os.dup(descriptor)
-        return _Output(own, partial(os.write, own), partial(os.close, own))
-    return _reopened(descriptor) or _polled(descriptor)
-
-
-def _reopened(descriptor: int) -> _Output | None:
-    """Open a pipe or terminal again: O_NONBLOCK is then for this process alone, and not for all that share it."""
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        own = os.open(f"/proc/self/fd/{descriptor}", flags)
-    except OSError:  # no /proc, another user's terminal, a pipe without a reader
-        return None
-    return _Output(own, partial(os.write, own), partial(os.close, own), never_waits=True)
-
-
-def _polled(descriptor: int) -> _Output:
-    """Look before each piece whether there is room for it.
-
-    Between the look and the write another process may fill a pipe that it shares with us; then the write waits.
-    """
-    own = os.dup(descriptor)
-    poll = select.poll()
-    poll.register(own, select.POLLOUT)
-    length = _TERMINAL_PIECE if os.isatty(own) else select.PIPE_BUF
-
-    def write(data: memoryview) -> int:
-        if not poll.poll(0):
-            raise BlockingIOError
-        return os.write(own, data[:length])
-
-    return _Output(own, write, partial(os.close, own))
-
-
-def _write_text(stream: TextIO, data: memoryview) -> int:
-    try:
-        stream.write(str(data, getattr(stream, "encoding", None) or "utf-8"))
-        stream.flush()
-    except ValueError as error:
-        raise BrokenPipeError(errno.EPIPE, "the stream is closed") from error
-    return len(data)

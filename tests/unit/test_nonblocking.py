@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from catfeeder_cron.logs import nonblocking
+from catfeeder_cron.logs import outputs
 from catfeeder_cron.logs.nonblocking import NonBlockingWriter
 from tests.support.waiting import SOON
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_opened_again_is_looked_at_before_each_piece(kind: str) -
     """Another user's terminal or pipe can't be opened; the tests may be root's, for whom it can."""
     channel = Channel(kind)
     channel.let_flow()
-    output = nonblocking._polled(channel.writer)
+    output = outputs._polled(channel.writer)
     written = 0
     with suppress(BlockingIOError):
         while True:
