@@ -5,22 +5,20 @@ with it every thread that logs. So a line that can't be written is dropped and c
 descriptor takes lines again.
 """
 
-import _thread
 import errno
 import io
 import logging
 import os
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, TextIO
 
 from catfeeder_cron.logs.outputs import Room, output_of
+from catfeeder_cron.logs.retry_thread import RetryThread
 
-_TRY_AGAIN_SECONDS = 1.0
 # Of a line that was written in part, no more than this is kept until the rest can be written.
 _LONGEST_REST = 1 << 20
 _GONE = (errno.EPIPE, errno.EIO)
@@ -56,7 +54,7 @@ class NonBlockingWriter:
         self._dropped = 0
         self._is_blocked = False
         self._is_gone = False  # nobody will read it; in a named pipe, the next line may meet another reader
-        self._is_trying_again = False
+        self._retry = RetryThread(self._lock)
 
     @property
     def descriptor(self) -> int | None:
@@ -159,29 +157,13 @@ class NonBlockingWriter:
 
     def _try_again_later(self) -> None:
         """Have a thread go on, so that the notice does not wait for the next line."""
-        if not self._is_trying_again and not self._is_gone:
-            # The code that logs may be a finalizer's, inside a function of `threading` that holds that module's lock.
-            self._is_trying_again = True
-            try:
-                _thread.start_new_thread(self._start_thread, ())
-            except RuntimeError:  # no further thread: the next line tries again
-                self._is_trying_again = False
+        if not self._is_gone:
+            self._retry.start(self._try_again)
 
-    def _start_thread(self) -> None:
-        # In a thread that `threading` does not know, making a log record would leave a dummy object behind.
-        try:
-            threading.Thread(target=self._try_again, name="log", daemon=True).start()
-        except RuntimeError:
-            self._is_trying_again = False
-
-    def _try_again(self) -> None:
-        while True:
-            time.sleep(_TRY_AGAIN_SECONDS)
-            with self._lock:
-                self.flush()
-                if self._is_closed or self._is_gone or not (self._rest or self._dropped):
-                    self._is_trying_again = False
-                    return
+    def _try_again(self) -> bool:
+        """Flush; return whether nothing is left, or nothing more can be written. Called under the lock."""
+        self.flush()
+        return self._is_closed or self._is_gone or not (self._rest or self._dropped)
 
 
 class NonBlockingText(io.RawIOBase):
