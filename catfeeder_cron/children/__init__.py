@@ -3,6 +3,7 @@
 pool        in the daemon: which process a call goes to, and how long an idle process is kept
 process     in the daemon: one such process, from its start to its end
 messages    in the daemon: the call that goes to a worker, and the answers that come back
+control     in the daemon: the guard's own pipe, by which it is given the deadline or told to kill
 output      in the daemon: the lines that a callable prints
 guard       the first program in the process: watches over the second, and lets nothing that it started survive it
 worker      the second: calls the function

@@ -70,7 +70,7 @@ class Call:
             # First, so that the callable is never at work without it, even if this process is frozen in between.
             child.set_deadline(self._deadline)
             if elapsed_seconds() >= self._deadline:
-                raise DiedAtDeadline("its lease ran out before it began")
+                raise DiedAtDeadline("its deadline was over before it began")
         child.send(self.request)
         if self._stop_requested:
             child.ask_to_stop()

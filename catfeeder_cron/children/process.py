@@ -8,6 +8,7 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from pathlib import Path
 
+from catfeeder_cron.children.control import ControlPipe
 from catfeeder_cron.children.messages import Answer, Request, Returned
 from catfeeder_cron.children.output import PrintedOutput
 from catfeeder_cron.errors import ChildDied
@@ -33,10 +34,10 @@ class ChildProcess:
     All methods are for the event loop that it was started in, so they need no lock.
     """
 
-    def __init__(self, process: Process, control: int) -> None:
+    def __init__(self, process: Process, control: ControlPipe) -> None:
         assert process.stderr is not None
         self._process = process
-        self._control: int | None = control
+        self._control = control
         self._request: Request | None = None
         self._had_deadline = False
         self._was_killed_here = False
@@ -68,7 +69,7 @@ class ChildProcess:
             raise _not_started(error) from error
         finally:
             os.close(read_end)
-        return cls(process, write_end)
+        return cls(process, ControlPipe(write_end))
 
     @property
     def alive(self) -> bool:
@@ -114,11 +115,11 @@ class ChildProcess:
         Infinity takes that back.
         """
         self._had_deadline = True
-        self._order(f"{at}")
+        self._control.set_deadline(at)
 
     def kill(self) -> None:
         """End the process and everything that it has started, whatever they are doing."""
-        self._close_control()  # not by a signal: the process may have ended, and its number be another's
+        self._control.kill()  # not by a signal: the process may have ended, and its number be another's
         if self.alive:
             asyncio.get_running_loop().call_later(_KILL_SECONDS, self._give_up)
 
@@ -150,7 +151,7 @@ class ChildProcess:
             await asyncio.wait([self._ended], timeout=_KILL_SECONDS)
         status = self._process.returncode
         if self._died_at_deadline:
-            return "was still at work when its lease ran out, and was killed"
+            return "was still at work at its deadline, and was killed"
         if status == -signal.SIGKILL and not self._was_killed_here:
             return "was killed by SIGKILL, as the system does when memory runs out"
         return _described(status)
@@ -159,20 +160,8 @@ class ChildProcess:
     def _died_at_deadline(self) -> bool:
         return self._had_deadline and self._process.returncode == -signal.SIGALRM
 
-    def _close_control(self) -> None:
-        """Tell the guard to kill the others and then itself: in words, and by the end of its pipe."""
-        if self._control is not None:
-            self._order("kill")
-            os.close(self._control)
-            self._control = None
-
-    def _order(self, line: str) -> None:
-        if self._control is not None:
-            with suppress(OSError):  # the guard has ended
-                os.write(self._control, f"{line}\n".encode())
-
     def _after_its_end(self) -> None:
-        self._close_control()
+        self._control.kill()
         # A process that got away from the guard may hold our pipes open.
         asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self._give_up)
 

@@ -5,26 +5,20 @@ with it every thread that logs. So a line that can't be written is dropped and c
 descriptor takes lines again.
 """
 
-import _thread
 import errno
 import io
 import logging
 import os
-import select
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, TextIO
 
-from catfeeder_cron.logs.outputs import open_output
+from catfeeder_cron.logs.outputs import Room, output_of
+from catfeeder_cron.logs.retry_thread import RetryThread
 
-# A reader that is only slow is waited for: this long at once, and for this share of the time in the long run.
-_WAIT_SECONDS = 0.1
-_WAIT_SHARE = 0.1
-_TRY_AGAIN_SECONDS = 1.0
 # Of a line that was written in part, no more than this is kept until the rest can be written.
 _LONGEST_REST = 1 << 20
 _GONE = (errno.EPIPE, errno.EIO)
@@ -41,14 +35,9 @@ class NonBlockingWriter:
 
     def __init__(self, stream: TextIO) -> None:
         """Write to the descriptor of this stream, or to the stream itself if it has none."""
-        self._output = open_output(stream)
-        self._poll = select.poll()
-        if self._output.descriptor >= 0:
-            self._poll.register(self._output.descriptor, select.POLLOUT)
+        self._output = output_of(stream)
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._is_closed = False
-        self._wait_left = _WAIT_SECONDS
-        self._waited_at = time.monotonic()
         self.notice: Callable[[int], str] = "catfeeder-cron: log_lines_dropped lines={}\n".format
         """Makes the line that tells how many were dropped."""
         self._begin_anew()
@@ -64,7 +53,8 @@ class NonBlockingWriter:
         self._dropped = 0
         self._is_blocked = False
         self._is_gone = False  # nobody will read it; in a named pipe, the next line may meet another reader
-        self._is_trying_again = False
+        self._retry = RetryThread(self._lock)
+        self._room = Room(self._output)  # another thread of the parent may be waiting in the old one
 
     @property
     def descriptor(self) -> int | None:
@@ -123,7 +113,7 @@ class NonBlockingWriter:
 
     def _catch_up(self) -> bool:
         """Write what is left of the line before, then how many were dropped; return whether nothing is left of both."""
-        if self._is_blocked and self._output.descriptor >= 0 and not self._poll.poll(0):
+        if self._is_blocked and not self._room.may_be_there():
             return False  # without making a notice for each line that is dropped
         self._advance()
         if self._dropped and not self._rest:
@@ -154,7 +144,7 @@ class NonBlockingWriter:
             try:
                 written = self._output.write(self._rest)
             except BlockingIOError:
-                if not self._is_blocked and self._wait():
+                if not self._is_blocked and self._room.wait():
                     continue
                 self._is_blocked = True
                 return
@@ -165,41 +155,15 @@ class NonBlockingWriter:
             self._rest = self._rest[written:]
             self._is_blocked = self._is_gone = False
 
-    def _wait(self) -> bool:
-        """Wait until the descriptor takes something; return False if it does not, or there was too much waiting."""
-        begun = time.monotonic()
-        self._wait_left = min(_WAIT_SECONDS, self._wait_left + (begun - self._waited_at) * _WAIT_SHARE)
-        milliseconds = int(self._wait_left * 1000)
-        is_ready = milliseconds > 0 and bool(self._poll.poll(milliseconds))
-        self._waited_at = time.monotonic()
-        self._wait_left -= self._waited_at - begun
-        return is_ready
-
     def _try_again_later(self) -> None:
         """Have a thread go on, so that the notice does not wait for the next line."""
-        if not self._is_trying_again and not self._is_gone:
-            # The code that logs may be a finalizer's, inside a function of `threading` that holds that module's lock.
-            self._is_trying_again = True
-            try:
-                _thread.start_new_thread(self._start_thread, ())
-            except RuntimeError:  # no further thread: the next line tries again
-                self._is_trying_again = False
+        if not self._is_gone:
+            self._retry.start(self._try_again)
 
-    def _start_thread(self) -> None:
-        # In a thread that `threading` does not know, making a log record would leave a dummy object behind.
-        try:
-            threading.Thread(target=self._try_again, name="log", daemon=True).start()
-        except RuntimeError:
-            self._is_trying_again = False
-
-    def _try_again(self) -> None:
-        while True:
-            time.sleep(_TRY_AGAIN_SECONDS)
-            with self._lock:
-                self.flush()
-                if self._is_closed or self._is_gone or not (self._rest or self._dropped):
-                    self._is_trying_again = False
-                    return
+    def _try_again(self) -> bool:
+        """Flush; return whether nothing is left, or nothing more can be written. Called under the lock."""
+        self.flush()
+        return self._is_closed or self._is_gone or not (self._rest or self._dropped)
 
 
 class NonBlockingText(io.RawIOBase):

@@ -1,15 +1,19 @@
-"""Open a stream's descriptor for a writer that must not wait (nonblocking.py)."""
+"""Write to a stream without waiting: to its descriptor opened anew, or after asking it for room before each piece."""
 
 import errno
 import os
 import select
 import socket
 import stat
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TextIO
 
-# A poll promises room for one byte in a terminal, and for PIPE_BUF in a pipe.
+# A reader that is only slow is waited for: this long at once, and for this share of the time in the long run.
+_WAIT_SECONDS = 0.1
+_WAIT_SHARE = 0.1
+# A poll promises room for one byte in a terminal, and for this many in a pipe.
 _TERMINAL_PIECE = 1
 
 
@@ -17,14 +21,41 @@ class Output(NamedTuple):
     """Where a writer writes. `write` writes some bytes, one at least, or raises BlockingIOError instead of waiting."""
 
     descriptor: int
+    """The descriptor that is written to, or -1 where there is none."""
     write: Callable[[memoryview], int]
     close: Callable[[], None]
     never_waits: bool = False
     """Whether other code may write to the descriptor without waiting, too."""
 
 
-def open_output(stream: TextIO) -> Output:
-    """Return where the lines of a stream go: its descriptor, or the stream itself if it has none."""
+class Room:
+    """Waits until an output takes something, but not for long. No two threads may call its methods at once."""
+
+    def __init__(self, output: Output) -> None:
+        self._has_descriptor = output.descriptor >= 0
+        self._poll = select.poll()
+        if self._has_descriptor:
+            self._poll.register(output.descriptor, select.POLLOUT)
+        self._wait_left = _WAIT_SECONDS
+        self._waited_at = time.monotonic()
+
+    def may_be_there(self) -> bool:
+        """Return whether the output may take something now; only of a descriptor can that be known."""
+        return not self._has_descriptor or bool(self._poll.poll(0))
+
+    def wait(self) -> bool:
+        """Wait until the output takes something; return False if it does not, or there was too much waiting."""
+        begun = time.monotonic()
+        self._wait_left = min(_WAIT_SECONDS, self._wait_left + (begun - self._waited_at) * _WAIT_SHARE)
+        milliseconds = int(self._wait_left * 1000)
+        is_ready = milliseconds > 0 and bool(self._poll.poll(milliseconds))
+        self._waited_at = time.monotonic()
+        self._wait_left -= self._waited_at - begun
+        return is_ready
+
+
+def output_of(stream: TextIO) -> Output:
+    """Return an output to the descriptor of this stream, or to the stream itself if it has none."""
     try:
         descriptor = stream.fileno()
         mode = os.fstat(descriptor).st_mode

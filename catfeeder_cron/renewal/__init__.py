@@ -12,6 +12,7 @@ journal          step 3: writes an answer to the local disk as soon as it arrive
 kept_answers     finds stored answers again, for rows that hold a spent refresh token again
 hosts            after a failover, waits until every host has put back its answers
 batch_writer     stores the workers' results in batches while they come in
+settlements      stores one such batch, and counts it
 failures         records in the row that a request brought no token
 storing          step 4: writes an answer into its row if the row still holds the token that was sent
 recovery         stores the answers in the journals of dead processes, frees their leases, and puts answers back

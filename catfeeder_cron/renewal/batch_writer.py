@@ -1,12 +1,10 @@
 """Store the results of a run's workers in batches as they come in, and decide whether a new request may be sent."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 from uuid import UUID
@@ -16,13 +14,11 @@ from catfeeder_cron.database.lineage import Lineage
 from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, LockTimeout, StatementTimeout
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.renewal.claims import TokenClaim, release
 from catfeeder_cron.renewal.entries import Entry
-from catfeeder_cron.renewal.failures import Failure, settle
 from catfeeder_cron.renewal.journal import Journal
 from catfeeder_cron.renewal.kept_answers import KeptAnswers
 from catfeeder_cron.renewal.links import Links
-from catfeeder_cron.renewal.storing import StoredAnswers, store
+from catfeeder_cron.renewal.settlements import Settlement, SettlementStore
 
 log = get_logger("catfeeder_cron.oauth")
 
@@ -37,19 +33,6 @@ _TRY_AGAIN_SECONDS = 0.5
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settlement:
-    """The result of one claim: an entry of the journal or a failure; neither when it was not sent."""
-
-    claim: TokenClaim
-    counts: Counter[str]
-    """The worker's counts, to which the result is added once it is stored."""
-    entry: Entry | None = None
-    failure: Failure | None = None
-    again: bool = False
-    """The entry is a kept answer, and nothing was sent."""
 
 
 class BatchWriter:
@@ -85,15 +68,14 @@ class BatchWriter:
         """The reason why this run can't go on."""
         self.longest_request = min(settings.request_timeout, context.timeout / 2)
         """The timeout of a request, short enough that its answer comes within the job's time."""
-        self._links = links
-        self._owner = owner
+        self._settlements = SettlementStore(context.database, links, owner, journal, self.end_run)
         self._journal = journal
         self._lineage = lineage
         self._under_way = 0
         self._stored = stored
         # Not asyncio's default threads: they look up host names, and a silent name server must not delay statements.
         # Only functions given to `in_thread` run in them; all fields are used by the event loop's thread, except for
-        # those that `_store_batch` uses.
+        # those that `end_run` and SettlementStore.store use.
         self._threads = ThreadPoolExecutor(_STATEMENTS_AT_ONCE, thread_name_prefix="renew-oauth")
         self._queue: asyncio.Queue[Settlement | None] = asyncio.Queue(maxsize=2 * settings.concurrency)
 
@@ -191,7 +173,10 @@ class BatchWriter:
         """Store a batch as soon as the database can be reached; return the answers whose rows are locked."""
         while batch:
             try:
-                locked = self._account(batch, await self.in_thread(self._store_batch, batch))
+                outcome = await self.in_thread(self._settlements.store, batch)
+                locked, put_back = self._settlements.account(batch, outcome)
+                self.put_back += put_back
+                self._stored(len(batch) - len(locked))
                 return self._leave_to_journal(locked) if self._gives_up() else locked
             except (DatabaseUnavailable, LockTimeout, StatementTimeout) as error:
                 log.debug("oauth_answers_not_stored_yet", answers=len(batch), reason=str(error))
@@ -224,43 +209,6 @@ class BatchWriter:
         if self.went_back():
             self.end_run(WENT_BACK)
         return self.context.stopping or self.broken is not None
-
-    def _store_batch(self, batch: list[Settlement]) -> StoredAnswers:
-        # Runs in one of the writer's threads. `_store` awaits it, so no two batches are stored at the same time; the
-        # event loop may append to the journal meanwhile, and `sync` is safe beside that.
-        entries = [each.entry for each in batch if each.entry and not each.again]
-        if entries:
-            try:
-                self._journal.sync()
-            except OSError as error:
-                self.end_run(f"the journal can't be written to the disk: {error.strerror}")
-        database = self.context.database
-        settle(database, self._links, self._owner, [each.failure for each in batch if each.failure])
-        release(database, self._owner, [each.claim.id for each in batch if not (each.entry or each.failure)])
-        # The answers come last because their count is the number of rows changed: a repeated call would change none.
-        outcome = store(database, self._links, [each.entry for each in batch if each.entry and each.again], again=True)
-        outcome.add(store(database, self._links, entries))
-        return outcome
-
-    def _account(self, batch: list[Settlement], outcome: StoredAnswers) -> list[Settlement]:
-        """Count the results of a batch; return the answers whose rows are locked by other sessions."""
-        stored, locked = {entry.id for entry in outcome.stored}, {entry.id for entry in outcome.locked}
-        refused = {entry.id: reason for entry, reason in outcome.refused}
-        for each in batch:
-            if each.entry and each.claim.id in refused:
-                each.counts["failed"] += 1
-                self._journal.keep = True
-                log.error("oauth_answer_refused", oauth_id=each.claim.id, reason=refused[each.claim.id])
-            elif each.entry and each.claim.id not in locked:
-                self._journal.settle(each.entry)
-                self.put_back += each.again and each.claim.id in stored
-                if each.claim.id in stored and not each.again:
-                    each.counts["renewed" if each.entry.token else "failed"] += 1
-            elif each.failure and not each.failure.dead:
-                each.counts["failed" if each.failure.failed else "postponed"] += 1
-        left = [each for each in batch if each.entry and each.claim.id in locked]
-        self._stored(len(batch) - len(left))
-        return left
 
     def end_run(self, reason: str) -> None:
         """Send nothing new in this run, and say why."""

@@ -15,11 +15,12 @@ from catfeeder_cron.oauth.presets import ClientAuth
 from catfeeder_cron.oauth.provider import Provider
 from catfeeder_cron.oauth.request import other_method
 from catfeeder_cron.renewal import providers
-from catfeeder_cron.renewal.batch_writer import BatchWriter, Settlement
+from catfeeder_cron.renewal.batch_writer import BatchWriter
 from catfeeder_cron.renewal.circuit_breaker import CircuitBreaker
 from catfeeder_cron.renewal.claims import Claimer, TokenClaim
 from catfeeder_cron.renewal.entries import Entry, RequestTime
 from catfeeder_cron.renewal.failures import Failure
+from catfeeder_cron.renewal.settlements import Settlement
 
 if TYPE_CHECKING:
     from catfeeder_cron.oauth.session import Session

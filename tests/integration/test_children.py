@@ -213,7 +213,7 @@ def test_a_call_whose_deadline_has_passed_is_not_begun(folder: Path) -> None:
         late = children.call(
             "key", "called:say_goodbye", str(file), deadline=elapsed_seconds() - 1, on_line=lambda _line: None
         )
-        with pytest.raises(ChildDied, match="its lease ran out before it began"):
+        with pytest.raises(ChildDied, match="its deadline was over before it began"):
             late.future.result(60)
     assert not file.exists()
 
@@ -229,7 +229,7 @@ def test_a_deadline_that_is_taken_back_or_moved_kills_nobody(folder: Path) -> No
         assert int(other.future.result(60).text or 0) == served
         expired, expiring = lasting(children, folder, "expiring")
         expired.set_deadline(elapsed_seconds() + 4)  # by its end the others' would have come
-        with pytest.raises(ChildDied, match="when its lease ran out"):
+        with pytest.raises(ChildDied, match="at its deadline"):
             expired.future.result(60)
         assert is_gone(expiring)
         assert not is_gone(pid)

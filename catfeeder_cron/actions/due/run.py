@@ -8,18 +8,17 @@ from typing import Any
 from uuid import UUID
 
 from catfeeder_cron.actions.action import Handler
-from catfeeder_cron.actions.due import outcomes
-from catfeeder_cron.actions.due.attempts import Attempts, Finished
+from catfeeder_cron.actions.due.attempts import Attempts
 from catfeeder_cron.actions.due.fair_order import Busy, Candidate, FairOrder, due_in_fair_order
 from catfeeder_cron.actions.due.handlers import Handlers
 from catfeeder_cron.actions.due.leases import LOST, Claimed, Leases
 from catfeeder_cron.actions.due.memory import KEPT_SECONDS, memory_of
-from catfeeder_cron.actions.due.outcomes import StoredOutcome
-from catfeeder_cron.actions.due.put_back import again_as, already_logged, put_back
+from catfeeder_cron.actions.due.put_back import again_as, put_back
 from catfeeder_cron.actions.due.tables import ActionTables
+from catfeeder_cron.actions.due.unstored import UnstoredOutcomes
 from catfeeder_cron.config import ActionsSettings
 from catfeeder_cron.database import single
-from catfeeder_cron.errors import CatfeederCronError, DatabaseError, DatabaseUnavailable, JobInterrupted, JobTimedOut
+from catfeeder_cron.errors import CatfeederCronError, DatabaseUnavailable, JobInterrupted, JobTimedOut
 from catfeeder_cron.job import JobContext
 from catfeeder_cron.logs import get_logger
 from catfeeder_cron.times import elapsed_seconds
@@ -33,7 +32,6 @@ _READING_SHARE = 10
 # The others take a lease over when it has run out and its owner had 30 s to come back (see leases).
 _MOST_EXTEND_EVERY_SECONDS = 20.0
 _DONE_BEFORE = "the database had lost their outcomes, and this process has stored them again"
-_COUNTED = {"done": "done", "retried": "retried", "failed": "given_up"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,12 @@ class DueActionsRun:
         self._extended_at = self._reached_at = elapsed_seconds()
         self._last_call = min(limits.action_timeout, context.timeout / 4)
         self._under_way: dict[Any, Claimed] = {}
-        self._unstored: list[Finished] = []
+        self._unstored = UnstoredOutcomes(context, tables, limits.retry_after)
         self._busy = Busy(limits.concurrency)
         self._order = FairOrder([])
         self._read_again_at = 0.0
         self._claimed_of_order = 0
         self._hits = 1.0
-        self._settled = 0
         self._cut_short = False
 
     def work(self) -> None:
@@ -95,8 +92,7 @@ class DueActionsRun:
         try:
             self._work()
         finally:
-            for finished in (*self._unstored, *self._attempts.wait(0)):
-                self._remember(finished, None, finished.claimed.lineage)
+            self._unstored.remember(self._attempts.wait(0))
             if self._done_before:
                 log.warning("action_was_done_before", actions=self._done_before, reason=_DONE_BEFORE)
 
@@ -160,7 +156,7 @@ class DueActionsRun:
         self._done_before += put_back(self._context, self._tables, self._leases)
         asked = elapsed_seconds()
         with self._context.transaction() as connection:
-            held = [*self._under_way.values(), *(each.claimed for each in self._unstored)]
+            held = [*self._under_way.values(), *self._unstored.claimed]
             given_up = self._leases.take_over(connection, held)
             lineage = self._context.database.lineage
             self._order = due_in_fair_order(connection, self._tables, self._begun, lineage)
@@ -170,7 +166,8 @@ class DueActionsRun:
             log.warning("action_given_up", action=action, reason=LOST)
         now = elapsed_seconds()
         self._read_again_at = now + max(_LOOK_SECONDS, (now - asked) * _READING_SHARE)
-        self._context.progress(self._settled, self._settled + len(self._under_way) + self._order.early)
+        settled = self._unstored.settled
+        self._context.progress(settled, settled + len(self._under_way) + self._order.early)
 
     def _claim(self, candidates: list[Candidate], free: int) -> None:
         with self._context.transaction() as connection:
@@ -188,7 +185,7 @@ class DueActionsRun:
                 fresh.append(each)
             else:
                 self._done_before += 1
-                self._unstored.append(again_as(each, before))
+                self._unstored.add(again_as(each, before))
         self._attempts.begin(fresh)
 
     def _look_after(self) -> None:
@@ -199,16 +196,18 @@ class DueActionsRun:
                 self._busy.remove(_candidate(finished.claimed))
                 if finished.verdict == "cancelled" and self._cut_short:
                     finished = replace(finished, verdict="retried", detail="the run's time was over")
-                self._unstored.append(finished)
+                self._unstored.add(finished)
         try:
             if self._unstored:
-                self._store()
+                self._reached_at = self._unstored.store(self._known_lineage)
+                if self._unstored and not self._under_way:
+                    time.sleep(min(_LOOK_SECONDS, self._extend_every) / 10)
             if self._under_way and self._must_extend():
                 self._extend()
         except DatabaseUnavailable as error:
             if elapsed_seconds() - self._reached_at > self._limits.lease.total_seconds():
                 if self._unstored:
-                    actions = [str(each.claimed.action.id) for each in self._unstored]
+                    actions = [str(each.action.id) for each in self._unstored.claimed]
                     log.error("action_outcomes_not_stored", actions=actions, kept_seconds=KEPT_SECONDS)
                 raise
             log.debug("action_outcomes_not_stored_yet", outcomes=len(self._unstored), reason=str(error))
@@ -217,74 +216,6 @@ class DueActionsRun:
     def _must_extend(self) -> bool:
         """Tell whether it is time, or the database's history went back: the rows may not be ours there."""
         return self._lineage != self._known_lineage or elapsed_seconds() - self._extended_at >= self._extend_every
-
-    def _store(self) -> None:
-        """Store the finished attempts, even after the run's time; those of locked rows wait for the next call."""
-        lineage = self._known_lineage
-        try:
-            stored, self._unstored = self._store_together(self._unstored)
-        except DatabaseUnavailable:
-            raise
-        except DatabaseError:
-            stored = []
-            finished, self._unstored = self._unstored, []
-            for one in finished:
-                stored += self._store_alone(one)
-        self._reached_at = elapsed_seconds()
-        for each in stored:
-            self._settle(each, lineage)
-        if self._unstored and not self._under_way:
-            time.sleep(min(_LOOK_SECONDS, self._extend_every) / 10)
-
-    def _store_together(self, finished: list[Finished]) -> tuple[list[StoredOutcome], list[Finished]]:
-        with self._context.database.transaction() as connection:
-            retry_after_seconds = self._limits.retry_after.total_seconds()
-            known = already_logged(connection, self._tables, [each for each in finished if each.begun_as])
-            return outcomes.store(connection, self._tables, finished, retry_after_seconds, known)
-
-    def _store_alone(self, finished: Finished) -> list[StoredOutcome]:
-        """Store one outcome. If the database refuses it, the row's lease runs out, and in the end its attempts do."""
-        try:
-            stored, locked = self._store_together([finished])
-        except DatabaseUnavailable:
-            self._unstored.append(finished)
-            return []
-        except DatabaseError as error:
-            log.error("action_outcome_refused", action=finished.claimed.action.id, reason=str(error))
-            return []
-        self._unstored += locked
-        return stored
-
-    def _settle(self, stored: StoredOutcome, lineage: UUID | None) -> None:
-        claimed, action = stored.finished.claimed, stored.finished.claimed.action
-        if not (stored.is_deleted and claimed.lineage == lineage):  # else the web server has deleted it
-            self._remember(stored.finished, stored.verdict, lineage)
-        self._settled += 1
-        if stored.verdict in _COUNTED:
-            self._context.counts[_COUNTED[stored.verdict]] += 1
-        if stored.verdict != "done":
-            event = {"retried": "action_retried", "failed": "action_given_up", "cancelled": "action_cancelled"}
-            write = log.warning if stored.verdict == "failed" else log.info
-            write(
-                event.get(stored.verdict or "", "action_was_deleted" if stored.is_deleted else "action_was_taken_over"),
-                action=action.id,
-                kind=action.kind,
-                attempt=action.attempt,
-                reason=stored.finished.detail,
-            )
-
-    def _remember(self, finished: Finished, stored_as: str | None, lineage: UUID | None) -> None:
-        """Remember an outcome with the history that it was stored in, or else with that of its claim."""
-        verdict = finished.verdict if stored_as is None else stored_as
-        if verdict not in ("done", "retried", "failed"):
-            return
-        if verdict == "retried":
-            seconds = outcomes.wait_seconds(finished, self._limits.retry_after.total_seconds())
-            finished = replace(finished, after_seconds=seconds)
-        elif verdict != finished.verdict:
-            finished = replace(finished, verdict="failed")
-        stored = stored_as is not None
-        self._memory.add(finished, lineage if stored else finished.claimed.lineage, stored=stored)
 
     def _extend(self) -> None:
         lineage = self._known_lineage

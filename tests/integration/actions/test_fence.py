@@ -135,7 +135,7 @@ def test_a_frozen_daemon_leaves_no_handler_at_work_and_says_so_when_it_goes_on(
     eventually(lambda: time.time() > ends + 1)
     beats = (tmp_path / "beats").read_text().split()
     daemon.signal(signal.SIGCONT)
-    killed = "its process was still at work when its lease ran out, and was killed"
+    killed = "its process was still at work at its deadline, and was killed"
     eventually(lambda: actions.log(action) == [(1, "retried", killed)])
     daemon.stop()
 
