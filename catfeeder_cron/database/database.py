@@ -71,7 +71,11 @@ class Database:
         """
         limit = self._settings.statement_timeout if timeout is None else timeout
         settings = {"statement_timeout": statements.milliseconds(limit), "timezone": "UTC", "jit": "off", **local}
-        with self._outages.noticed(), translated(), self._begun(statements.begin(settings)) as connection:
+        with (
+            self._outages.noticed(self._pool.probe),
+            translated(),
+            self._begun(statements.begin(settings)) as connection,
+        ):
             connection.answer_within = self._pool.longest_answer_seconds(limit)
             try:
                 yield connection
@@ -135,7 +139,7 @@ class Database:
     def _alone(
         self, statement: LiteralString, parameters: Mapping[str, Any]
     ) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        with self._outages.noticed(), translated():
+        with self._outages.noticed(self._pool.probe), translated():
             for last in (False, True):
                 with self._pool.connection(test_idle=True) as connection:
                     connection.answer_within = self._pool.longest_answer_seconds(None)

@@ -31,6 +31,10 @@ class AllInUse(DatabaseUnavailable):
     """The server answers, but every connection of this process stayed in use."""
 
 
+class Unanswered(DatabaseUnavailable):
+    """The server has not answered in time."""
+
+
 class ServerFull(DatabaseUnavailable):
     """The server answers, and may serve what needs no room, but its disk is full."""
 
@@ -78,7 +82,9 @@ def translate(error: Exception) -> DatabaseError:
 
 
 def _without_sqlstate(error: Exception) -> DatabaseError:
-    if isinstance(error, NoAnswer | TakesNoWrites):
+    if isinstance(error, NoAnswer):
+        return Unanswered(_one_line(str(error)))
+    if isinstance(error, TakesNoWrites):
         return DatabaseUnavailable(str(error))
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return DatabaseUnavailable(_one_line(f"no connection to the database: {error}"))

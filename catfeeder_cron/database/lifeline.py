@@ -9,7 +9,7 @@ import psycopg
 from psycopg import errors as pg
 
 from catfeeder_cron import lifecycle
-from catfeeder_cron.database.bounded import BoundedConnection
+from catfeeder_cron.database.bounded import BoundedConnection, NoAnswer
 from catfeeder_cron.database.errors import CLOSED, translated
 from catfeeder_cron.database.outages import Outages
 from catfeeder_cron.database.pool import Pool
@@ -38,7 +38,7 @@ class Lifeline:
         lifecycle.after_fork(self, Lifeline._after_fork)
 
     def query(self, statement: LiteralString, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """Run one statement as a transaction of its own, and return its rows.
+        """Run one statement as a transaction of its own, and return its rows. It may be carried out twice.
 
         Raises DatabaseUnavailable after `deadline_seconds` at the latest, connecting and the wait for other threads
         included; only the first start of an embedded server comes on top. The server may have carried the statement
@@ -85,9 +85,9 @@ class Lifeline:
             ) from None
         except psycopg.OperationalError as error:
             self._drop()
-            if again or not isinstance(error, pg.IdleSessionTimeout):
+            if again or isinstance(error, NoAnswer):
                 raise
-            reason = str(error)  # the server had ended the session before the statement came
+            reason = str(error)  # the connection broke: while another can be had there is no outage
         else:
             if connection.said_read_only:
                 # The answer stands: the statement may have been carried out just before.

@@ -2,11 +2,11 @@
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from catfeeder_cron import lifecycle
-from catfeeder_cron.database.errors import AllInUse, ServerFull
+from catfeeder_cron.database.errors import AllInUse, ServerFull, Unanswered
 from catfeeder_cron.errors import DatabaseUnavailable
 from catfeeder_cron.logs import get_logger
 
@@ -43,14 +43,18 @@ class Outages:
         return self._reachable
 
     @contextmanager
-    def noticed(self) -> Iterator[None]:
-        """Log an outage that the block meets, which is any DatabaseUnavailable except AllInUse, and raise it again."""
+    def noticed(self, look: Callable[[], None] | None = None) -> Iterator[None]:
+        """Log an outage that the block meets, which is any DatabaseUnavailable except AllInUse, and raise it again.
+
+        A connection that broke is none as long as `look` reaches the server by another one.
+        """
         try:
             yield
         except AllInUse:
             raise
         except DatabaseUnavailable as error:
-            if not self._closed:
+            broke = self._reachable and not isinstance(error, Unanswered | ServerFull)
+            if not self._closed and not (broke and look and _succeeds(look)):
                 self._full_at = time.monotonic() if isinstance(error, ServerFull) else float("-inf")
                 self._trouble = str(error)
                 if self._is_news(outage=True):
@@ -86,3 +90,10 @@ class Outages:
     def _after_fork(self) -> None:
         # A thread that exists in the parent alone may hold the copy of the lock for ever.
         self._lock = threading.Lock()
+
+
+def _succeeds(look: Callable[[], None]) -> bool:
+    with suppress(DatabaseUnavailable):
+        look()
+        return True
+    return False
