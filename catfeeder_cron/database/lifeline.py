@@ -15,6 +15,8 @@ from catfeeder_cron.database.outages import Outages
 from catfeeder_cron.database.pool import Pool
 from catfeeder_cron.errors import DatabaseUnavailable
 
+_SERVER_GIVES_UP_LATER_MILLISECONDS = 500
+
 
 class Lifeline:
     """A connection outside the pool, opened by the first statement and made anew after an error.
@@ -138,7 +140,7 @@ def _execute(
     All goes in one message, with the parameters in its text: only so do several statements take one round trip.
     """
     cursor = psycopg.ClientCursor(connection)
-    limit = round(seconds * 1000)
+    limit = round(seconds * 1000) + _SERVER_GIVES_UP_LATER_MILLISECONDS
     limits = f"BEGIN; SET LOCAL statement_timeout = {limit}; SET LOCAL lock_timeout = {limit}; "
     try:
         cursor.execute(f"{limits}{cursor.mogrify(statement, parameters)}; COMMIT".encode())

@@ -9,7 +9,7 @@ from catfeeder_cron.errors import DatabaseError, DatabaseUnavailable, Permission
 from catfeeder_cron.ledger.ledger import Ledger
 from catfeeder_cron.ledger.records import Closed
 from catfeeder_cron.logs import get_logger
-from catfeeder_cron.scheduler.listeners import Listeners
+from catfeeder_cron.scheduler.listeners import Listeners, Run
 from catfeeder_cron.scheduler.open_runs import EndedRun, OpenRuns, aborted_report
 
 log = get_logger("catfeeder_cron.scheduler")
@@ -46,6 +46,12 @@ class Recorder:
         finally:  # without the lock: a listener may end or claim runs itself
             for job, retry_in in retries:
                 self._listeners.retry(job, retry_in)
+
+    def go_on_as(self, run: Run, run_id: int) -> None:
+        """Have a run go on under another number, because the server has lost its record. Asks the database nothing."""
+        log.warning("run_recorded_again", job=run.job_id, run_id=run_id, before=run.run_id)
+        self._runs.renumber(run, run_id)
+        run.control.application_name = self._ledger.backends.name_for(run_id)
 
     def restore(self) -> None:
         """Record the runs anew whose records the database has lost, as far as this process remembers them."""

@@ -209,6 +209,14 @@ class Supervisor:
             heard, self._heard = self._heard, None
             if heard is not None:
                 self._attempt("heartbeat_not_followed_up", partial(self._follow_up, heard))
+                self._attempt("history_not_deleted", self._forget)
+
+    def _forget(self) -> None:
+        """Delete the old history every hour."""
+        if elapsed_seconds() >= self._next_forget:
+            self._next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
+            while not self._closing and self._ledger.forget(self._history_keep):
+                pass
 
     def _watch(self) -> None:
         """End runs in time, in a thread of its own: nothing that it does waits for the database."""
@@ -220,13 +228,6 @@ class Supervisor:
                 look_in = _AGAIN_SECONDS
             self._wake_watch.wait(None if look_in == float("inf") else look_in)
             self._wake_watch.clear()
-
-    def _go_on_as(self, run: Run, run_id: int) -> None:
-        """Have a run go on under another number, because the server has lost its record."""
-        log.warning("run_recorded_again", job=run.job_id, run_id=run_id, before=run.run_id)
-        self.runs.renumber(run, run_id)
-        run.control.application_name = self._ledger.backends.name_for(run_id)
-        fence.put_off(run, self._last_beat)
 
     def _exchange(self) -> _Heard:
         """Send a heartbeat; learn which runs are still this process's. Raises as `beat` does."""
@@ -251,7 +252,8 @@ class Supervisor:
             if run.run_id in heartbeat.open_runs:
                 fence.put_off(run, self._last_beat)
             elif run.job_id in heartbeat.reopened:
-                self._go_on_as(run, heartbeat.reopened[run.job_id])
+                self.recorder.go_on_as(run, heartbeat.reopened[run.job_id])
+                fence.put_off(run, self._last_beat)
             else:
                 reason = RECORD_LOST if heartbeat.went_back else TAKEN_FOR_DEAD
                 run.control.stop.set(JobAborted(reason, FENCE_GRACE_SECONDS))
@@ -260,7 +262,7 @@ class Supervisor:
         return _Heard(heartbeat, claiming)
 
     def _follow_up(self, heard: _Heard) -> None:
-        """Record what has to be recorded, tell the listeners, and delete the old history every hour."""
+        """Record what has to be recorded, and tell the listeners."""
         heartbeat = heard.heartbeat
         self.recorder.end_backends(heartbeat.working)
         self.recorder.record()
@@ -271,10 +273,6 @@ class Supervisor:
         self._listeners.beat(True)
         for job, retry_in in heartbeat.retries.items():
             self._listeners.retry(job, retry_in)
-        if elapsed_seconds() >= self._next_forget:
-            self._next_forget = elapsed_seconds() + _FORGET_EVERY_SECONDS
-            while not self._closing and self._ledger.forget(self._history_keep):
-                pass
 
     def _attempt(self, failure: str, work: Callable[[], T]) -> T | None:
         """Do this; where it can't be done, log why once, as the event `failure`, and return None."""
