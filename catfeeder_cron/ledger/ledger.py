@@ -119,11 +119,11 @@ class Ledger:
 
     def claim_manual(self, job: str, *, shared: bool) -> int | None:
         """Claim a run outside the schedule; None when the job is running already, or the database just went back."""
-        return self._claim(job, "manual", shared)
+        return _claim(self._database, self._process, job, "manual", shared=shared)
 
     def claim_woken(self, job: str, *, shared: bool) -> int | None:
         """Claim a run between the slots; None when the job is paused, or running already."""
-        return self._claim(job, "schedule", shared)
+        return _claim(self._database, self._process, job, "schedule", shared=shared)
 
     def claim_retry(self, job: str) -> int | None:
         """Claim the retry of a failed run; None if it is not due or taken, or the job runs or is paused."""
@@ -224,15 +224,6 @@ class Ledger:
         """Delete up to 5,000 runs older than `keep`, failures after three times as long; return how many."""
         return self._database.execute(statements.FORGET, {"keep": keep})
 
-    def _claim(self, job: str, trigger: Trigger, shared: bool) -> int | None:
-        parameters = (
-            self._process.parameters()
-            | known_history(self._database)
-            | {"job": job, "trigger": trigger, "shared": shared}
-        )
-        rows = self._database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
-        return rows[0][0] if rows else None
-
 
 def known_history(database: Database) -> dict[str, Any]:
     """Return the parameters of the condition that the database is the one that this process knows."""
@@ -254,3 +245,10 @@ def _outcome(process: Process, run_id: int, report: JobReport) -> dict[str, Any]
         "error": report.reason if report.outcome == "failed" else None,
         "counts": Jsonb(report.counts),
     }
+
+
+def _claim(database: Database, process: Process, job: str, trigger: Trigger, *, shared: bool) -> int | None:
+    run = {"job": job, "trigger": trigger, "shared": shared}
+    parameters = process.parameters() | known_history(database) | run
+    rows = database.query(statements.CLAIM_WITHOUT_SLOT, parameters)
+    return rows[0][0] if rows else None

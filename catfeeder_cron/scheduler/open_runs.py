@@ -109,7 +109,7 @@ class OpenRuns:
             if run not in self._under_way:
                 return False
             self._under_way.remove(run)
-            self._unrecorded.append(self._ended(run, report, retries))
+            self._unrecorded.append(_ended(run, report, self._clock, retries))
             self._changed.notify_all()
         return True
 
@@ -118,11 +118,8 @@ class OpenRuns:
         with self._changed:
             runs, self._under_way = self._under_way, []
             ended = [(run, aborted(run, reason)) for run in runs]
-            self._unrecorded += [self._ended(run, report) for run, report in ended]
+            self._unrecorded += [_ended(run, report, self._clock) for run, report in ended]
         return ended
-
-    def _ended(self, run: Run, report: JobReport, retries: Retries | None = None) -> EndedRun:
-        return EndedRun(run.run_id, report, run.origin, report.started_at + self._clock.correction(), retries)
 
     def renumber(self, run: Run, run_id: int) -> None:
         """Give a run that is under way the number of its new record; one that has ended keeps its own."""
@@ -160,6 +157,10 @@ class OpenRuns:
         """Return when no run is under way or being claimed, or when so many seconds have passed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way and not self._claiming, timeout_seconds)
+
+
+def _ended(run: Run, report: JobReport, clock: ServerClock, retries: Retries | None = None) -> EndedRun:
+    return EndedRun(run.run_id, report, run.origin, report.started_at + clock.correction(), retries)
 
 
 def aborted(run: Run, reason: str) -> JobReport:
