@@ -64,6 +64,7 @@ class DueActionsRun:
         self._leases = Leases(tables, limits.lease, lambda: context.database.lineage)
         self._memory = memory_of(context.database)
         self._done_before = 0
+        self._has_waited = False
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
         children = context.resources.children
@@ -137,7 +138,10 @@ class DueActionsRun:
             self._read_due()
             awaits = self._idle and not self._order.early
             if awaits and not self._await_lapsed():
-                return False
+                if not self._has_waited:
+                    return False
+                self._has_waited = False  # what it has waited for may be taken over since the reading
+                return True
         candidates = self._order.take(round(free / self._hits), self._busy)
         if candidates:
             self._claim(candidates, free)
@@ -149,6 +153,7 @@ class DueActionsRun:
         with self._context.transaction() as connection:
             waits = self._leases.lapsed_too_short_ago(connection, [])
         if waits:
+            self._has_waited = True
             self._context.stop.wait(_LOOK_SECONDS)
         return waits
 
