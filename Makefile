@@ -21,7 +21,7 @@ run: $(VENV)/program ## show the daemon at work on a throw-away PostgreSQL with 
 	@exec $(BIN)/catfeeder-cron demo
 
 # Most tests wait for something, so there are more workers than cores; each has a PostgreSQL of its own.
-WORKERS ?= 6
+WORKERS ?= 8
 PYTEST = $(BIN)/pytest
 TESTS = $(if $(ONLY),$(ONLY),tests --numprocesses $(WORKERS) --dist worksteal)
 

@@ -64,7 +64,7 @@ class DueActionsRun:
         self._leases = Leases(tables, limits.lease, lambda: context.database.lineage)
         self._memory = memory_of(context.database)
         self._done_before = 0
-        self._has_waited = False
+        self._must_wait = False  # leases have run out whose owners may come back
         lease_seconds = limits.lease.total_seconds()
         action_timeout_seconds = limits.action_timeout.total_seconds()
         children = context.resources.children
@@ -137,31 +137,23 @@ class DueActionsRun:
         if elapsed_seconds() >= self._read_again_at or (self._idle and not self._order):
             self._read_due()
             awaits = self._idle and not self._order.early
-            if awaits and not self._await_lapsed():
-                if not self._has_waited:
+            if awaits:
+                if not self._must_wait:
                     return False
-                self._has_waited = False  # what it has waited for may be taken over since the reading
-                return True
+                self._context.stop.wait(_LOOK_SECONDS)
         candidates = self._order.take(round(free / self._hits), self._busy)
         if candidates:
             self._claim(candidates, free)
         # If nothing of an order could be claimed, its rows are under other daemons' leases by now, or locked.
         return awaits or not self._idle or bool(self._order) or self._claimed_of_order > 0
 
-    def _await_lapsed(self) -> bool:
-        """Wait a moment where leases have run out whose owners may come back; return whether there are such."""
-        with self._context.transaction() as connection:
-            waits = self._leases.lapsed_too_short_ago(connection, [])
-        if waits:
-            self._has_waited = True
-            self._context.stop.wait(_LOOK_SECONDS)
-        return waits
-
     def _read_due(self) -> None:
         self._done_before += put_back(self._context, self._tables, self._leases)
         asked = elapsed_seconds()
         with self._context.transaction() as connection:
             held = [*self._under_way.values(), *self._unstored.claimed]
+            # First: what has had its time by then is taken over by the next statement.
+            self._must_wait = self._leases.lapsed_too_short_ago(connection, held)
             given_up = self._leases.take_over(connection, held)
             lineage = self._context.database.lineage
             self._order = due_in_fair_order(connection, self._tables, self._begun, lineage)
