@@ -98,7 +98,7 @@ class Lifeline:
             return rows
         if again:
             raise DatabaseUnavailable(reason)
-        return self._query(statement, parameters, until, again=True)  # this time it has changed nothing
+        return self._query(statement, parameters, until, again=True)
 
     def _why_no_writes(self, connection: BoundedConnection, until: float) -> str:
         """Return why the server takes no writes, and have all connections made anew; empty if it takes them."""

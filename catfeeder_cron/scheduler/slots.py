@@ -33,8 +33,9 @@ class JobSlots:
     """The database's clock."""
     _wait_seconds: float | None = None
     _claimed: deque[datetime] = field(default_factory=lambda: deque(maxlen=1000))
-    # Held by a worker, or by the heartbeat's thread, while it claims or accounts for slots, the database's answer
-    # included: two threads of this process would otherwise claim from the same account, and one of them in vain.
+    # Held by a worker, or by the thread that follows a heartbeat up, while it claims or accounts for slots, the
+    # database's answer included: two threads of this process would otherwise claim from the same account, and one of
+    # them in vain.
     _lock: Lock = field(default_factory=Lock)
 
     def due(self, now: datetime | None = None) -> datetime | None:
@@ -72,9 +73,10 @@ class JobSlots:
         """
         with self._lock:
             known = self.accounted_until
-            self.accounted_until = accounted_until
             if known and accounted_until < known <= self.clock():
                 self._make_up_for(accounted_until, known)
+            else:
+                self.accounted_until = accounted_until
 
     def interval(self, instant: datetime) -> timedelta | None:
         """Return the time between the two slots after `instant`; None if there are no two."""
@@ -110,8 +112,8 @@ class JobSlots:
                     return claim.run_id
                 if claim.wait_seconds is not None:
                     self._wait_seconds = claim.wait_seconds
-                    until = self.clock() + timedelta(seconds=claim.wait_seconds)
-                    self.downtime.held(slot - MICROSECOND, until)
+                    may_begin_at = self.clock() + timedelta(seconds=claim.wait_seconds)
+                    self.downtime.held(slot - MICROSECOND, may_begin_at)
                     return None
                 if claim.too_early:
                     return None  # the server's clock was set back; the next heartbeat tells by how much

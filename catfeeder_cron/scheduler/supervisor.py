@@ -1,6 +1,7 @@
 """Keeps the runs of this process alive in the ledger, and records how they end."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,7 +95,8 @@ class Supervisor:
         self._last_beat = _NEVER
         self._next_forget = elapsed_seconds()
         self._logged_failures: dict[str, str] = {}
-        self._heard: _Heard | None = None
+        # The latest answer that was not followed up yet: put in by one thread, taken out by another, each in one step.
+        self._heard: deque[_Heard] = deque(maxlen=1)
         self._must_restore = False
         self._threads: list[threading.Thread] = []
 
@@ -193,7 +195,7 @@ class Supervisor:
         while not self._closing:
             next_beat = elapsed_seconds() + HEARTBEAT_SECONDS
             if heard := self._attempt("heartbeat_failed", self._exchange):
-                self._heard = heard
+                self._heard.append(heard)
                 self._wake_follower.set()
             else:
                 self._listeners.beat(False)
@@ -206,9 +208,8 @@ class Supervisor:
         while not self._closing:
             self._wake_follower.wait()
             self._wake_follower.clear()
-            heard, self._heard = self._heard, None
-            if heard is not None:
-                self._attempt("heartbeat_not_followed_up", partial(self._follow_up, heard))
+            if self._heard:
+                self._attempt("heartbeat_not_followed_up", partial(self._follow_up, self._heard.pop()))
                 self._attempt("history_not_deleted", self._forget)
 
     def _forget(self) -> None:
@@ -267,8 +268,12 @@ class Supervisor:
         self.recorder.end_backends(heartbeat.working)
         self.recorder.record()
         if self._must_restore:
-            self.recorder.restore()
-            self._must_restore = False
+            self._must_restore = False  # first: the next heartbeat may set it while this goes on
+            try:
+                self.recorder.restore()
+            except DatabaseError:
+                self._must_restore = True
+                raise
         self.recorder.close_unanswered(set() if heard.claiming else heartbeat.open_runs)
         self._listeners.beat(True)
         for job, retry_in in heartbeat.retries.items():

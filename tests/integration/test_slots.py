@@ -210,6 +210,26 @@ def test_a_slot_that_this_process_has_run_is_not_run_again_after_the_ledger_went
     ]
 
 
+def test_what_this_process_knows_outlives_an_outage_while_it_makes_up_for_lost_slots(
+    hire: Callable[..., Daemon], admin: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = hire()
+    run_id = daemon.at(START + 3 * MINUTE).claim()
+    assert run_id
+    daemon.ledger.close(run_id, report())
+    go_back(admin, 0)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise DatabaseUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.ledger, "claim", unreachable)
+        with pytest.raises(DatabaseUnavailable):
+            daemon.slots.open(START)
+    assert daemon.slots.accounted_until == START + 3 * MINUTE
+    assert daemon.claim() is None
+
+
 def test_no_stretch_of_lost_slots_grows_over_one_that_ran(
     hire: Callable[..., Daemon], admin: psycopg.Connection
 ) -> None:
